@@ -1,0 +1,43 @@
+"""Every error type of the library. Each message says what was expected and what came.
+
+A plain `ValueError` means that the caller passed something wrong; the types below add what a caller may want to catch.
+"""
+
+from __future__ import annotations
+
+
+class GrammarError(ValueError):
+    """A token sequence is not a well-formed trace.
+
+    `offset` is the index of the offending token, `expected` says what may stand there, `found` what does.
+    """
+
+    def __init__(self, offset: int, expected: str, found: str) -> None:
+        super().__init__(f"token {offset}: expected {expected}, found {found}")
+        self.offset = offset
+        self.expected = expected
+        self.found = found
+
+    def __reduce__(self) -> tuple[type[GrammarError], tuple[int, str, str]]:
+        # The default pickles the message alone, which does not fit __init__: data loaders raise across processes.
+        return type(self), (self.offset, self.expected, self.found)
+
+
+class BackendError(NotImplementedError):
+    """The backend that was asked for cannot do this, or (for "auto") none can. The message gives each reason."""
+
+
+class CacheError(RuntimeError):
+    """The paged cache refused an operation; nothing was changed."""
+
+
+class OutOfPages(CacheError):
+    """A step needs more pages than are free; nothing was reserved."""
+
+
+class BranchError(CacheError):
+    """A branch handle cannot be used so: it was freed, belongs to another cache, or is busy in a fork or a step."""
+
+
+class StaleStep(CacheError):
+    """A step was used after the tree it was planned for changed, or after its commit or rollback."""

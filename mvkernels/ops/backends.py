@@ -1,0 +1,53 @@
+"""Choosing a backend: one asked for by name never falls back, and "auto" gives every reason when none fits."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from functools import cache
+
+from mvkernels.errors import BackendError
+
+
+def choose_backend(requested: str, reasons: Mapping[str, str | None], auto: tuple[str, ...] | None = None) -> str:
+    """The backend to run.
+
+    `reasons` maps every backend, best first, to None when it can do the work, else to why it cannot. "auto" takes the
+    first that can, among `auto` where given (a backend outside it must be asked for by name), else among all.
+    Raises ValueError for an unknown name, and BackendError with the reason(s) when what was asked for cannot run.
+    """
+    if requested == "auto":
+        names = tuple(reasons) if auto is None else auto
+        for name in names:
+            if reasons[name] is None:
+                return name
+        raise BackendError("no backend fits: " + "; ".join(f"{name}: {reasons[name]}" for name in names))
+    if requested not in reasons:
+        expected = ", ".join(repr(name) for name in ("auto", *reasons))
+        raise ValueError(f"backend: expected one of {expected}, got {requested!r}")
+    reason = reasons[requested]
+    if reason is not None:
+        raise BackendError(f"backend {requested!r} cannot do this: {reason}")
+    return requested
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_reason(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device type, or None. Does not import Triton."""
+    if not _triton_installed():
+        return "Triton is not installed"
+    if device_type == "cuda" or (device_type == "cpu" and triton_interpreted()):
+        return None
+    if device_type == "cpu":
+        return "tensors are on the CPU, where Triton runs with TRITON_INTERPRET=1 only"
+    return f"expected tensors on cuda, got {device_type}"
