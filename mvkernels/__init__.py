@@ -1,0 +1,58 @@
+"""Attention kernels, paged key-value cache and engine for language models that write in parallel branches.
+
+Every public name is imported when it is first used, so that ``import mvkernels`` is quick and needs no optional
+dependency; a name whose dependency is missing says which extra installs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mvkernels._lazy import lazy_names
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BranchError",
+    "BranchLayout",
+    "CacheError",
+    "GrammarError",
+    "OutOfPages",
+    "PagedKVCache",
+    "StaleStep",
+    "TagTokens",
+    "errors",
+    "multiverse_attention",
+    "patch_model",
+    "tree_decode",
+    "unpatch_model",
+]
+
+if TYPE_CHECKING:
+    from mvkernels import errors
+    from mvkernels.attention import multiverse_attention
+    from mvkernels.decode import tree_decode
+    from mvkernels.errors import BackendError, BranchError, CacheError, GrammarError, OutOfPages, StaleStep
+    from mvkernels.hf import patch_model, unpatch_model
+    from mvkernels.kv_cache import PagedKVCache
+    from mvkernels.layout import BranchLayout
+    from mvkernels.tags import TagTokens
+else:
+    _EXPORTS = {
+        "BackendError": "mvkernels.errors",
+        "BranchError": "mvkernels.errors",
+        "BranchLayout": "mvkernels.layout",
+        "CacheError": "mvkernels.errors",
+        "GrammarError": "mvkernels.errors",
+        "OutOfPages": "mvkernels.errors",
+        "PagedKVCache": "mvkernels.kv_cache",
+        "StaleStep": "mvkernels.errors",
+        "TagTokens": "mvkernels.tags",
+        "errors": "mvkernels.errors",
+        "multiverse_attention": "mvkernels.attention",
+        "patch_model": "mvkernels.hf",
+        "tree_decode": "mvkernels.decode",
+        "unpatch_model": "mvkernels.hf",
+    }
+    __getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

@@ -1,0 +1,50 @@
+"""Packaging: ``mvkernels/`` alone is installed; reference/ and model/ come with it through their relative links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "mvkernels" / "__init__.py").read_text(), re.MULTILINE)
+if VERSION is None:
+    raise SystemExit('mvkernels/__init__.py has no line __version__ = "..."')
+
+HF = ["transformers>=5.17", "accelerate", "safetensors", "gguf"]
+PLOT = ["matplotlib"]
+EXTRAS = {
+    "hf": HF,
+    "train": [*HF, "tensorboard"],
+    "eval": [*HF],
+    "bench": [*PLOT],
+    "cuda": ["triton>=3.6", "cupy-cuda13x"],
+    "plot": PLOT,
+    "dev": [*HF, *PLOT, "build", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=77", "wheel"],
+}
+
+setup(
+    name="mvkernels",
+    version=VERSION.group(1),
+    description="Attention kernels, paged cache and engine for language models that write in parallel branches",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["mvkernels", "mvkernels.*"]),
+    package_data={"mvkernels": ["py.typed", "ops/*.cu"], "mvkernels.model": ["embedded/*"]},
+    include_package_data=False,
+    install_requires=["torch>=2.11", "numpy", "typer", "rich"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mvkernels = mvkernels.__main__:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    zip_safe=False,
+)
