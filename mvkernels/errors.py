@@ -9,18 +9,21 @@ from __future__ import annotations
 class GrammarError(ValueError):
     """A token sequence is not a well-formed trace.
 
-    `offset` is the index of the offending token, `expected` says what may stand there, `found` what does.
+    `offset` is the index of the offending token, `expected` says what may stand there, `found` what does; `line` is the
+    line of the text (from 1), where there is a text.
     """
 
-    def __init__(self, offset: int, expected: str, found: str) -> None:
-        super().__init__(f"token {offset}: expected {expected}, found {found}")
+    def __init__(self, offset: int, expected: str, found: str, line: int | None = None) -> None:
+        place = f"token {offset}" if line is None else f"line {line}, token {offset}"
+        super().__init__(f"{place}: expected {expected}, found {found}")
         self.offset = offset
         self.expected = expected
         self.found = found
+        self.line = line
 
-    def __reduce__(self) -> tuple[type[GrammarError], tuple[int, str, str]]:
+    def __reduce__(self) -> tuple[type[GrammarError], tuple[int, str, str, int | None]]:
         # The default pickles the message alone, which does not fit __init__: data loaders raise across processes.
-        return type(self), (self.offset, self.expected, self.found)
+        return type(self), (self.offset, self.expected, self.found, self.line)
 
 
 class BackendError(NotImplementedError):

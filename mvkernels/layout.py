@@ -1,0 +1,273 @@
+"""BranchLayout: where each token of a branched sequence stands and what it sees, in O(T) integers.
+
+Positions (canonical): text of length n takes p .. p+n-1; a block starts every path at the same p, and what follows it
+starts at the maximum of what its paths return. Visibility: token i sees token j iff j <= i, both are in the same
+document, and no block has j in one of its paths and i in another. So the keys hidden from a token are at most *depth*
+contiguous intervals. Source: Multiverse attention, arXiv 2506.09991, section 4; the positions are those of DESIGN.md,
+section 1.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mvkernels.grammar import Block, Kind, Trace, Tree, parse
+from mvkernels.layout_build import Runs, released_runs, tree_runs
+from mvkernels.ops.mask import IntervalMask
+from mvkernels.tags import TagTokens, as_id_list
+
+Value = TypeVar("Value")
+SEMANTICS = ("canonical", "released")
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class BranchLayout:
+    """The layout of one packed row of documents. Build it with one of the class methods; it never changes.
+
+    position_ids: [T] int32. cu_seqlens: [documents + 1] int32, the first row of every document and T. mask: the
+    visible keys of every row as intervals, on the host. critical_path: highest position + 1, summed over documents.
+    sampled: [T] bool on the host, False where the model did not sample the token itself. predecessor: [T] int32 on the
+    host, the row that predicts the token, -1 where there is none or more than one.
+    """
+
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    mask: IntervalMask
+    critical_path: int
+    sampled: npt.NDArray[np.bool_] = field(repr=False)
+    predecessor: npt.NDArray[np.int32] = field(repr=False)
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    # ---- construction
+
+    @classmethod
+    def from_token_ids(
+        cls,
+        ids: Sequence[int] | torch.Tensor,
+        tags: TagTokens,
+        semantics: str = "canonical",
+        prompt_length: int = 0,
+        allow_open: bool = False,
+    ) -> BranchLayout:
+        """Lay out one document of token ids.
+
+        ids: T token ids. tags: the control tags of their vocabulary. semantics: "canonical", or "released" for weights
+        trained with the released Multiverse code. prompt_length: leading tokens that carry no label. allow_open:
+        accept a trace that was cut. Raises GrammarError where the tags are malformed, ValueError for other bad
+        arguments.
+        """
+        if semantics not in SEMANTICS:
+            raise ValueError(f"semantics: expected one of {SEMANTICS}, got {semantics!r}")
+        values = as_id_list(ids)
+        if not 0 <= prompt_length <= len(values):
+            raise ValueError(f"prompt_length: expected 0 to {len(values)} (the number of ids), got {prompt_length}")
+        kinds = tags.kinds(values)
+        trace = parse(kinds, allow_open)
+        runs = tree_runs(trace.tree) if semantics == "canonical" else released_runs(kinds)
+        sampled = sampled_tokens(kinds, trace)
+        sampled[:prompt_length] = False
+        return cls._from_runs(runs, sampled)
+
+    @classmethod
+    def from_tree(cls, tree: Tree, sampled: Sequence[bool] | npt.NDArray[np.bool_] | None = None) -> BranchLayout:
+        """Lay out a structure alone: a sequence is a list of text lengths and blocks, a block is a list of sequences.
+
+        `[3, [[5], [2]], 4]` is 3 tokens, two paths of 5 and 2, 4 tokens after the join. A block at the end never joins.
+        sampled: T booleans, which tokens the model sampled itself; default all. Raises ValueError for a malformed tree.
+        """
+        runs = tree_runs(tree)
+        if sampled is None:
+            flags = np.ones(runs.total_tokens, dtype=np.bool_)
+        else:
+            flags = np.array(sampled, dtype=np.bool_)
+            if flags.shape != (runs.total_tokens,):
+                raise ValueError(
+                    f"sampled: expected {runs.total_tokens} booleans, one a token, got shape {flags.shape}"
+                )
+        return cls._from_runs(runs, flags)
+
+    @classmethod
+    def causal(cls, length: int) -> BranchLayout:
+        """Plain causal attention over `length` tokens."""
+        return cls.from_tree([length])
+
+    @classmethod
+    def pack(cls, layouts: Sequence[BranchLayout]) -> BranchLayout:
+        """One layout of all documents, one after the other, without padding. Each may itself be a pack.
+
+        Raises ValueError for an empty list.
+        """
+        if not layouts:
+            raise ValueError("pack: expected at least one layout, got none")
+        offsets = np.cumsum([0] + [layout.total_tokens for layout in layouts], dtype=np.int64)
+        if offsets[-1] > np.iinfo(np.int32).max:
+            raise ValueError(f"pack: expected fewer than 2**31 tokens in all, got {offsets[-1]}")
+        gap_offsets = np.cumsum([0] + [len(layout.mask.gaps) for layout in layouts])
+        pairs = list(zip(layouts, offsets[:-1].astype(np.int32), strict=True))
+        device = layouts[0].device
+        mask = IntervalMask(
+            segment_starts=np.concatenate(
+                [a.mask.segment_starts[:-1] + o for a, o in pairs] + [offsets[-1:].astype(np.int32)]
+            ),
+            first_key=np.concatenate([a.mask.first_key + o for a, o in pairs]),
+            gap_ptr=np.concatenate(
+                [a.mask.gap_ptr[:-1] + np.int32(g) for a, g in zip(layouts, gap_offsets[:-1], strict=True)]
+                + [gap_offsets[-1:].astype(np.int32)]
+            ),
+            gaps=np.concatenate([a.mask.gaps + o for a, o in pairs]),
+            total_tokens=int(offsets[-1]),
+        )
+        return cls(
+            position_ids=torch.cat([layout.position_ids.to(device) for layout in layouts]),
+            cu_seqlens=torch.cat(
+                [a.cu_seqlens[:-1].to(device) + int(o) for a, o in pairs]
+                + [torch.tensor(offsets[-1:], dtype=torch.int32, device=device)]
+            ),
+            mask=mask,
+            critical_path=sum(layout.critical_path for layout in layouts),
+            sampled=np.concatenate([layout.sampled for layout in layouts]),
+            predecessor=np.concatenate(
+                [np.where(a.predecessor >= 0, a.predecessor + o, np.int32(-1)) for a, o in pairs]
+            ),
+        )
+
+    @classmethod
+    def _from_runs(cls, runs: Runs, sampled: npt.NDArray[np.bool_]) -> BranchLayout:
+        starts = np.array([*runs.starts, runs.total_tokens], dtype=np.int32)
+        lengths = np.diff(starts)
+        rows = np.arange(runs.total_tokens, dtype=np.int32)
+        shift = np.array(runs.positions, dtype=np.int32) - starts[:-1]
+        positions = rows + np.repeat(shift, lengths)
+        predecessor = rows - 1
+        predecessor[starts[:-1]] = runs.predecessors
+        mask = IntervalMask(
+            segment_starts=starts,
+            first_key=np.zeros(len(lengths), dtype=np.int32),
+            gap_ptr=np.cumsum([0] + [len(gaps) for gaps in runs.gaps], dtype=np.int32),
+            gaps=np.array([gap for gaps in runs.gaps for gap in gaps], dtype=np.int32).reshape(-1, 2),
+            total_tokens=runs.total_tokens,
+        )
+        return cls(
+            position_ids=torch.from_numpy(positions),
+            cu_seqlens=torch.tensor([0, runs.total_tokens], dtype=torch.int32),
+            mask=mask,
+            critical_path=int(positions.max()) + 1 if runs.total_tokens else 0,
+            sampled=sampled,
+            predecessor=predecessor,
+        )
+
+    # ---- what it says
+
+    @property
+    def total_tokens(self) -> int:
+        return self.mask.total_tokens
+
+    @property
+    def device(self) -> torch.device:
+        return self.position_ids.device
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether any token is hidden from a later one of its document."""
+        return len(self.mask.gaps) > 0
+
+    @property
+    def parallelism(self) -> float:
+        """Tokens / critical path: "# parallel" in the paper. 1.0 for an empty layout."""
+        return self.total_tokens / self.critical_path if self.critical_path else 1.0
+
+    def dense_mask(self) -> torch.Tensor:
+        """[T, T] bool on the layout's device, True where row i sees key j. T squared bytes: for tests and small
+        inputs.
+        """
+        visible = np.tri(self.total_tokens, dtype=np.bool_)
+        mask = self.mask
+        for s in range(mask.num_segments):
+            rows = slice(mask.segment_starts[s], mask.segment_starts[s + 1])
+            visible[rows, : mask.first_key[s]] = False
+            for first, last in mask.gaps[mask.gap_ptr[s] : mask.gap_ptr[s + 1]]:
+                visible[rows, first:last] = False
+        return torch.from_numpy(visible).to(self.device)
+
+    def labels(self, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """[T] int64 labels on the layout's device in transformers' unshifted convention: the id, or -100.
+
+        A token has a label where the model sampled it itself and the row before it is the row that predicts it. That
+        is every sampled token of a tagged trace but a document's first; in open trees, where a path follows the trunk
+        directly, use `targets`.
+        """
+        values = self._ids_tensor(ids)
+        labelled = self.sampled & (self.predecessor >= 0) & (self.predecessor == np.arange(self.total_tokens) - 1)
+        return torch.where(torch.from_numpy(labelled).to(self.device), values, IGNORE_INDEX)
+
+    def targets(self, ids: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows [N], targets [N]) int64: the row whose logits predict each sampled token, and the token's id.
+
+        A document's first token has no such row, and the first token after a join of several paths has several:
+        neither is among them.
+        """
+        values = self._ids_tensor(ids)
+        chosen = np.flatnonzero(self.sampled & (self.predecessor >= 0))
+        rows = torch.from_numpy(self.predecessor[chosen].astype(np.int64)).to(self.device)
+        return rows, values[torch.from_numpy(chosen).to(self.device)]
+
+    def to(self, device: torch.device | str) -> BranchLayout:
+        """The same layout with its tensors on `device`. Derived data are kept."""
+        return replace(self, position_ids=self.position_ids.to(device), cu_seqlens=self.cu_seqlens.to(device))
+
+    def cached(self, key: Hashable, build: Callable[[], Value]) -> Value:
+        """`build()` once per key, remembered as long as the layout lives. Keys of device data must name the device."""
+        if key not in self._cache:
+            self._cache[key] = build()
+        value: Value = self._cache[key]
+        return value
+
+    def _ids_tensor(self, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        values = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
+        if values.shape != (self.total_tokens,):
+            expected = f"shape [{self.total_tokens}], the layout's tokens"
+            raise ValueError(f"ids: expected {expected}, got shape {list(values.shape)}")
+        return values
+
+
+def sampled_tokens(kinds: bytes, trace: Trace) -> npt.NDArray[np.bool_]:
+    """[T] bool: False for what the engine writes, which is each path's prefix and the opening of each conclusion."""
+    sampled = np.ones(trace.length, dtype=np.bool_)
+    pending: list[tuple[Block, ...]] = [trace.blocks]
+    while pending:
+        for block in pending.pop():
+            for path in block.paths:
+                if path.open is None:
+                    sampled[path.start :] = False
+                    continue
+                sampled[path.start : _index_end(kinds, _space_end(kinds, path.open + 1))] = False
+                pending.append(path.blocks)
+            if block.conclusion is not None:
+                tag = _space_end(kinds, block.conclusion)
+                sampled[block.conclusion : _space_end(kinds, tag + 1)] = False
+    return sampled
+
+
+def _space_end(kinds: bytes, offset: int) -> int:
+    while offset < len(kinds) and kinds[offset] == Kind.SPACE:
+        offset += 1
+    return offset
+
+
+def _index_end(kinds: bytes, offset: int) -> int:
+    """Behind the index that begins at `offset`; `offset` itself where its tokens do not end with a colon of their own."""
+    end = offset
+    while end < len(kinds) and kinds[end] == Kind.INDEX:
+        end += 1
+    return end + 1 if end < len(kinds) and kinds[end] == Kind.INDEX_END else offset

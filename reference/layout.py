@@ -1,0 +1,119 @@
+"""Positions and masks straight from the definition, slowly: the judge of `mvkernels.layout`.
+
+A tree is what `mvkernels.grammar` calls one: a sequence is a list of text lengths and blocks, a block a list of
+sequences. Every token gets the (block, path) pairs that enclose it; token i sees token j iff j <= i and there is no
+block with j in one of its paths and i in another. Source: DESIGN.md, section 1.2.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import torch
+
+from mvkernels.grammar import Block, Kind, Trace, Tree
+
+Enclosing = dict[int, int]  # block number -> path number
+
+
+def tree_positions(tree: Tree) -> torch.Tensor:
+    """[T] int64 positions of the tokens of a tree, by recursion over it."""
+    positions: list[int] = []
+    _place(tree, 0, positions)
+    return torch.tensor(positions, dtype=torch.int64)
+
+
+def _place(sequence: Tree, position: int, positions: list[int]) -> int:
+    for item in sequence:
+        if isinstance(item, int):
+            positions.extend(range(position, position + item))
+            position += item
+        else:
+            position = max(_place(path, position, positions) for path in item)
+    return position
+
+
+def tree_mask(tree: Tree) -> torch.Tensor:
+    """[T, T] bool, True where row i sees key j: one document, canonical semantics."""
+    enclosing: list[Enclosing] = []
+    _enclose(tree, {}, count(), enclosing)
+    return mask_from_enclosing(enclosing)
+
+
+def _enclose(sequence: Tree, outer: Enclosing, blocks: Any, out: list[Enclosing]) -> None:
+    for item in sequence:
+        if isinstance(item, int):
+            out.extend([outer] * item)
+        else:
+            block = next(blocks)
+            for number, path in enumerate(item):
+                _enclose(path, {**outer, block: number}, blocks, out)
+
+
+def mask_from_enclosing(enclosing: list[Enclosing]) -> torch.Tensor:
+    """The definition itself, pair by pair. enclosing: of each token, block -> path."""
+    total = len(enclosing)
+    mask = torch.zeros(total, total, dtype=torch.bool)
+    for i in range(total):
+        for j in range(i + 1):
+            mask[i, j] = all(enclosing[i].get(block, path) == path for block, path in enclosing[j].items())
+    return mask
+
+
+def pack_masks(masks: list[torch.Tensor]) -> torch.Tensor:
+    """The mask of documents one after the other: nothing is visible across documents."""
+    total = sum(len(mask) for mask in masks)
+    packed = torch.zeros(total, total, dtype=torch.bool)
+    start = 0
+    for mask in masks:
+        packed[start : start + len(mask), start : start + len(mask)] = mask
+        start += len(mask)
+    return packed
+
+
+def trace_enclosing(trace: Trace, semantics: str) -> list[Enclosing]:
+    """For each token of a parsed trace, the (block, path) pairs that enclose it.
+
+    canonical: a path's span begins with the whitespace before `<Path>`. released: it is `<Path>` to `</Path>`
+    inclusive.
+    """
+    enclosing: list[Enclosing] = [{} for _ in range(trace.length)]
+    numbers = count()
+
+    def visit(blocks: tuple[Block, ...]) -> None:
+        for block in blocks:
+            identity = next(numbers)
+            for number, path in enumerate(block.paths):
+                first = path.start if semantics == "canonical" else path.open
+                end = trace.length if path.end is None else path.end
+                for token in range(end if first is None else first, end):
+                    enclosing[token][identity] = number
+                visit(path.blocks)
+
+    visit(trace.blocks)
+    return enclosing
+
+
+def released_positions(kinds: bytes) -> torch.Tensor:
+    """[T] int64 positions as the released training code gives them, token by token. kinds must parse."""
+    positions: list[int] = []
+    goal_ends: list[int] = []
+    path_ends: list[list[int]] = []
+    for kind in kinds:
+        position = positions[-1] + 1 if positions else 0
+        if kind == Kind.PARALLEL:
+            path_ends.append([])
+        elif kind == Kind.GOAL_END:
+            goal_ends.append(position)
+        elif kind == Kind.PATH:
+            position = goal_ends[-1] + 1
+        elif kind == Kind.PATH_END:
+            path_ends[-1].append(position)
+        elif kind == Kind.CONCLUSION:
+            position = max(path_ends[-1]) + 1
+        elif kind == Kind.PARALLEL_END:
+            goal_ends.pop()
+            path_ends.pop()
+        positions.append(position)
+    return torch.tensor(positions, dtype=torch.int64)
