@@ -39,7 +39,7 @@ def _triton_installed() -> bool:
 
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
 def triton_reason(device_type: str) -> str | None:

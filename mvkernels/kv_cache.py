@@ -1,0 +1,288 @@
+"""PagedKVCache: keys and values of branches that fork and merge, in pages, without ever moving a byte of them.
+
+Storage: k[layer], v[layer]: [num_pages, page_size, num_kv_heads, head_dim]. A branch is a list of nodes (`kv_nodes`):
+
+    fork(b, n)          n children that see all of b, each with an empty node of its own
+    merge(b, children)  b sees the children's nodes too, and goes on in a new empty node; its next position is the
+                        highest next position among the children (arXiv 2506.09991, section 4.2)
+    plan .. commit      a step: new tokens of any branches, one row each; nothing changes before commit
+
+Growing. A node may grow as long as every node that sees it whole is empty. So a parent may still add tokens after a
+fork (the children start after them), and merged children may after the merge (their parent starts after them), also
+within one step, where entries count in the order in which they are planned. With the first token of the parent after
+a merge, the handles of the merged children are dead.
+
+One step is open at a time. Planning another, and changing the tree by fork, merge or free, discards it: its pages
+return to the free ones, and its use raises StaleStep. So a step that is abandoned on an error leaks nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mvkernels.errors import BranchError, OutOfPages, StaleStep
+from mvkernels.kv_check import check_cache
+from mvkernels.kv_nodes import BranchState, FreePages, Node, resolve_start
+from mvkernels.kv_step import Branch, PlannedNode, Step, make_step
+from mvkernels.ops.append import append_rows
+
+
+class PagedKVCache:
+    """See the module's docstring. Methods raise the types of `mvkernels.errors`, and then nothing has changed.
+
+    num_pages, page_size   capacity in tokens is their product; a page is owned by one node only
+    num_layers, num_kv_heads, head_dim, dtype, device   of the stored keys and values; memory is not initialised
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_pages, page_size, num_kv_heads, head_dim)
+        if min(num_layers, *shape) < 1:
+            raise ValueError(
+                "expected num_pages, page_size, num_layers, num_kv_heads and head_dim of at least 1, "
+                f"got {num_pages}, {page_size}, {num_layers}, {num_kv_heads} and {head_dim}"
+            )
+        if num_pages * page_size >= 2**31:
+            raise ValueError(f"expected fewer than 2**31 tokens of capacity, got {num_pages} pages of {page_size}")
+        self.num_pages, self.page_size, self.num_layers = num_pages, page_size, num_layers
+        self.num_kv_heads, self.head_dim, self.dtype = num_kv_heads, head_dim, dtype
+        self.k = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
+        self.v = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
+        self.device = self.k[0].device
+        self._free = FreePages(num_pages)
+        self._nodes: dict[int, Node] = {}
+        self._branches: dict[int, BranchState] = {}
+        self._open: Step | None = None
+        self._made = 0  # handles and nodes are numbered from one counter, and a number never comes back
+
+    # -- the tree ------------------------------------------------------------------------------------------------
+
+    def new(self) -> Branch:
+        """An empty branch that sees nothing, with next position 0. Does not disturb an open step."""
+        return self._make_branch((), (), None)
+
+    def fork(self, branch: Branch, count: int) -> list[Branch]:
+        """`count` >= 1 children that see all of `branch`, each with an empty node of its own.
+
+        A branch that has children already may be forked again; all of its children are then merged together.
+        Raises BranchError when the branch is gone or merged, ValueError when count < 1.
+        """
+        state = self._state(branch)
+        if state.merged:
+            raise BranchError(f"fork: expected a branch that was not merged, got merged branch {branch.id}")
+        if count < 1:
+            raise ValueError(f"fork: expected a count of at least 1, got {count}")
+        self._discard("discarded by a fork")
+        nodes = state.nodes
+        children = [self._make_branch(nodes, (state.tail,), state.id) for _ in range(count)]
+        state.children.extend(child.id for child in children)
+        return children
+
+    def merge(self, parent: Branch, children: Sequence[Branch]) -> None:
+        """Joins all children of `parent` into it: page lists are concatenated, and no key or value moves.
+
+        `children` in any order; their order is that of the parent's new list. Until the parent's next token the
+        handles of the children accept tokens, which end their paths; they need no free. Raises BranchError unless
+        `children` are all live children of `parent`, once each, and have no live children themselves.
+        """
+        state = self._state(parent)
+        joined = [self._state(child) for child in children]
+        got = [child.id for child in joined]
+        if not state.children or sorted(got) != sorted(state.children):
+            raise BranchError(f"merge: expected all children of branch {state.id}: {state.children}, got {got}")
+        for child in joined:
+            if child.children:
+                raise BranchError(
+                    f"merge: expected children without live children, got {child.id} with {child.children}"
+                )
+        self._discard("discarded by a merge")
+        before = state.nodes
+        visible = (*before, *(node for child in joined for node in child.nodes[len(before) :]))
+        old = [before, *(child.nodes for child in joined)]
+        state.tail = self._make_node(visible, tuple(child.tail for child in joined))
+        self._acquire(state.nodes)
+        state.children.clear()
+        for child in joined:
+            child.merged, child.parent, child.tail.merged_branch = True, None, child.id
+        for nodes in old:
+            self._release(nodes)
+
+    def free(self, branch: Branch) -> None:
+        """Gives a branch up; pages that no other branch sees return at once. Its children live on, on their own.
+
+        Raises BranchError when the branch is gone already, or was merged: its pages are its parent's.
+        """
+        state = self._state(branch)
+        if state.merged:
+            raise BranchError(f"free: expected a branch that owns its pages, got merged branch {branch.id}")
+        self._discard("discarded by a free")
+        if state.parent is not None:
+            self._branches[state.parent].children.remove(state.id)
+        for child in state.children:
+            self._branches[child].parent = None
+        del self._branches[state.id]
+        self._release(state.nodes)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def plan(self, entries: Sequence[tuple[Branch, int]]) -> Step:
+        """Reserves slots for new tokens: (branch, number of tokens >= 1) each, no branch twice.
+
+        Raises OutOfPages when they do not all fit, and BranchError when a branch is gone or may not grow, be it by a
+        token that was committed after it or by an earlier entry of this step; ValueError for a bad number of tokens.
+        """
+        if not entries:
+            raise ValueError("plan: expected at least one entry, got none")
+        starts: dict[Node, int] = {}
+        lengths: dict[Node, int] = {}
+        blocked: dict[Node, Branch] = {}
+        for branch, count in entries:
+            node = self._state(branch).tail
+            if count < 1:
+                raise ValueError(f"plan: expected at least 1 token for branch {branch.id}, got {count}")
+            if node in lengths:
+                raise ValueError(f"plan: expected each branch once, got branch {branch.id} twice")
+            if node.frozen or node in blocked:
+                by = f"branch {blocked[node].id} earlier in this step" if node in blocked else "tokens after it"
+                raise BranchError(f"plan: expected a branch with nothing after it, got {branch.id}, followed by {by}")
+            starts[node] = resolve_start(node, starts, lengths)
+            lengths[node] = node.length + count
+            for seen in node.visible:
+                blocked[seen] = branch
+        wanted = [-(-length // self.page_size) - len(node.pages) for node, length in lengths.items()]
+        free = len(self._free) + self._reserved()
+        if sum(wanted) > free:
+            raise OutOfPages(f"plan: expected at most {free} free pages to be needed, got {sum(wanted)}")
+        self._discard("discarded by another plan")
+        planned = tuple(
+            PlannedNode(
+                node, starts[node], node.length, lengths[node] - node.length,
+                self._free.take(pages, node.pages[-1] if node.pages else None),
+            )
+            for node, pages in zip(lengths, wanted, strict=True)
+        )  # fmt: skip
+        self._open = make_step(tuple(entries), planned, self.page_size, self.device)
+        return self._open
+
+    def append(
+        self, layer: int, k_new: torch.Tensor, v_new: torch.Tensor, step: Step, backend: str = "auto"
+    ) -> None:
+        """Writes the keys and values of a step's rows, [total_rows, num_kv_heads, head_dim], into their slots.
+
+        backend: "auto", "cpu", "triton" or "reference". Raises StaleStep, ValueError for a wrong layer, shape, dtype
+        or device, and BackendError.
+        """
+        self._require_open(step)
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"append: expected a layer of 0 .. {self.num_layers - 1}, got {layer}")
+        append_rows(self.k[layer], self.v[layer], k_new, v_new, step.slots, backend)
+
+    def commit(self, step: Step) -> None:
+        """The tokens of a step become part of their branches. Raises StaleStep."""
+        self._require_open(step)
+        for planned in step.planned:
+            node = planned.node
+            if node.length == 0:
+                node.start = planned.start
+                for seen in node.visible:
+                    seen.frozen += 1
+                    if seen.merged_branch is not None:
+                        del self._branches[seen.merged_branch]
+                        seen.merged_branch = None
+            node.length += planned.num_tokens
+            node.pages.extend(planned.pages)
+        self._open, step.state.closed = None, "committed"
+
+    def rollback(self, step: Step) -> None:
+        """Gives up a step and the slots reserved for it. Raises StaleStep."""
+        self._require_open(step)
+        self._discard("rolled back")
+
+    # -- figures -------------------------------------------------------------------------------------------------
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that neither a branch owns nor the open step has reserved."""
+        return len(self._free)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of keys and values that fork and merge ever copied: 0, for they have no access to the storage."""
+        return 0
+
+    def next_position(self, branch: Branch) -> int:
+        """Position of the next token of a branch, before an open step. Raises BranchError."""
+        tail = self._state(branch).tail
+        return resolve_start(tail, {}, {}) + tail.length
+
+    def num_tokens(self, branch: Branch) -> int:
+        """Committed tokens that the next token of a branch will see. Raises BranchError."""
+        return sum(node.length for node in self._state(branch).nodes)
+
+    def check(self) -> None:
+        """Recomputes every invariant from the branches and raises CacheError at the first that does not hold."""
+        reserved = [page for planned in self._open.planned for page in planned.pages] if self._open else []
+        check_cache(self._branches, self._nodes, self._free.pages(), reserved, self.num_pages, self.page_size)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _state(self, branch: Branch) -> BranchState:
+        if not isinstance(branch, Branch) or branch.cache is not self:
+            raise BranchError(f"expected a branch of this cache, got {branch!r} of another")
+        if branch.id not in self._branches:
+            raise BranchError(f"expected a live branch, got {branch.id}, which was freed, or merged and passed by")
+        return self._branches[branch.id]
+
+    def _require_open(self, step: Step) -> None:
+        step.require_open()
+        if step is not self._open:
+            raise StaleStep("expected a step of this cache, got one of another")
+
+    def _reserved(self) -> int:
+        return sum(len(planned.pages) for planned in self._open.planned) if self._open else 0
+
+    def _discard(self, why: str) -> None:
+        if self._open is not None:
+            for planned in self._open.planned:
+                self._free.give_back(planned.pages)
+            self._open.state.closed = why
+            self._open = None
+
+    def _make_node(self, visible: tuple[Node, ...], predecessors: tuple[Node, ...]) -> Node:
+        self._made += 1
+        node = Node(self._made, visible, predecessors)
+        self._nodes[node.id] = node
+        return node
+
+    def _make_branch(self, visible: tuple[Node, ...], predecessors: tuple[Node, ...], parent: int | None) -> Branch:
+        state = BranchState(self._made + 1, self._make_node(visible, predecessors), parent)
+        self._branches[state.id] = state
+        self._acquire(state.nodes)
+        return Branch(self, state.id)
+
+    @staticmethod
+    def _acquire(nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            node.refs += 1
+
+    def _release(self, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            node.refs -= 1
+            if node.refs == 0:
+                self._free.give_back(node.pages)
+                del self._nodes[node.id]
+                if node.merged_branch is not None:
+                    del self._branches[node.merged_branch]
+                if node.length:
+                    for seen in node.visible:
+                        seen.frozen -= 1

@@ -1,0 +1,47 @@
+"""append: writes the new keys and values of a step into their slots.
+
+    k_cache[slot // page_size, slot % page_size] = k_new[row]   for slot = slots[row]; v alike
+
+k_cache, v_cache: [num_pages, page_size, Hkv, D]; k_new, v_new: [N, Hkv, D]; slots: [N] int64, all different.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mvkernels.ops.backends import choose_backend, triton_reason
+
+
+def append_rows(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    slots: torch.Tensor,
+    backend: str = "auto",
+) -> None:
+    """Checks the arguments, chooses a backend, and writes. Raises ValueError and BackendError."""
+    expected = (slots.shape[0], *k_cache.shape[2:])
+    for name, new, stored in (("k_new", k_new, k_cache), ("v_new", v_new, v_cache)):
+        if tuple(new.shape) != expected:
+            raise ValueError(f"{name}: expected shape [rows, Hkv, D] = {list(expected)}, got {list(new.shape)}")
+        if new.dtype != stored.dtype:
+            raise ValueError(f"{name}: expected the cache's dtype {stored.dtype}, got {new.dtype}")
+        if new.device != stored.device:
+            raise ValueError(f"{name}: expected the cache's device {stored.device}, got {new.device}")
+        if torch.is_grad_enabled() and new.requires_grad:
+            raise ValueError(f"{name}: expected a tensor outside autograd, got one that requires grad: use no_grad()")
+    device = k_cache.device.type
+    reasons = {
+        "cpu": None if device == "cpu" else f"expected tensors on cpu, got {device}",
+        "triton": triton_reason(device),
+        "reference": None,
+    }
+    if choose_backend(backend, reasons, auto=("cpu", "triton")) == "triton":
+        from mvkernels.ops.append_triton import launch_append
+
+        launch_append(k_cache, v_cache, k_new, v_new, slots)
+        return
+    with torch.no_grad():
+        k_cache.view(-1, *k_cache.shape[2:])[slots] = k_new
+        v_cache.view(-1, *v_cache.shape[2:])[slots] = v_new

@@ -1,0 +1,147 @@
+"""The work of one decoding step: which rows attend to which pages. Host side, numpy; both backends start from it.
+
+    task          rows [R], pages [P], counts [P]: every row attends to the first counts[p] keys of page pages[p], all p
+    causal task   the same, but row i attends to the first base + i + 1 keys only: several new tokens of one node
+
+A node that many branches see is one task with the rows of all of them, so its keys are read once. Nodes that the same
+rows see are folded into one task. A branch that adds one token attends to the whole of its own node (that token is its
+last), so that node is folded like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class NodeView:
+    """A node as a step leaves it: its pages [P] int32, and how many of their tokens are written."""
+
+    pages: Int32Array
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class EntryView:
+    """What the rows of one entry see: rows first_row .. first_row + num_rows - 1 are the last tokens of `own`.
+
+    Row r of the entry sees every node of `whole`, and the first own.length - num_rows + r + 1 tokens of `own`.
+    A node that several entries see is one and the same NodeView; so is `whole` where several entries share it.
+    """
+
+    first_row: int
+    num_rows: int
+    own: NodeView
+    whole: tuple[NodeView, ...]
+
+    @property
+    def base(self) -> int:
+        return self.own.length - self.num_rows
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeTask:
+    """Rows, and the keys they attend to; the module's docstring has the legend. `base` is None unless causal."""
+
+    rows: Int32Array
+    pages: Int32Array
+    counts: Int32Array
+    base: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StepViews:
+    """The entries of a step, and what backends derive from them, computed once for all layers."""
+
+    entries: tuple[EntryView, ...]
+    page_size: int
+    total_rows: int
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+        if key not in self._cache:
+            self._cache[key] = build()
+        value: T = self._cache[key]
+        return value
+
+    def tasks(self) -> tuple[DecodeTask, ...]:
+        return self.cached("tasks", lambda: build_tasks(self.entries, self.page_size))
+
+    def visible_slots(self, entry: int) -> Int64Array:
+        """Slots (page * page_size + offset) of all keys that the last row of an entry sees, oldest first."""
+        view = self.entries[entry]
+        nodes = [*view.whole, view.own]
+        return np.concatenate([page_slots(n.pages, page_counts(n, self.page_size), self.page_size) for n in nodes])
+
+
+def page_counts(view: NodeView, page_size: int) -> Int32Array:
+    """Tokens written in each page of a node, [P] int32: all pages full, but for the last."""
+    counts = np.full(len(view.pages), page_size, dtype=np.int32)
+    if len(counts):
+        counts[-1] = view.length - page_size * (len(counts) - 1)
+    return counts
+
+
+def page_slots(pages: Int32Array, counts: Int32Array, page_size: int) -> Int64Array:
+    """Slots of the first counts[p] keys of each page, in order, [sum(counts)] int64."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    first = pages.astype(np.int64) * page_size - (ends - counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(first, counts) + np.arange(total, dtype=np.int64)
+
+
+def build_tasks(entries: Sequence[EntryView], page_size: int) -> tuple[DecodeTask, ...]:
+    """The tasks of a step, in the order in which their nodes are first met: the same step gives the same tasks.
+
+    Every row is in at least one task that shows it a key: its own.
+    """
+    seen_by = _entries_of_nodes(entries)
+    folded: dict[tuple[int, ...], list[NodeView]] = {}
+    for view, indices in seen_by:
+        folded.setdefault(tuple(indices), []).append(view)
+    tasks = [
+        DecodeTask(
+            rows=_rows(entries, indices),
+            pages=np.concatenate([view.pages for view in views]),
+            counts=np.concatenate([page_counts(view, page_size) for view in views]),
+        )
+        for indices, views in folded.items()
+    ]
+    for index, entry in enumerate(entries):
+        if entry.num_rows > 1:
+            counts = page_counts(entry.own, page_size)
+            tasks.append(DecodeTask(_rows(entries, (index,)), entry.own.pages, counts, entry.base))
+    return tuple(tasks)
+
+
+def _entries_of_nodes(entries: Sequence[EntryView]) -> list[tuple[NodeView, list[int]]]:
+    """Each node with tokens that somebody sees whole, with the entries that do, ascending."""
+    lists: dict[int, tuple[tuple[NodeView, ...], list[int]]] = {}  # siblings share one list of visible nodes
+    for index, entry in enumerate(entries):
+        lists.setdefault(id(entry.whole), (entry.whole, []))[1].append(index)
+    seen_by: dict[int, tuple[NodeView, list[int]]] = {}
+    for views, indices in lists.values():
+        for view in views:
+            if view.length:
+                seen_by.setdefault(id(view), (view, []))[1].extend(indices)
+    for index, entry in enumerate(entries):
+        if entry.num_rows == 1:
+            seen_by.setdefault(id(entry.own), (entry.own, []))[1].append(index)
+    for _, indices in seen_by.values():
+        indices.sort()
+    return list(seen_by.values())
+
+
+def _rows(entries: Sequence[EntryView], indices: Sequence[int]) -> Int32Array:
+    return np.concatenate(
+        [np.arange(entries[i].first_row, entries[i].first_row + entries[i].num_rows, dtype=np.int32) for i in indices]
+    )
