@@ -30,7 +30,7 @@ setup(
     description="Attention kernels, paged cache and engine for language models that write in parallel branches",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),

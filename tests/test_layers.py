@@ -25,8 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"attention", "decode", "kv_cache", "layout"},
 }
 EVERYWHERE = {"errors", "_lazy"}
-# Helpers of a layer that got files of their own.
-PART_OF = {"layout_build": "layout"}
+# A file whose name begins so is a part of that layer.
+PARTS = {"layout_": "layout", "attention_": "attention", "kv_": "kv_cache", "decode_": "decode", "hf_": "hf"}
 # model/ stands on what `import mvkernels` offers; grammar holds the tag names and kinds that its texts are made of.
 PUBLIC = {"attention", "decode", "errors", "grammar", "hf", "kv_cache", "layout", "tags"}
 # A distribution -> the only layers that may import it. torch and numpy: everywhere but below.
@@ -48,7 +48,7 @@ STDLIB_ONLY = {"errors", "_lazy", "grammar", "tags"}
 def modules() -> dict[str, Path]:
     """Dotted name within the package -> file; reference/ and model/ through their links."""
     found = {}
-    for path in sorted(PACKAGE.rglob("*.py", recurse_symlinks=True) if sys.version_info >= (3, 13) else walk(PACKAGE)):
+    for path in sorted(walk(PACKAGE)):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
     return found
@@ -66,7 +66,7 @@ def walk(folder: Path) -> list[Path]:
 
 def layer_of(module: str) -> str:
     top = module.partition(".")[0]
-    return PART_OF.get(top, top)
+    return next((layer for prefix, layer in PARTS.items() if top.startswith(prefix)), top)
 
 
 def imports(path: Path) -> set[str]:
@@ -104,11 +104,7 @@ def may_import(layer: str, module: str, target: str) -> bool:
         return target_layer in PUBLIC
     if layer == "commands":
         return target_layer != "__main__"
-    return any(target == allowed or target.startswith(f"{allowed}.") for allowed in expanded(ALLOWED[layer]))
-
-
-def expanded(layers: set[str]) -> set[str]:
-    return layers | {part for part, whole in PART_OF.items() if whole in layers}
+    return target_layer in ALLOWED[layer] or target in ALLOWED[layer]
 
 
 def test_every_module_belongs_to_a_layer():

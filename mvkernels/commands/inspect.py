@@ -19,7 +19,8 @@ from mvkernels.layout import BranchLayout
 from mvkernels.ops.mask import IntervalMask
 from mvkernels.tags import TagTokens
 
-MAX_TREE_DEPTH = 50
+# Columns that one level of nesting takes in the tree, and that a label needs.
+INDENT, LABEL = 8, 32
 
 #: A vocabulary of words: a tag's id is its kind, and every other word has the id of text.
 WORD_TAGS = TagTokens(ids=tuple(range(FIRST_TAG, FIRST_TAG + len(TAGS))))
@@ -138,12 +139,13 @@ def summary(inspection: Inspection) -> dict[str, object]:
     }
 
 
-def tree_view(inspection: Inspection, title: str) -> Tree:
-    """A rich tree: per block its paths, per path its length and outline."""
+def tree_view(inspection: Inspection, title: str, width: int) -> Tree:
+    """A rich tree: per block its paths, per path its length and outline. It is as deep as ``width`` columns can show."""
+    max_depth = max(1, (width - LABEL) // INDENT)
     root = Tree(Text(f"{title}  {inspection.layout.total_tokens} {inspection.unit}", style="bold"))
     branches: dict[str, Tree] = {}  # name of a path -> its branch
     for (block, name, depth), figures in zip(walk(inspection.trace.blocks), inspection.blocks, strict=True):
-        if depth > MAX_TREE_DEPTH:
+        if depth > max_depth:
             continue
         parent = branches[name.rpartition("/")[0]] if "/" in name else root
         paths = f"{len(block.paths)} path" + ("s" if len(block.paths) != 1 else "")
@@ -159,7 +161,7 @@ def tree_view(inspection: Inspection, title: str) -> Tree:
                 (f"path {number}", "green"), f"  {length}  ", (outline, "dim"), no_wrap=True, overflow="ellipsis"
             )
             branches[f"{name}.{number}"] = node.add(line)
-            if block.paths[number - 1].blocks and depth == MAX_TREE_DEPTH:
+            if block.paths[number - 1].blocks and depth == max_depth:
                 branches[f"{name}.{number}"].add(Text("deeper blocks are not shown", style="dim"))
     return root
 
@@ -187,7 +189,7 @@ def run(file: FilePath, tokenizer: FilePath | None, plot: FilePath | None, seman
         return
     console = Console()
     layout = inspection.layout
-    console.print(tree_view(inspection, file.name))
+    console.print(tree_view(inspection, file.name, console.width))
     console.print()
     if inspection.blocks:
         console.print(block_table(inspection))
