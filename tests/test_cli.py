@@ -1,4 +1,4 @@
-"""The command line: figures of `inspect` against the layout itself, one-line errors with exit status 2, no traceback."""
+"""The command line: figures of `inspect` against the layout itself, errors of one line with exit status 2."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mvkernels.__main__ import app
+from mvkernels.commands import inspect
 from mvkernels.commands.plots import mask_density
 from mvkernels.grammar import parse_text
 from mvkernels.layout import BranchLayout
@@ -220,10 +222,12 @@ def test_plot_shows_the_mask(trace_file: Path, tmp_path: Path):
 
 
 @pytest.mark.real_data
-def test_inspect_of_every_real_trace(data_dir: Path):
+def test_inspect_of_every_real_trace(data_dir: Path, monkeypatch: pytest.MonkeyPatch):
     """Canonical by words and by tokens; released equals what the released code computes."""
     files = sorted((data_dir / "multiverse_1k").glob("*.xml"), key=lambda file: int(file.stem))
     assert len(files) == 16
+    monkeypatch.setattr(inspect, "load_tokenizer", cache(inspect.load_tokenizer))  # the file is large
+    monkeypatch.setattr(inspect.TagTokens, "from_tokenizer", cache(inspect.TagTokens.from_tokenizer))
     tokenizer = data_dir / "qwen2.5_tokenizer" / "tokenizer.json"
     for file in files:
         words = json.loads(invoke("inspect", file, "--json").stdout)

@@ -140,7 +140,7 @@ def summary(inspection: Inspection) -> dict[str, object]:
 
 
 def tree_view(inspection: Inspection, title: str, width: int) -> Tree:
-    """A rich tree: per block its paths, per path its length and outline. It is as deep as ``width`` columns can show."""
+    """A rich tree: per block its paths, per path its length and outline; as deep as ``width`` columns can show."""
     max_depth = max(1, (width - LABEL) // INDENT)
     root = Tree(Text(f"{title}  {inspection.layout.total_tokens} {inspection.unit}", style="bold"))
     branches: dict[str, Tree] = {}  # name of a path -> its branch

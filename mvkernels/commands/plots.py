@@ -59,7 +59,7 @@ def keys_before(mask: IntervalMask, segment: int, edges: npt.NDArray[np.int64]) 
 def plot_layout(mask: IntervalMask, positions: npt.NDArray[Any], unit: str, title: str, out: Path) -> None:
     """Writes mask and positions to ``out`` (the suffix chooses the format).
 
-    Raises ValueError where the trace is empty, the format unknown or the folder missing, ImportError where matplotlib is missing.
+    Raises ValueError for an empty trace, an unknown format or a missing folder, ImportError without matplotlib.
     """
     figure_module: Any = import_for("--plot", "matplotlib.figure")
     if not out.parent.is_dir():
