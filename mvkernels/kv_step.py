@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,6 +74,14 @@ class Step:
     views: StepViews = field(repr=False)
     planned: tuple[PlannedNode, ...] = field(repr=False)
     state: StepState = field(repr=False)
+
+    @cached_property
+    def longest_context(self) -> int:
+        """The most tokens that any row sees, itself included."""
+        grown = {p.node: p.base + p.num_tokens for p in self.planned}
+        return max(
+            (sum(grown.get(seen, seen.length) for seen in p.node.visible) + grown[p.node] for p in self.planned), default=0
+        )
 
     def require_open(self) -> None:
         """Raise StaleStep unless the step was neither committed nor rolled back, and its tree is unchanged."""

@@ -178,6 +178,11 @@ class BranchLayout:
         return len(self.cu_seqlens) - 1
 
     @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document."""
+        return self.cached("longest_document", lambda: int(self.cu_seqlens.diff().max()))
+
+    @property
     def has_branches(self) -> bool:
         """Whether any token is hidden from a later one of its document."""
         return len(self.mask.gaps) > 0
@@ -266,7 +271,7 @@ def _space_end(kinds: bytes, offset: int) -> int:
 
 
 def _index_end(kinds: bytes, offset: int) -> int:
-    """Behind the index that begins at `offset`; `offset` itself where its tokens do not end with a colon of their own."""
+    """Behind the index that begins at `offset`; `offset` itself where its tokens lack a colon of their own."""
     end = offset
     while end < len(kinds) and kinds[end] == Kind.INDEX:
         end += 1

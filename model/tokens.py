@@ -1,0 +1,84 @@
+"""Control tags for models that have none: new tokens, their embedding rows, and the config entry that names them.
+
+A checkpoint says which tags and which semantics it was trained with in the `multiverse` entry of its config.json, so
+that it is never served with the wrong ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+
+from mvkernels import TagTokens
+from mvkernels.grammar import TAGS
+from mvkernels.layout import SEMANTICS
+
+#: The key in config.json.
+CONFIG_KEY = "multiverse"
+# Noise of new rows, as a share of the spread of the model's own rows. Rows of one word would else be equal for ever: a
+# tag and its closing form would get the same gradients.
+_NOISE = 0.02
+
+
+def multiverse_entry(semantics: str = "canonical") -> dict[str, Any]:
+    """The config entry of a model trained with `semantics`. Raises ValueError for semantics that do not exist."""
+    if semantics not in SEMANTICS:
+        raise ValueError(f"semantics: expected one of {SEMANTICS}, got {semantics!r}")
+    return {"semantics": semantics, "tags": list(TAGS)}
+
+
+def read_entry(config: Any) -> str | None:
+    """The semantics that a model config names, or None where it has no `multiverse` entry.
+
+    Raises ValueError for an entry with other tags or unknown semantics.
+    """
+    entry = getattr(config, CONFIG_KEY, None)
+    if entry is None:
+        return None
+    semantics, tags = (entry.get("semantics"), entry.get("tags")) if isinstance(entry, dict) else (None, None)
+    if semantics not in SEMANTICS or tags != list(TAGS):
+        raise ValueError(
+            f"config entry {CONFIG_KEY!r}: expected semantics out of {SEMANTICS} and the twelve tags, got {entry!r}"
+        )
+    return str(semantics)
+
+
+def add_tags(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0, semantics: str = "canonical"
+) -> TagTokens:
+    """Extend a model and its tokenizer by the twelve control tags, in place.
+
+    The row of a new tag is the mean of the rows of its bare word (`Path` for `<Path>` and `</Path>`) plus small seeded
+    noise, in the input embeddings and, where it is not tied to them, in the output layer. A tag that the tokenizer has
+    keeps its row. The config gets its `multiverse` entry. Raises ValueError for unknown semantics.
+    """
+    entry = multiverse_entry(semantics)
+    new = [tag for tag in TAGS if tag not in tokenizer.get_vocab()]
+    words = {tag: tokenizer.encode(tag.strip("</>"), add_special_tokens=False) for tag in new}
+    tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in new], special_tokens=True)
+    tables = _tables(model)
+    if len(tokenizer) > tables[0].shape[0]:
+        # The rows are set below, so transformers need not sample them.
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        tables = _tables(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for table in tables:
+            spread = table.float().std()
+            for tag in new:
+                noise = torch.randn(table.shape[1], generator=generator).to(table.device) * spread * _NOISE
+                row = table[words[tag]].float().mean(0) + noise
+                table[tokenizer.convert_tokens_to_ids(tag)] = row.to(table.dtype)
+    setattr(model.config, CONFIG_KEY, entry)
+    return TagTokens.from_tokenizer(tokenizer)
+
+
+def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The weight tables with one row per token: input embeddings, and the output layer where it has its own."""
+    tables = [model.get_input_embeddings().weight]
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not tables[0]:
+        tables.append(output.weight)
+    return tables

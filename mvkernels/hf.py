@@ -1,0 +1,220 @@
+"""Branch attention for transformers models: `patch_model` and its undoing.
+
+A patched model takes two more keyword arguments:
+
+    branch_layout=layout     packed training forward: attention by `multiverse_attention`
+    paged_kv=(cache, step)   paged decoding: new keys and values are appended to the cache, attention by `tree_decode`
+
+With neither it is the model it was, on transformers' `sdpa`. Any decoder will do whose attention goes through
+transformers' attention interface and is plain softmax attention: Qwen2, Qwen3, Llama, Mistral and their like. Position
+ids must be [1, T]; several documents are packed into one row instead of padded into several.
+
+How it reaches the layers: the attention function is registered under a name of its own, the layout travels there in
+the keyword arguments that transformers hands through, and a forward pre-hook passes a one-element 4-D attention mask,
+which transformers takes as a finished mask. Otherwise it would build a T x T mask itself and mistake branch positions
+for packed documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mvkernels.attention import multiverse_attention
+from mvkernels.decode import tree_decode
+from mvkernels.errors import BackendError
+from mvkernels.kv_cache import PagedKVCache
+from mvkernels.kv_step import Step
+from mvkernels.layout import BranchLayout
+
+#: The name of the attention implementation in transformers' registries.
+ATTENTION_NAME = "multiverse"
+_STATE = "_mvkernels_patch"
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Arguments of transformers' attention functions that change the result and that no backend here computes.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass
+class _Patch:
+    """What `unpatch_model` needs: the implementation that was there before, and the hook."""
+
+    previous: str | None
+    hook: RemovableHandle
+
+
+def patch_model(model: Model, backend: str = "auto") -> Model:
+    """Let a transformers model attend by branches, in place; returns it. Patching twice only changes the backend.
+
+    model: a decoder whose attention goes through transformers' attention interface. backend: of `multiverse_attention`
+    and `tree_decode`. Raises TypeError for what is no transformers model, BackendError for one whose attention cannot
+    be replaced: no attention interface, an encoder, layers other than softmax attention.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"patch_model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    _check_model(model)
+    previous = getattr(model, _STATE, None)
+    if previous is not None:
+        unpatch_model(model)
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:
+        raise BackendError(
+            f"patch_model: expected a model that uses transformers' attention interface, got {type(model).__name__}, "
+            "whose attention implementation cannot be set"
+        )
+
+    def prepare(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _prepare(module, args, kwargs, backend)
+
+    # The base model, so that both `model(...)` and `model.model(...)` pass through it, and once only.
+    hook = model.base_model.register_forward_pre_hook(prepare, with_kwargs=True)
+    setattr(model, _STATE, _Patch(before, hook))
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Restore the model that `patch_model` changed; returns it. Raises ValueError when it is not patched."""
+    patch: _Patch | None = getattr(model, _STATE, None)
+    if patch is None:
+        raise ValueError(
+            f"unpatch_model: expected a model patched by patch_model, got an unpatched {type(model).__name__}"
+        )
+    patch.hook.remove()
+    model.set_attn_implementation(patch.previous or "sdpa")
+    delattr(model, _STATE)
+    return model
+
+
+def is_patched(model: PreTrainedModel) -> bool:
+    """Whether `patch_model` is in force."""
+    return hasattr(model, _STATE)
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_causal", True):
+        raise BackendError(f"patch_model: expected a causal decoder, got {type(model).__name__}")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise BackendError(
+            f"patch_model: expected attention without softcap, got a softcap of {config.attn_logit_softcapping}"
+        )
+    other = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if other:
+        raise BackendError(f"patch_model: expected layers of types {sorted(_LAYER_TYPES)}, got also {sorted(other)}")
+
+
+def _prepare(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of the base model: check what came along, and keep transformers from building a mask."""
+    layout, paged = kwargs.get("branch_layout"), kwargs.get("paged_kv")
+    if layout is None and paged is None:
+        return None
+    if layout is not None and paged is not None:
+        raise ValueError("expected branch_layout= or paged_kv=, got both")
+    ids = args[0] if args else kwargs.get("input_ids")
+    inputs = ids if ids is not None else kwargs.get("inputs_embeds")
+    if inputs is None:
+        raise ValueError("expected input_ids or inputs_embeds, got neither")
+    if layout is not None:
+        if not isinstance(layout, BranchLayout):
+            raise ValueError(f"branch_layout: expected a BranchLayout, got {type(layout).__name__}")
+        tokens, positions = layout.total_tokens, layout.position_ids
+    else:
+        _, step = _unpack(paged)
+        tokens, positions = step.total_rows, step.positions
+    kwargs = dict(kwargs)
+    kwargs["position_ids"] = _position_ids(kwargs.get("position_ids"), inputs, tokens, positions)
+    if len(args) > 1 or kwargs.get("attention_mask") is not None:
+        raise ValueError("expected no attention_mask beside branch_layout= or paged_kv=: what is visible is in them")
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        raise ValueError(
+            "expected use_cache=False and no past_key_values beside branch_layout= or paged_kv=, got a cache"
+        )
+    kwargs["use_cache"] = False
+    kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
+    kwargs["branch_backend"] = backend
+    return args, kwargs
+
+
+def _unpack(paged: Any) -> tuple[PagedKVCache, Step]:
+    if isinstance(paged, tuple) and len(paged) == 2:
+        cache, step = paged
+        if isinstance(cache, PagedKVCache) and isinstance(step, Step):
+            return cache, step
+    raise ValueError(f"paged_kv: expected (PagedKVCache, Step), got {paged!r}")
+
+
+def _position_ids(given: Any, inputs: torch.Tensor, tokens: int, positions: torch.Tensor) -> torch.Tensor:
+    """[1, T] position ids for the model, from the caller or the layout."""
+    if inputs.shape[0] != 1 or inputs.shape[1] != tokens:
+        raise ValueError(
+            f"expected inputs of shape [1, {tokens}] for {tokens} tokens in one row (pack several documents with "
+            f"BranchLayout.pack), got {list(inputs.shape)}"
+        )
+    if given is None:
+        return positions[None].to(inputs.device)
+    if not isinstance(given, torch.Tensor) or given.shape != (1, tokens):
+        shape = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        raise ValueError(f"position_ids: expected shape [1, {tokens}], got {shape}")
+    return given
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    branch_layout: BranchLayout | None = None,
+    paged_kv: tuple[PagedKVCache, Step] | None = None,
+    branch_backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None)."""
+    if branch_layout is None and paged_kv is None:
+        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return result
+    _refuse_variants(kwargs, dropout)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, H, D]
+    if branch_layout is not None:
+        _check_window(sliding_window, branch_layout.longest_document)
+        out = multiverse_attention(q, k, v, branch_layout, scale=scaling, backend=branch_backend)
+    else:
+        cache, step = _unpack(paged_kv)
+        _check_window(sliding_window, step.longest_context)
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        cache.append(layer, k, v, step, backend=branch_backend)
+        out = tree_decode(q, cache.k[layer], cache.v[layer], step, scale=scaling, backend=branch_backend)
+    return out[None], None
+
+
+def _refuse_variants(kwargs: dict[str, Any], dropout: float) -> None:
+    named = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if named:
+        raise BackendError(f"branch attention: expected plain softmax attention, got {', '.join(named)}")
+    if dropout:
+        raise BackendError(f"branch attention: expected no attention dropout, got {dropout}")
+
+
+def _check_window(window: int | None, tokens: int) -> None:
+    if window is not None and tokens > window:
+        raise BackendError(
+            f"branch attention: expected a sequence within the sliding window of {window} tokens, got {tokens} tokens"
+        )

@@ -1,0 +1,219 @@
+"""patch_model: four families of transformers decoders compute the branch attention of the layout, and nothing else
+changes.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mvkernels import BackendError, BranchLayout, PagedKVCache, patch_model, unpatch_model
+from mvkernels.hf import is_patched
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+TREE = [5, [[4, [[3], [2], []], 2], [7], [1]], 6]
+
+
+def make(family: str, **changes: object):
+    torch.manual_seed(0)
+    config, model = FAMILIES[family]
+    return model(config(**{**SIZES, **changes})).eval()
+
+
+def ids_of(tokens: int) -> torch.Tensor:
+    return torch.randint(0, 61, (1, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def dense_logits(model, ids: torch.Tensor, layout: BranchLayout) -> torch.Tensor:
+    """The unpatched model with an explicit mask: transformers hands a 4-D mask through."""
+    mask = layout.dense_mask()[None, None]
+    return model(ids, position_ids=layout.position_ids[None].long(), attention_mask=mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_forward_and_gradients_equal_the_dense_mask(family: str) -> None:
+    model = make(family)
+    layout = BranchLayout.pack([BranchLayout.from_tree(TREE), BranchLayout.causal(7)])
+    ids = ids_of(layout.total_tokens)
+    weights = torch.randn(layout.total_tokens, 61, generator=torch.Generator().manual_seed(2))
+
+    def run(logits: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        (logits[0] * weights).sum().backward()
+        return logits.detach(), [p.grad.clone() for p in model.parameters()]
+
+    wanted, wanted_grads = run(dense_logits(model, ids, layout))
+    patch_model(model)
+    got, got_grads = run(model(ids, position_ids=layout.position_ids[None], branch_layout=layout).logits)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(got_grads, wanted_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    # Positions come from the layout where none are given, and the base model alone may be called.
+    torch.testing.assert_close(model(ids, branch_layout=layout).logits, got, rtol=0, atol=0)
+    hidden = model.model(input_ids=ids, branch_layout=layout).last_hidden_state
+    torch.testing.assert_close(model.lm_head(hidden), got, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_paged_decoding_equals_the_packed_forward(family: str) -> None:
+    model = patch_model(make(family))
+    layout = BranchLayout.from_tree([5, [[3], [2]], 2])
+    ids = ids_of(12)
+    with torch.no_grad():
+        wanted = model(ids, branch_layout=layout).logits[0]
+        cache = PagedKVCache(16, 3, 2, 2, 8)
+        trunk = cache.new()
+
+        def step(*entries: tuple) -> torch.Tensor:
+            """(branch, first row, end) each; returns the logits of those rows."""
+            planned = cache.plan([(branch, end - first) for branch, first, end in entries])
+            rows = torch.cat([torch.arange(first, end) for _, first, end in entries])
+            assert planned.positions.tolist() == layout.position_ids[rows].tolist()
+            logits = model(ids[:, rows], position_ids=planned.positions[None], paged_kv=(cache, planned)).logits[0]
+            cache.commit(planned)
+            torch.testing.assert_close(logits, wanted[rows], rtol=1e-4, atol=1e-5)
+            return logits
+
+        step((trunk, 0, 4))
+        children = cache.fork(trunk, 2)
+        step((trunk, 4, 5), (children[0], 5, 7), (children[1], 8, 9))
+        cache.merge(trunk, children)
+        step((children[0], 7, 8), (children[1], 9, 10), (trunk, 10, 11))
+        step((trunk, 11, 12))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_layout_nothing_changes(family: str) -> None:
+    plain = make(family)
+    patched = patch_model(copy.deepcopy(plain))
+    ids = ids_of(9)
+    padded = torch.ones(2, 9, dtype=torch.long)
+    padded[1, :3] = 0
+    batch = ids.expand(2, -1)
+    assert torch.equal(patched(ids).logits, plain(ids).logits)
+    assert torch.equal(patched(batch, attention_mask=padded).logits, plain(batch, attention_mask=padded).logits)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(patched.generate(ids, **arguments), plain.generate(ids, **arguments))
+
+
+def test_unpatch_restores_the_model() -> None:
+    model = make("qwen2")
+    before = (model.config._attn_implementation, dict(model.model._forward_pre_hooks))
+    assert patch_model(model) is model and is_patched(model)
+    patch_model(model, backend="reference")  # twice is once
+    assert len(model.model._forward_pre_hooks) == 1
+    assert unpatch_model(model) is model and not is_patched(model)
+    assert (model.config._attn_implementation, dict(model.model._forward_pre_hooks)) == before
+    with pytest.raises(ValueError, match="expected a model patched by patch_model"):
+        unpatch_model(model)
+
+
+def test_the_backend_is_the_one_asked_for() -> None:
+    layout = BranchLayout.from_tree(TREE)
+    ids = ids_of(layout.total_tokens)
+    model = patch_model(make("llama"), backend="reference")
+    wanted = model(ids, branch_layout=layout).logits
+    torch.testing.assert_close(
+        patch_model(model, "cpu")(ids, branch_layout=layout).logits, wanted, rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"expected one of .* got 'fastest'"):
+        patch_model(model, "fastest")(ids, branch_layout=layout)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model = patch_model(make("qwen2")).train()
+    layout = BranchLayout.from_tree(TREE)
+    ids = ids_of(layout.total_tokens)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(ids, branch_layout=layout, labels=layout.labels(ids[0])[None]).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    wanted = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for mine, theirs in zip(gradients(), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_no_mask_of_the_sequence_squared_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patch_model(make("qwen2"))
+    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", None)  # would be called
+    monkeypatch.setattr(BranchLayout, "dense_mask", None)
+    layout = BranchLayout.pack([BranchLayout.from_tree(TREE)] * 2)
+    model(ids_of(layout.total_tokens), branch_layout=layout)
+
+
+LAYOUT = BranchLayout.causal(4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"input_ids": ids_of(5), "branch_layout": LAYOUT}, r"expected inputs of shape \[1, 4\] .* got \[1, 5\]"),
+        ({"input_ids": ids_of(4).expand(2, -1), "branch_layout": LAYOUT}, r"BranchLayout.pack\), got \[2, 4\]"),
+        ({"input_ids": ids_of(4), "branch_layout": LAYOUT, "position_ids": torch.arange(4)}, r"got \[4\]"),
+        ({"input_ids": ids_of(4), "branch_layout": LAYOUT, "attention_mask": torch.ones(1, 4)}, "no attention_mask"),
+        ({"input_ids": ids_of(4), "branch_layout": LAYOUT, "use_cache": True}, "use_cache=False"),
+        ({"input_ids": ids_of(4), "branch_layout": "wide"}, "expected a BranchLayout, got str"),
+        ({"input_ids": ids_of(4), "paged_kv": LAYOUT}, r"expected \(PagedKVCache, Step\)"),
+        ({"input_ids": ids_of(4), "paged_kv": 1, "branch_layout": LAYOUT}, "got both"),
+    ],
+)
+def test_bad_calls_say_what_was_expected(call: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        patch_model(make("qwen2"))(**call)
+
+
+def test_models_with_other_attention_are_refused_by_name() -> None:
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SIZES))
+    with pytest.raises(BackendError, match="softcap"):
+        patch_model(gemma)
+    with pytest.raises(TypeError, match="expected a transformers PreTrainedModel, got Linear"):
+        patch_model(torch.nn.Linear(2, 2))
+    model = patch_model(make("qwen2", attention_dropout=0.1)).train()
+    with pytest.raises(BackendError, match=r"no attention dropout, got 0\.1"):
+        model(ids_of(4), branch_layout=LAYOUT)
+
+
+def test_a_sliding_window_is_accepted_until_it_is_exceeded() -> None:
+    model = patch_model(make("mistral", sliding_window=6))
+    model(ids_of(6), branch_layout=BranchLayout.causal(6))
+    two = BranchLayout.pack([BranchLayout.causal(6)] * 2)
+    model(ids_of(12), branch_layout=two)
+    with pytest.raises(BackendError, match="sliding window of 6 tokens, got 7"):
+        model(ids_of(7), branch_layout=BranchLayout.causal(7))
+    cache = PagedKVCache(4, 4, 2, 2, 8)
+    step = cache.plan([(cache.new(), 7)])
+    with pytest.raises(BackendError, match="sliding window of 6 tokens, got 7"):
+        model(ids_of(7), paged_kv=(cache, step))
