@@ -61,6 +61,67 @@ def inspect(
 
 
 @app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to answer. Without it, the embedded model gets a fresh problem by --seed.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a causal language model, or a GGUF file. Default: the embedded model."),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens in all.")] = None,
+    max_critical_path: Annotated[int | None, typer.Option(help="Tokens on the longest chain.")] = None,
+    max_width: Annotated[int | None, typer.Option(help="Paths per block.")] = None,
+    max_depth: Annotated[int | None, typer.Option(help="Blocks inside one another; 0: no block.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the smallest set of this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the most likely tokens only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling, and of the problem where no PROMPT is given.")] = 0,
+    sequential: Annotated[bool, typer.Option("--sequential", help="Advance one path at a time.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Then again sequentially, and compare.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, balanced, ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate: show every path as it grows, the merged answer, and what it took."""
+    settings = {
+        "max_new_tokens": max_tokens,
+        "max_critical_path": max_critical_path,
+        "max_width": max_width,
+        "max_depth": max_depth,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "sequential": sequential,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    placement = {"dtype": dtype, "device": device, "device_map": device_map}
+    with one_line_errors():
+        from mvkernels.commands import generate as command
+
+        command.run(prompt, model, given, placement, compare=compare, raw=raw, as_json=as_json)
+
+
+@app.command("add-tags")
+def add_tags(
+    model: Annotated[Path, typer.Argument(help="Folder of a causal language model with its tokenizer.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the extended model to.")],
+    seed: Annotated[int, typer.Option(help="Of the noise in the new embedding rows.")] = 0,
+    semantics: Annotated[Semantics, typer.Option(help="The layout the model will be trained with.")] = (
+        Semantics.canonical
+    ),
+) -> None:
+    """Extend a model and its tokenizer by the twelve control tags."""
+    with one_line_errors():
+        from mvkernels.commands import add_tags as command
+
+        command.run(model, out, seed, semantics.value)
+
+
+@app.command()
 def env(as_json: Json = False) -> None:
     """Show versions, the GPU, and which backends can run here and why the others cannot."""
     with one_line_errors():
