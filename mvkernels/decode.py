@@ -1,0 +1,133 @@
+"""tree_decode: attention of a step's new tokens over the paged cache, for all branches at once.
+
+    out[r] = sum_j softmax_j(scale q[r] . k[j]) v[j]   over the keys j that row r sees
+
+A row sees every key of the nodes before its own, tokens of this step included, and of its own node those up to itself
+(arXiv 2506.09991, section 4.2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+
+from mvkernels.kv_step import Step
+from mvkernels.ops.backends import choose_backend, triton_reason
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU_DTYPES = (*TRITON_DTYPES, torch.float64)
+MAX_HEAD_DIM = 256
+
+
+@overload
+def tree_decode(
+    q: torch.Tensor,
+    k_layer: torch.Tensor,
+    v_layer: torch.Tensor,
+    step: Step,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def tree_decode(
+    q: torch.Tensor,
+    k_layer: torch.Tensor,
+    v_layer: torch.Tensor,
+    step: Step,
+    scale: float | None = ...,
+    backend: str = ...,
+    *,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def tree_decode(
+    q: torch.Tensor,
+    k_layer: torch.Tensor,
+    v_layer: torch.Tensor,
+    step: Step,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attends from the rows of an open step to everything they see. Call after `PagedKVCache.append` of this layer.
+
+    q                  [step.total_rows, Hq, D], rotated by step.positions; Hq % Hkv == 0
+    k_layer, v_layer   cache.k[layer], cache.v[layer]: [num_pages, page_size, Hkv, D], dtype and device of q
+    scale              of the scores; None is 1 / sqrt(D)
+    backend            "auto", "cpu", "triton" or "reference"; one asked for by name never falls back
+    Returns out [N, Hq, D] in q's dtype; with return_lse also lse [Hq, N] float32 (float64 for float64), natural log.
+    Not differentiable. Raises ValueError for arguments that do not fit, StaleStep unless the step is open, and
+    BackendError with the reason when the backend cannot do it.
+    """
+    check_arguments(q, k_layer, v_layer, step)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    chosen = choose_backend(backend, backend_reasons(q), auto=("cpu", "triton"))
+    with torch.no_grad():
+        if chosen == "triton":
+            from mvkernels.ops.decode_triton import decode_triton
+
+            out, lse = decode_triton(q, k_layer, v_layer, step.views, scale)
+        elif chosen == "cpu":
+            from mvkernels.ops.decode_cpu import decode_cpu
+
+            out, lse = decode_cpu(q, k_layer, v_layer, step.views, scale)
+        else:
+            out, lse = _decode_reference(q, k_layer, v_layer, step, scale)
+    return (out, lse) if return_lse else out
+
+
+def check_arguments(q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tensor, step: Step) -> None:
+    """Raises ValueError, or StaleStep, when the arguments of `tree_decode` do not fit together."""
+    step.require_open()
+    if q.dim() != 3 or q.shape[0] != step.total_rows:
+        raise ValueError(f"q: expected shape [{step.total_rows}, Hq, D], got {list(q.shape)}")
+    if k_layer.dim() != 4 or k_layer.shape[1] != step.views.page_size or k_layer.shape[3] != q.shape[2]:
+        expected = f"[num_pages, {step.views.page_size}, Hkv, {q.shape[2]}]"
+        raise ValueError(f"k_layer: expected shape {expected}, got {list(k_layer.shape)}")
+    if v_layer.shape != k_layer.shape:
+        raise ValueError(f"v_layer: expected k_layer's shape {list(k_layer.shape)}, got {list(v_layer.shape)}")
+    if q.shape[1] % k_layer.shape[2]:
+        raise ValueError(f"q: expected a multiple of {k_layer.shape[2]} key-value heads, got {q.shape[1]} heads")
+    for name, tensor in (("k_layer", k_layer), ("v_layer", v_layer)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: expected q's device {q.device}, got {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous storage as in PagedKVCache, got strides {tensor.stride()}")
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise ValueError("q: expected a tensor outside autograd, got one that requires grad: use torch.no_grad()")
+
+
+def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:
+    """For each backend why it cannot decode such queries, or None."""
+    device = q.device.type
+    cpu = None if device == "cpu" else f"expected tensors on cpu, got {device}"
+    if cpu is None and q.dtype not in CPU_DTYPES:
+        cpu = f"expected one of {CPU_DTYPES}, got {q.dtype}"
+    triton = triton_reason(device)
+    if triton is None and q.dtype not in TRITON_DTYPES:
+        triton = f"expected one of {TRITON_DTYPES}, got {q.dtype}"
+    if triton is None and q.shape[2] > MAX_HEAD_DIM:
+        triton = f"expected a head dimension of at most {MAX_HEAD_DIM}, got {q.shape[2]}"
+    return {"cpu": cpu, "triton": triton, "reference": None}
+
+
+def _decode_reference(
+    q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tensor, step: Step, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One entry after the other: gather what it sees, then eager attention."""
+    from mvkernels.reference.decode import attend
+
+    outs, lses = [], []
+    for entry, view in enumerate(step.views.entries):
+        slots = torch.from_numpy(step.views.visible_slots(entry)).to(q.device)
+        keys, values = (cache.view(-1, *cache.shape[2:])[slots] for cache in (k_layer, v_layer))
+        out, lse = attend(q[view.first_row : view.first_row + view.num_rows], keys, values, scale)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses, dim=1)

@@ -1,0 +1,140 @@
+"""Decoding of one branch at a time, unpaged, by definition.
+
+The tokens of a request are a tree as in the grammar: a sequence is a list of tokens and blocks, a block is a list of
+sequences, its paths. A branch is a sequence that may still grow, and what it sees is read off the tree:
+
+    a token sees the tokens before it, except those of other paths of a block that it is in
+    place(sequence, p): tokens take p, p + 1, ...; the paths of a block all start at the same p, and after the block
+    the next position is the highest of theirs
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+class Token:
+    """One key and value, [Hkv, D] each."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.key, self.value = key, value
+
+
+class ReferenceBranch:
+    """A sequence of tokens and blocks. Without `parent` it is a request of its own."""
+
+    def __init__(self, parent: ReferenceBranch | None = None) -> None:
+        self.items: list[Token | list[ReferenceBranch]] = []
+        self.parent = parent
+        self.forked = False  # the last item is a block that has not been merged
+        self.freed = False  # given up: what follows its block does not see it; its own paths live on
+
+    def fork(self, count: int) -> list[ReferenceBranch]:
+        """`count` paths, in the block that is open already or in a new one."""
+        children = [ReferenceBranch(self) for _ in range(count)]
+        last = self.items[-1] if self.forked else None
+        if isinstance(last, list):
+            last.extend(children)
+        else:
+            self.items.append(list(children))
+            self.forked = True
+        return children
+
+    def merge(self) -> None:
+        """Closes the block: what follows sees all of it."""
+        self.forked = False
+
+    def free(self) -> None:
+        """Gives the branch up. It leaves the tree as soon as no path inside it is left that sees it."""
+        self.freed = True
+        branch: ReferenceBranch | None = self
+        while branch is not None:
+            if branch.freed and branch.parent is not None and not branch._is_seen():
+                branch.parent._remove(branch)
+            branch = branch.parent
+
+    def _is_seen(self) -> bool:
+        """Whether a path inside this branch is still there to see it."""
+        blocks = [item for item in self.items if isinstance(item, list)]
+        return self.forked or any(path.freed or path._is_seen() for block in blocks for path in block)
+
+    def _remove(self, path: ReferenceBranch) -> None:
+        block = self.items[len(self._items_before(path))]
+        assert isinstance(block, list)
+        block.remove(path)
+        if not block:
+            self.items.remove(block)
+            self.forked = False
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Tokens [n, Hkv, D]; a branch that is forked gets them before the open block."""
+        tokens = [Token(key, value) for key, value in zip(keys, values, strict=True)]
+        end = len(self.items) - self.forked
+        self.items[end:end] = tokens
+
+    def next_position(self) -> int:
+        """Position of the token that `append` would add next."""
+        end = len(self.items) - self.forked
+        return place(self.items[:end], self._start())
+
+    def visible(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that the next token sees, [L, Hkv, D] each, oldest first."""
+        tokens = flatten(self._before())
+        return torch.stack([token.key for token in tokens]), torch.stack([token.value for token in tokens])
+
+    def _start(self) -> int:
+        return 0 if self.parent is None else place(self.parent._items_before(self), self.parent._start())
+
+    def _before(self) -> list[Token | list[ReferenceBranch]]:
+        """All items before the next token, from the root down."""
+        branch, items = self, self.items[: len(self.items) - self.forked]
+        while branch.parent is not None:
+            items = branch.parent._items_before(branch) + items
+            branch = branch.parent
+        return items
+
+    def _items_before(self, child: ReferenceBranch) -> list[Token | list[ReferenceBranch]]:
+        for index, item in enumerate(self.items):
+            if isinstance(item, list) and any(path is child for path in item):
+                return self.items[:index]
+        raise ValueError("expected a path of this branch, got another branch")
+
+
+def place(items: list[Token | list[ReferenceBranch]], position: int) -> int:
+    """The next free position after `items`, of which the first token has `position`."""
+    for item in items:
+        position = position + 1 if isinstance(item, Token) else max(place(path.items, position) for path in _kept(item))
+    return position
+
+
+def flatten(items: list[Token | list[ReferenceBranch]]) -> list[Token]:
+    """All tokens, in writing order."""
+    tokens: list[Token] = []
+    for item in items:
+        tokens += [item] if isinstance(item, Token) else [token for path in _kept(item) for token in flatten(path.items)]
+    return tokens
+
+
+def _kept(block: list[ReferenceBranch]) -> list[ReferenceBranch]:
+    return [path for path in block if not path.freed]
+
+
+def attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager attention of the last n tokens of a branch: row i sees all keys but the last n - 1 - i.
+
+    q [n, Hq, D]; keys, values [L, Hkv, D], L >= n, Hq % Hkv == 0; the dtype of q throughout, as eager code would.
+    Returns out [n, Hq, D] in that dtype and lse [Hq, n], natural log.
+    """
+    rows, heads, dim = q.shape
+    length, kv_heads = keys.shape[:2]
+    keys = keys.repeat_interleave(heads // kv_heads, dim=1)
+    values = values.repeat_interleave(heads // kv_heads, dim=1)
+    scores = torch.einsum("nhd,lhd->hnl", q, keys) * (1 / math.sqrt(dim) if scale is None else scale)
+    hidden = torch.ones(rows, length, dtype=torch.bool, device=q.device).triu(length - rows + 1)
+    scores = scores.masked_fill(hidden, -math.inf)
+    lse = torch.logsumexp(scores.double() if q.dtype == torch.float64 else scores.float(), dim=-1)
+    return torch.einsum("hnl,lhd->nhd", torch.softmax(scores, dim=-1), values), lse

@@ -1,0 +1,173 @@
+"""A paged cache beside the reference: every operation is done on both. Shared by the tests of cache and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mvkernels.kv_cache import PagedKVCache
+from mvkernels.kv_step import Branch, Step
+from mvkernels.reference.decode import ReferenceBranch, Token, flatten
+
+NAN = float("nan")
+
+
+def poisoned_cache(num_pages, page_size, layers=1, kv_heads=1, head_dim=2, dtype=torch.float32, device="cpu"):
+    """A cache whose unwritten memory holds NaN, so that reading any of it shows."""
+    cache = PagedKVCache(num_pages, page_size, layers, kv_heads, head_dim, dtype, device)
+    for tensor in (*cache.k, *cache.v):
+        tensor.fill_(NAN)
+    return cache
+
+
+def has_tokens(items) -> bool:
+    return any(isinstance(item, Token) or any(has_tokens(path.items) for path in item) for item in items)
+
+
+def may_grow(branch: ReferenceBranch) -> bool:
+    """Whether everything that comes after the branch's next token is still empty."""
+    if branch.forked and has_tokens(branch.items[-1:]):
+        return False
+    while branch.parent is not None and not branch.freed:
+        parent = branch.parent
+        before = len(parent._items_before(branch))
+        if parent.forked and before == len(parent.items) - 1:
+            return True  # a path of an open block: nothing comes after it yet
+        if has_tokens(parent.items[before + 1 :]):
+            return False
+        branch = parent
+    return True
+
+
+class World:
+    """`live` are handles that own their branch, `merged` those that may still end their path; both -> reference."""
+
+    def __init__(self, cache: PagedKVCache, seed: int = 0, sequential: bool = False) -> None:
+        self.cache = cache
+        self.live: dict[Branch, ReferenceBranch] = {}
+        self.merged: dict[Branch, ReferenceBranch] = {}
+        self.dead: list[Branch] = []
+        self.children: dict[Branch, list[Branch]] = {}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sequential = sequential  # token i is filled with i: exact, and shows which token it is
+        self.written = 0
+
+    def new(self) -> Branch:
+        branch = self.cache.new()
+        self.live[branch], self.children[branch] = ReferenceBranch(), []
+        return branch
+
+    def fork(self, branch: Branch, count: int) -> list[Branch]:
+        children = self.cache.fork(branch, count)
+        for child, mirror in zip(children, self.live[branch].fork(count), strict=True):
+            self.live[child], self.children[child] = mirror, []
+        self.children[branch] += children
+        return children
+
+    def merge(self, parent: Branch) -> None:
+        children, self.children[parent] = self.children[parent], []
+        self.cache.merge(parent, children)
+        self.live[parent].merge()
+        for child in children:
+            self.merged[child] = self.live.pop(child)
+
+    def free(self, branch: Branch) -> None:
+        self.cache.free(branch)
+        self.live.pop(branch).free()
+        self.dead.append(branch)
+        for children in self.children.values():
+            if branch in children:
+                children.remove(branch)
+        self.bury()
+
+    def bury(self) -> None:
+        """Merged handles that something with tokens follows, or that nobody sees any more, are dead."""
+        for handle, mirror in list(self.merged.items()):
+            if not may_grow(mirror) or not any(sees(branch, mirror) for branch in self.live.values()):
+                self.dead.append(handle)
+                del self.merged[handle]
+
+    def new_rows(self, rows: int, kv_heads: int, head_dim: int) -> torch.Tensor:
+        if self.sequential:
+            numbers = torch.arange(self.written, self.written + rows, dtype=torch.float32)
+            return numbers[:, None, None].expand(rows, kv_heads, head_dim).clone()
+        return torch.randn(rows, kv_heads, head_dim, generator=self.generator)
+
+    def mirror(self, branch: Branch) -> ReferenceBranch:
+        return self.live.get(branch) or self.merged[branch]
+
+    def write(self, entries: Sequence[tuple[Branch, int]], append: str = "auto") -> Step:
+        """Plans a step that must succeed, checks its positions, and writes it to both; `commit` it afterwards.
+
+        Layer n of the cache holds the values of the reference plus n, its values the negative.
+        """
+        step = self.cache.plan(entries)
+        cache = self.cache
+        keys = self.new_rows(step.total_rows, cache.num_kv_heads, cache.head_dim).to(cache.dtype)
+        values = keys.flip(0) if not self.sequential else -keys
+        self.written += step.total_rows
+        for layer in range(cache.num_layers):
+            shifted = [(tensor + layer).to(cache.device) for tensor in (keys, values)]
+            cache.append(layer, *shifted, step, backend=append)
+        assert step.entries == tuple(entries)
+        positions = []
+        for (branch, count), row in zip(entries, step.row_offsets, strict=True):
+            mirror = self.mirror(branch)
+            positions += range(mirror.next_position(), mirror.next_position() + count)
+            mirror.append(keys[row : row + count], values[row : row + count])
+        assert step.positions.tolist() == positions
+        assert step.positions.dtype == torch.int32 and step.slots.dtype == torch.int64
+        return step
+
+    def commit(self, step: Step) -> None:
+        self.cache.commit(step)
+        self.bury()
+
+    def rollback(self, step: Step) -> None:
+        self.cache.rollback(step)
+        self.forget(step)
+
+    def forget(self, step: Step) -> None:
+        """The reference loses the rows of a step that was rolled back or discarded."""
+        for branch, count in reversed(step.entries):
+            mirror = self.mirror(branch)
+            end = len(mirror.items) - mirror.forked
+            del mirror.items[end - count : end]
+
+    def step(self, *entries: tuple[Branch, int]) -> Step:
+        step = self.write(entries)
+        self.commit(step)
+        return step
+
+    def check(self) -> None:
+        """Integrity, next positions, and (for a sequential world) every key and value that a branch sees."""
+        self.cache.check()
+        for branch, mirror in (*self.live.items(), *self.merged.items()):
+            assert branch.next_position == mirror.next_position()
+            assert branch.num_tokens == len(flatten(mirror._before()))
+            if self.sequential and branch.num_tokens:
+                self._check_content(branch, mirror)
+
+    def _check_content(self, branch: Branch, mirror: ReferenceBranch) -> None:
+        cache, size = self.cache, self.cache.page_size
+        slots = [
+            node.pages[i // size] * size + i % size for node in cache._state(branch).nodes for i in range(node.length)
+        ]
+        expected_keys, expected_values = mirror.visible()
+        order = expected_keys[:, 0, 0].argsort()
+        for layer in range(cache.num_layers):
+            keys, values = (cache_[layer].cpu().flatten(0, 1)[slots] for cache_ in (cache.k, cache.v))
+            by_token = keys[:, 0, 0].argsort()
+            assert torch.equal(keys[by_token], expected_keys[order] + layer)
+            assert torch.equal(values[by_token], expected_values[order] + layer)
+
+
+def sees(viewer: ReferenceBranch, path: ReferenceBranch) -> bool:
+    """Whether the viewer's next token sees what the path holds."""
+
+    def holds(items) -> bool:
+        blocks = [item for item in items if isinstance(item, list)]
+        return any(p is path or holds(p.items) for block in blocks for p in block if not p.freed)
+
+    return viewer is path or holds(viewer._before())

@@ -1,0 +1,177 @@
+"""The paged cache as a state machine: random operations on it and on the reference, both compared after each.
+
+Sizes are small and pages few, so that branches run out of pages, pages are used again, and stale steps meet them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cache_world import World, may_grow, poisoned_cache
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mvkernels.errors import BranchError, OutOfPages, StaleStep
+
+
+class CacheMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = None
+        self.stale = []
+
+    @initialize(num_pages=st.integers(1, 24), page_size=st.sampled_from([1, 2, 3, 16]))
+    def start(self, num_pages, page_size):
+        self.world = World(poisoned_cache(num_pages, page_size, layers=2), sequential=True)
+        self.cache = self.world.cache
+        self.world.new()
+
+    def close(self, commit: bool = False) -> None:
+        """The open step was used up by what the rule did: its rows are in the reference only if it was committed."""
+        if self.open is not None:
+            self.stale.append(self.open)
+            if not commit:
+                self.world.forget(self.open)
+            self.open = None
+
+    def handles(self):
+        return [*self.world.live, *self.world.merged]
+
+    @rule()
+    def new(self):
+        if len(self.world.live) < 8:
+            self.world.new()
+
+    @precondition(lambda self: self.world.live)
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def fork(self, data, count):
+        if len(self.world.live) < 12:
+            self.close()
+            self.world.fork(data.draw(st.sampled_from(list(self.world.live))), count)
+
+    @rule(data=st.data())
+    def merge(self, data):
+        children = self.world.children
+        ready = [b for b in self.world.live if children[b] and not any(children[c] for c in children[b])]
+        if ready:
+            self.close()
+            self.world.merge(data.draw(st.sampled_from(ready)))
+
+    @rule(data=st.data())
+    def merge_too_early_or_without_some(self, data):
+        parent = data.draw(st.sampled_from([None, *self.world.live]))
+        children = self.world.children.get(parent, [])
+        if parent is None or (len(children) < 2 and not any(self.world.children[c] for c in children)):
+            return
+        chosen = children if any(self.world.children[c] for c in children) else children[1:]
+        with pytest.raises(BranchError, match="merge: expected"):
+            self.cache.merge(parent, chosen)
+
+    @precondition(lambda self: self.world.live)
+    @rule(data=st.data())
+    def free(self, data):
+        branch = data.draw(st.sampled_from(list(self.world.live)))
+        self.close()
+        self.world.free(branch)
+
+    @precondition(lambda self: self.world.live)
+    @rule(data=st.data(), commit=st.booleans())
+    def plan(self, data, commit):
+        """Any handles in any order: what may grow is decided by the reference, entry by entry."""
+        chosen = data.draw(st.lists(st.sampled_from(self.handles()), min_size=1, max_size=5, unique=True))
+        entries = [(branch, data.draw(st.integers(1, 5))) for branch in chosen]
+        held, self.open = self.open, None
+        if held is not None:
+            self.world.forget(held)
+        if not self.allowed(entries):
+            with pytest.raises(BranchError, match="nothing after it"):
+                self.cache.plan(entries)
+        elif self.pages_needed(entries) > self.cache.num_free_pages + reserved(held):
+            with pytest.raises(OutOfPages):
+                self.cache.plan(entries)
+        else:
+            if held is not None:
+                self.stale.append(held)
+            self.open = self.world.write(entries)
+            if commit:
+                self.world.commit(self.open)
+                self.close(commit=True)
+            return
+        if held is not None:  # nothing changed: it is still open
+            self.open = held
+            for (branch, count), row in zip(held.entries, held.row_offsets, strict=True):
+                slots = held.slots[row : row + count]
+                keys, values = (cache[0].flatten(0, 1)[slots] for cache in (self.cache.k, self.cache.v))
+                self.world.mirror(branch).append(keys, values)
+
+    def allowed(self, entries) -> bool:
+        """Writes the entries into the reference one after the other while it says that they may grow, then undoes it."""
+        undo = []
+        for branch, count in entries:
+            mirror = self.world.mirror(branch)
+            if not may_grow(mirror):
+                break
+            mirror.append(torch.zeros(count, 1, 2), torch.zeros(count, 1, 2))
+            undo.append((mirror, count))
+        for mirror, count in reversed(undo):
+            end = len(mirror.items) - mirror.forked
+            del mirror.items[end - count : end]
+        return len(undo) == len(entries)
+
+    def pages_needed(self, entries) -> int:
+        size, tails = self.cache.page_size, [(self.cache._state(branch).tail, count) for branch, count in entries]
+        return sum((tail.length + count + size - 1) // size - len(tail.pages) for tail, count in tails)
+
+    @precondition(lambda self: self.open is not None)
+    @rule(commit=st.booleans())
+    def end_step(self, commit):
+        if commit:
+            self.world.commit(self.open)
+        else:
+            self.cache.rollback(self.open)
+        self.close(commit=commit)
+
+    @precondition(lambda self: self.stale)
+    @rule(data=st.data())
+    def use_a_stale_step(self, data):
+        step = data.draw(st.sampled_from(self.stale))
+        rows = torch.full((step.total_rows, 1, 2), -1.0)
+        uses = (self.cache.commit, self.cache.rollback, lambda step: self.cache.append(0, rows, rows, step))
+        with pytest.raises(StaleStep):
+            data.draw(st.sampled_from(uses))(step)
+
+    @precondition(lambda self: self.world.dead)
+    @rule(data=st.data())
+    def use_a_dead_handle(self, data):
+        branch = data.draw(st.sampled_from(self.world.dead))
+        uses = (lambda b: self.cache.plan([(b, 1)]), lambda b: self.cache.fork(b, 1), self.cache.free)
+        with pytest.raises(BranchError, match="expected a live branch"):
+            data.draw(st.sampled_from(uses))(branch)
+
+    @invariant()
+    def same_as_the_reference(self):
+        if not hasattr(self, "world"):
+            return
+        open_step = self.open
+        if open_step is not None:
+            self.cache.check()  # the reference holds the open step's rows already; the cache does not
+            return
+        self.world.check()
+
+    def teardown(self):
+        if not hasattr(self, "world"):
+            return
+        for branch in list(self.world.live):
+            self.cache.free(branch)
+            self.cache.check()
+        assert self.cache.num_free_pages == self.cache.num_pages
+        assert not self.cache._nodes and not self.cache._branches and self.cache._open is None
+
+
+def reserved(step) -> int:
+    return sum(len(planned.pages) for planned in step.planned) if step is not None else 0
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(settings.get_profile("ci"), max_examples=120, stateful_step_count=40)
