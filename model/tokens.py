@@ -6,6 +6,8 @@ that it is never served with the wrong ones.
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from mvkernels import TagTokens
 from mvkernels.grammar import TAGS
 from mvkernels.layout import SEMANTICS
+from mvkernels.model.loading import load_checkpoint
 
 #: The key in config.json.
 CONFIG_KEY = "multiverse"
@@ -82,3 +85,27 @@ def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
     if output is not None and output.weight is not tables[0]:
         tables.append(output.weight)
     return tables
+
+
+def add_tags_to_checkpoint(source: str | Path, target: str | Path, seed: int = 0) -> TagTokens:
+    """`add_tags` from one folder (or GGUF file) to a new folder, with tokenizer and config. Safetensors out.
+
+    The folder appears whole or not at all. Raises ValueError when `source` cannot be read or `target` holds anything
+    already.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"expected a target that does not exist or is an empty folder, got {target}")
+    model, tokenizer = load_checkpoint(source)
+    tags = add_tags(model, tokenizer, seed)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        if target.exists():
+            target.rmdir()
+        whole = Path(scratch)
+        whole.chmod(0o755)  # temporary folders are the owner's alone
+        whole.rename(target)
+        whole.mkdir()  # for the context manager to remove
+    return tags

@@ -20,9 +20,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from mvkernels import BackendError, BranchLayout, PagedKVCache, patch_model, unpatch_model
-from mvkernels.hf import is_patched
+from mvkernels.hf import ATTENTION_NAME, is_patched
 
 SIZES = {
     "vocab_size": 61,
@@ -168,10 +169,12 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 def test_no_mask_of_the_sequence_squared_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     model = patch_model(make("qwen2"))
-    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", None)  # would be called
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, ATTENTION_NAME, None)
     monkeypatch.setattr(BranchLayout, "dense_mask", None)
     layout = BranchLayout.pack([BranchLayout.from_tree(TREE)] * 2)
     model(ids_of(layout.total_tokens), branch_layout=layout)
+    with pytest.raises(TypeError, match="not callable"):
+        model(ids_of(9), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))  # here transformers does build one
 
 
 LAYOUT = BranchLayout.causal(4)
