@@ -1,0 +1,163 @@
+"""Attention of a branch layout on the CPU: PyTorch's own flash kernels on just the visible keys.
+
+    s_ij = scale q_i . k_j over the visible j;  lse_i = log sum_j exp(s_ij);  out_i = sum_j exp(s_ij - lse_i) v_j
+
+Each call of the plan (see `cpu_plan`) is dense attention of some rows on some keys, with its own log-sum-exp; calls on the
+same rows are merged by it. The backward gives the flash kernel the final out and lse of the rows, so that it sees the final
+probabilities, and sums what the calls return, in fp32.
+
+Memory is O(T H D): the largest mask is one block of rows by the keys of its own segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from mvkernels.ops.cpu_plan import CAUSAL, MASKED, Spans, cpu_plan
+from mvkernels.ops.mask import IntervalMask
+
+
+def tables(mask: IntervalMask) -> list[torch.Tensor]:
+    """What the op is given for a mask: calls, span_ptr, spans, row_segment, first_key, gap_ptr, gaps. All int32, on the CPU."""
+    plan = cpu_plan(mask)
+    arrays = (plan.calls, plan.span_ptr, plan.spans, mask.segment_of_rows(), mask.first_key, mask.gap_ptr, mask.gaps)
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Sequence[torch.Tensor], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [T, Hq, D], k and v [T, Hkv, D] -> out [T, Hq, D], lse [Hq, T] (fp32; fp64 for fp64 inputs)."""
+    wide = accumulator_dtype(q.dtype)
+    out = torch.empty(q.shape, dtype=wide)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=wide)
+    for first, last, kind, fresh, spans in _calls(tables):
+        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _heads_first(q[first:last]),
+            _heads_first(gather(k, spans)),
+            _heads_first(gather(v, spans)),
+            0.0,
+            kind == CAUSAL,
+            attn_mask=block_mask(tables, first, last, spans, q.dtype) if kind == MASKED else None,
+            scale=scale,
+        )
+        merge(out[first:last], lse[:, first:last], part[0].transpose(0, 1), part_lse[0], fresh)
+    return out.to(q.dtype), lse
+
+
+def backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tables: Sequence[torch.Tensor],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v; grad_lse [Hq, T] may be None."""
+    depth = q.shape[2]
+    if grad_lse is not None:
+        q, k, v, out, grad_out = _with_lse_column(q, k, v, out, grad_out, grad_lse)
+    wide = accumulator_dtype(q.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q, k, v))
+    for first, last, kind, _, spans in _calls(tables):
+        part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _heads_first(grad_out[first:last]),
+            _heads_first(q[first:last]),
+            _heads_first(gather(k, spans)),
+            _heads_first(gather(v, spans)),
+            _heads_first(out[first:last]),
+            lse[None, :, first:last],
+            0.0,
+            kind == CAUSAL,
+            attn_mask=block_mask(tables, first, last, spans, q.dtype) if kind == MASKED else None,
+            scale=scale,
+        )
+        dq[first:last] += part_q[0].transpose(0, 1)
+        _scatter_add(dk, spans, part_k[0].transpose(0, 1))
+        _scatter_add(dv, spans, part_v[0].transpose(0, 1))
+    # One copy at most: the columns beyond the head's own are those added above.
+    grads = [x[:, :, :depth].to(q.dtype).contiguous() for x in (dq, dk, dv)]
+    return grads[0], grads[1], grads[2]
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, fresh: bool
+) -> None:
+    """Fold attention on further keys into out [R, H, D] and lse [H, R], in place. fresh: there was nothing before."""
+    if fresh:
+        out.copy_(part)
+        lse.copy_(part_lse)
+        return
+    weight = torch.sigmoid(part_lse - lse).t().unsqueeze(-1)
+    out.lerp_(part.to(out.dtype), weight)
+    torch.logaddexp(lse, part_lse, out=lse)
+
+
+def block_mask(
+    tables: Sequence[torch.Tensor], first: int, last: int, spans: Spans, dtype: torch.dtype
+) -> torch.Tensor:
+    """[rows, keys] of 0 where the row sees the key and -inf where it does not."""
+    _, _, _, row_segment, first_key, gap_ptr, gaps = tables
+    segment = row_segment[first:last].long()
+    rows = torch.arange(first, last)[:, None]
+    keys = torch.cat([torch.arange(start, stop) for start, stop in spans])[None, :]
+    visible = (keys <= rows) & (keys >= first_key[segment][:, None])
+    begin, end = gap_ptr[segment].long(), gap_ptr[segment + 1].long()
+    for g in range(int((end - begin).max())):
+        live = begin + g < end
+        gap = gaps[torch.where(live, begin + g, 0)]
+        outside = (keys < gap[:, :1]) | (keys >= gap[:, 1:])
+        visible &= outside | ~live[:, None]
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+
+
+def gather(x: torch.Tensor, spans: Spans) -> torch.Tensor:
+    """Rows of x [T, H, D] in the spans; a view where there is one span."""
+    if len(spans) == 1:
+        return x[spans[0][0] : spans[0][1]]
+    return torch.cat([x[start:stop] for start, stop in spans])
+
+
+def _scatter_add(x: torch.Tensor, spans: Spans, part: torch.Tensor) -> None:
+    offset = 0
+    for start, stop in spans:
+        x[start:stop] += part[offset : offset + stop - start]
+        offset += stop - start
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """[T, H, D] -> [1, H, T, D], a view. The flash kernels read any strides as long as the last one is 1."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _calls(tables: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, int, bool, Spans]]:
+    calls, span_ptr, spans = (table.tolist() for table in tables[:3])
+    for c, (first, last, kind, fresh) in enumerate(calls):
+        yield first, last, kind, bool(fresh), [(a, b) for a, b in spans[span_ptr[c] : span_ptr[c + 1]]]
+
+
+def _with_lse_column(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """One more column per head through which the gradient of lse flows.
+
+    d s_ij = p_ij (grad_out_i . v_j - grad_out_i . out_i + grad_lse_i), and the flash kernel computes the two dot products
+    itself: with out = -1 and grad_out = grad_lse in a column where q = k = v = 0, it computes all three terms.
+    """
+    zero = [torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v)]
+    minus_one = torch.nn.functional.pad(out, (0, 1), value=-1.0)
+    return (*zero, minus_one, torch.cat([grad_out, grad_lse.t().unsqueeze(-1).to(grad_out.dtype)], dim=-1))

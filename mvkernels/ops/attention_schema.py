@@ -1,0 +1,127 @@
+"""The attention ops as PyTorch sees them: schema, fake (shape-only) twin, gradient. The launchers stand elsewhere.
+
+    mvkernels::attention_cpu, mvkernels::attention_triton
+        (q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D], tables, config, scale) -> (out [T, Hq, D], lse [Hq, T])
+    mvkernels::attention_cpu_backward, mvkernels::attention_triton_backward
+        (grad_out, grad_lse or None, q, k, v, out, lse, tables, config, scale) -> (grad_q, grad_k, grad_v)
+
+tables: int32 tensors made from the layout's mask by the backend (`tables` of its module). config: its tile sizes, flat.
+lse is the natural logarithm, fp32 (fp64 for fp64 inputs), and has a gradient of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels.ops import attention_cpu
+
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("mvkernels::attention_cpu", mutates_args=(), device_types="cpu")
+def attention_cpu_op(
+    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], config: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    return attention_cpu.forward(q, k, v, tables, scale)
+
+
+@torch.library.custom_op("mvkernels::attention_cpu_backward", mutates_args=(), device_types="cpu")
+def attention_cpu_backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    config: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_cpu.backward(grad_out, grad_lse, q, k, v, out, lse, tables, scale)
+
+
+@torch.library.custom_op("mvkernels::attention_triton", mutates_args=())
+def attention_triton_op(
+    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], config: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    from mvkernels.ops import attention_triton
+
+    return attention_triton.forward(q, k, v, tables, config, scale)
+
+
+@torch.library.custom_op("mvkernels::attention_triton_backward", mutates_args=())
+def attention_triton_backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    config: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mvkernels.ops import attention_triton_backward
+
+    return attention_triton_backward.backward(grad_out, grad_lse, q, k, v, out, lse, tables, config, scale)
+
+
+OPS = {
+    "cpu": (attention_cpu_op, attention_cpu_backward_op),
+    "triton": (attention_triton_op, attention_triton_backward_op),
+}
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], config: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=attention_cpu.accumulator_dtype(q.dtype))
+    return q.new_empty(q.shape), lse
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    config: Sequence[int],
+    scale: float,
+) -> Grads:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _register(name: str) -> None:
+    forward, backward = OPS[name]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, tables, config, scale = inputs
+        # An lse that nobody uses then has no gradient at all, rather than zeros that cost a pass.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, *output, *tables)
+        ctx.config, ctx.scale = config, scale
+
+    def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, lse, *tables = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grads = backward(grad_out, grad_lse, q, k, v, out, lse, tables, ctx.config, ctx.scale)
+        # PyTorch takes an empty list for a list of tensors and wants one back.
+        return *grads, [None] * len(tables), None if ctx.config else [], None
+
+    forward.register_fake(_fake_forward)
+    backward.register_fake(_fake_backward)
+    forward.register_autograd(differentiate, setup_context=setup_context)
+
+
+for _name in OPS:
+    _register(_name)
