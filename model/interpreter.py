@@ -183,8 +183,11 @@ class Interpreter:
 
     # ---- what comes
 
-    def feed(self, branch: int, kind: Kind) -> list[Action]:
-        """One token of `kind` has come on `branch`, sampled or forced. Raises ValueError where none may come."""
+    def feed(self, branch: int, kind: Kind, within_limits: bool = True) -> list[Action]:
+        """One token of `kind` has come on `branch`, sampled or forced. Raises ValueError where none may come.
+
+        within_limits: False for a prompt's tokens, whose blocks may be wider and deeper than the limits.
+        """
         b = self._branches[branch]
         if b.state in _SILENT:
             raise ValueError(f"branch {branch}: expected a running branch, got one that is {b.state.value}")
@@ -195,7 +198,7 @@ class Interpreter:
             b.items.append(1)
         b.position += 1
         self.critical_path = max(self.critical_path, b.position)
-        return self._read(branch, b, kind)
+        return self._read(branch, b, kind, within_limits)
 
     def stop(self, branch: int, reason: str) -> list[Action]:
         """The branch must end here. `reason`: the request's on the trunk, and named in a warning in a path."""
@@ -213,19 +216,19 @@ class Interpreter:
         actions.append(Warn(branch, f"{_where(b)}: closed by a forced </Path> ({reason})"))
         return [*actions, Force(branch, (Kind.PATH_END,))]
 
-    def _read(self, branch: int, b: _Branch, kind: Kind) -> list[Action]:
+    def _read(self, branch: int, b: _Branch, kind: Kind, limited: bool) -> list[Action]:
         if kind < FIRST_TAG and (kind is Kind.SPACE or b.state in _TAKES_TEXT):
             return []
         if b.state in _FREE:
-            return self._read_free(branch, b, kind, silent=False)
+            return self._read_free(branch, b, kind, limited, silent=False)
         if b.state is State.GOAL and kind is Kind.GOAL_END and b.outlines:
             return self._fork(branch, b)
         if b.state is State.CLOSING and kind is Kind.PARALLEL_END:
             b.state = b.base
             return []
         following = _MOVES.get((b.state, kind))
-        if following is None or (kind is Kind.OUTLINE and b.outlines >= self.max_width):
-            return self._leave(branch, b, tag_name(kind)) + self._read_free(branch, b, kind, silent=True)
+        if following is None or (limited and kind is Kind.OUTLINE and b.outlines >= self.max_width):
+            return self._leave(branch, b, tag_name(kind)) + self._read_free(branch, b, kind, limited, silent=True)
         if kind is Kind.GOAL:
             b.outlines = 0
         elif kind is Kind.OUTLINE_END:
@@ -233,11 +236,11 @@ class Interpreter:
         b.state = following
         return []
 
-    def _read_free(self, branch: int, b: _Branch, kind: Kind, silent: bool) -> list[Action]:
+    def _read_free(self, branch: int, b: _Branch, kind: Kind, limited: bool, silent: bool) -> list[Action]:
         """A kind in free text. silent: a warning has been given already."""
         if kind < FIRST_TAG:
             return []
-        if kind is Kind.PARALLEL and len(b.path) < self.max_depth:
+        if kind is Kind.PARALLEL and (not limited or len(b.path) < self.max_depth):
             b.base, b.state = b.state, State.PARALLEL
             return []
         if kind is Kind.PATH_END and b.state is State.PATH:

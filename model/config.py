@@ -1,0 +1,53 @@
+"""What a caller asks of a generation, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Budgets, limits and sampling of one request. Lengths are in tokens and never count the prompt.
+
+    max_new_tokens      all tokens together, the ones that the engine writes included; there everything stops at once
+    max_critical_path   the longest chain of tokens; a path that comes near it is closed so that its block still merges
+    max_width           paths per block. max_depth: blocks inside one another; 0 makes the output sequential
+    temperature         0 is greedy. top_k: likeliest tokens kept, 0 for all. top_p: smallest set with this probability
+    seed                the request's own; the text depends on it, not on the other requests of the batch
+    stop                strings that end a branch; None: those of the model's generation config
+    eos_token_ids       tokens that end a branch; None: those of the model's generation config
+    sequential          advance one path at a time: the same text in as many steps as tokens
+
+    Raises ValueError when a value is out of range.
+    """
+
+    max_new_tokens: int = 1024
+    max_critical_path: int | None = None
+    max_width: int = 16
+    max_depth: int = 8
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] | None = None
+    eos_token_ids: tuple[int, ...] | None = None
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        self._require("max_new_tokens", "at least 1", self.max_new_tokens >= 1)
+        self._require(
+            "max_critical_path", "at least 1, or None", self.max_critical_path is None or self.max_critical_path >= 1
+        )
+        self._require("max_width", "at least 1", self.max_width >= 1)
+        self._require("max_depth", "at least 0", self.max_depth >= 0)
+        self._require("temperature", "a finite number >= 0", math.isfinite(self.temperature) and self.temperature >= 0)
+        self._require("top_k", "at least 0", self.top_k >= 0)
+        self._require("top_p", "a number in (0, 1]", 0 < self.top_p <= 1)
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop: expected a tuple of strings, got the string {self.stop!r}")
+        self._require("stop", "strings that are not empty", all(self.stop or ()))
+
+    def _require(self, name: str, expected: str, holds: bool) -> None:
+        if not holds:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")

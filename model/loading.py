@@ -1,0 +1,79 @@
+"""A model and its tokenizer from a local folder (safetensors) or a GGUF file; never pickles, never foreign code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mvkernels._lazy import missing_message
+from mvkernels.grammar import TAGS
+
+SEMANTICS = "canonical"
+
+
+def load_checkpoint(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | None = None, device_map: Any = None
+) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer of a local checkpoint: a folder with safetensors (sharded or not), or a GGUF file.
+
+    dtype: None takes the checkpoint's. device and device_map: at most one; device_map goes to transformers.
+    Raises ValueError with one line that says what was expected, whatever is wrong with the checkpoint.
+    """
+    if device is not None and device_map is not None:
+        raise ValueError(f"expected device or device_map, got both: {device!r} and {device_map!r}")
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        folder, extra = path.parent, {"gguf_file": path.name}
+        _require("gguf", path)
+        _require("accelerate", path)
+    elif path.is_dir():
+        folder, extra = path, {}
+        if not any(path.glob("*.safetensors")):
+            raise ValueError(
+                f"expected a folder with config.json and *.safetensors, got {path} without *.safetensors (pickled "
+                "weights are not loaded)"
+            )
+    else:
+        raise ValueError(f"expected a local model folder or a .gguf file, got {path}, which is neither")
+    if device_map is not None:
+        _require("accelerate", path)
+    common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **extra}
+    weights = {} if extra else {"use_safetensors": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **common)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto" if dtype is None else dtype, device_map=device_map, **weights, **common
+        )
+    except Exception as error:  # whatever a broken file makes transformers raise, the caller gets one line
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"expected a readable causal language model, got {path}: {reason}") from error
+    _check_entry(model.config, path)
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def _require(module: str, path: Path) -> None:
+    try:
+        __import__(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(missing_message(f"loading {path}", module)) from error
+
+
+def _check_entry(config: Any, path: Path) -> None:
+    """Refuse weights that were trained with other tags or another layout than the engine generates in."""
+    entry = getattr(config, "multiverse", None)
+    if entry is None:
+        return
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{path}: expected a multiverse entry with semantics and tags, got {json.dumps(entry)}")
+    semantics, tags = entry.get("semantics"), entry.get("tags")
+    if semantics != SEMANTICS:
+        raise ValueError(f"{path}: expected weights with semantics {SEMANTICS!r}, got {semantics!r}")
+    if list(tags or ()) != list(TAGS):
+        raise ValueError(f"{path}: expected the control tags {' '.join(TAGS)}, got {tags}")

@@ -1,0 +1,110 @@
+"""From what a caller passes as a prompt to token ids, and from token ids with blocks to the tokens of each branch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from mvkernels.grammar import Block, Trace
+from mvkernels.tags import TagTokens
+
+#: A text, a chat (messages with "role" and "content"), or token ids.
+Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+
+@dataclass
+class Given:
+    """The tokens of a prompt that stand on one branch, and per block that forks there what its paths are given."""
+
+    tokens: deque[int] = field(default_factory=deque)
+    blocks: deque[list[Given]] = field(default_factory=deque)
+
+
+def split_prompt(ids: Sequence[int], trace: Trace) -> Given:
+    """Distributes a prompt's tokens over its branches. The prompt may be cut anywhere."""
+    root = Given()
+    work: list[tuple[Given, int, int, tuple[Block, ...]]] = [(root, 0, trace.length, trace.blocks)]
+    while work:
+        given, start, end, blocks = work.pop()
+        for block in blocks:
+            if block.goal_end is None:
+                continue
+            children: list[Given] = []
+            given.blocks.append(children)
+            if not block.paths:
+                continue
+            given.tokens.extend(ids[start : block.paths[0].start])
+            for path in block.paths:
+                children.append(Given())
+                stop = trace.length if path.end is None else path.end
+                work.append((children[-1], path.start, stop, path.blocks))
+            start = end if block.conclusion is None else block.conclusion
+        given.tokens.extend(ids[start:end])
+    return root
+
+
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or several -> a list. A list of integers, and a list of messages, is one prompt.
+
+    Raises ValueError for what is no prompt.
+    """
+    if isinstance(prompts, str) or _is_ids(prompts) or _is_chat(prompts):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts: expected a text, a list of prompts, or token ids, got {type(prompts).__name__}")
+    for prompt in prompts:
+        if not (isinstance(prompt, str) or _is_ids(prompt) or _is_chat(prompt)):
+            raise ValueError(f"prompts: expected texts, chats or lists of token ids, got {prompt!r}")
+    return list(prompts)
+
+
+def _is_ids(prompt: Any) -> bool:
+    if hasattr(prompt, "tolist"):
+        return bool(prompt.ndim == 1)
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(i, int) for i in prompt)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(m, Mapping) for m in prompt)
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Any, tags: TagTokens | None, vocabulary: int) -> list[int]:
+    """The token ids of one prompt. A chat goes through the tokenizer's chat template; a text is taken as it is.
+
+    vocabulary: number of rows of the model's embedding. Raises ValueError for an empty prompt, for ids outside the
+    vocabulary, and for a chat when the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        ids = _encode(prompt, tokenizer, tags)
+    elif hasattr(prompt, "tolist"):
+        ids = prompt.tolist()
+    elif _is_chat(prompt):
+        ids = _encode(chat_text(prompt, tokenizer), tokenizer, tags, special=False)
+    else:
+        ids = [int(i) for i in prompt]  # type: ignore[arg-type]
+    if not ids:
+        raise ValueError("prompt: expected at least one token, got an empty prompt")
+    wrong = [i for i in ids if not 0 <= i < vocabulary]
+    if wrong:
+        raise ValueError(f"prompt: expected token ids from 0 to {vocabulary - 1}, got {wrong[0]}")
+    return ids
+
+
+def chat_text(messages: Any, tokenizer: Any) -> str:
+    """The messages in the tokenizer's chat template, up to where the assistant's turn begins."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("chat: expected a tokenizer with a chat template, got one without")
+    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def _encode(text: str, tokenizer: Any, tags: TagTokens | None, special: bool = True) -> list[int]:
+    """As the tokenizer encodes it, but with the tags' own pieces where there are tags."""
+    if tags is None:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special)
+        return ids
+    # What the tokenizer puts before every text: a begin-of-text token, or nothing.
+    prefix = tokenizer.encode("", add_special_tokens=True) if special else []
+    return [*prefix, *tags.encode(text)]

@@ -1,0 +1,51 @@
+"""Text of a branch while its tokens come: pieces that are right when a character's bytes are split over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+# A character has at most four bytes, so more tokens than this hold no unfinished character but bytes that make none.
+_LONGEST_WAIT = 8
+
+
+class TextStream:
+    """Turns tokens into text incrementally.
+
+    A token's text may depend on the ones before it (bytes of one character; spaces in SentencePiece vocabularies), so
+    each piece is the difference of two decodings of a short window of tokens. tokenizer: anything with `decode`.
+    context: tokens before the first one. silent: tokens without text, such as end of text.
+    """
+
+    def __init__(self, tokenizer: Any, context: Sequence[int] = (), silent: frozenset[int] = frozenset()) -> None:
+        self._tokenizer = tokenizer
+        self._silent = silent
+        self._window = list(context)  # the tokens of the last finished piece, then the unfinished ones
+        self._finished = len(self._window)
+        self._before = self._decode(self._window)
+
+    def push(self, token: int) -> str:
+        """The text that `token` adds; empty while it ends within a character."""
+        if token in self._silent:
+            return ""
+        self._window.append(token)
+        text = self._decode(self._window)
+        waiting = len(self._window) - self._finished
+        if text.endswith(_UNFINISHED) and waiting <= _LONGEST_WAIT:
+            return ""
+        piece = text[len(self._before) :]
+        self._window = self._window[self._finished :]
+        self._finished = len(self._window)
+        self._before = self._decode(self._window)
+        return piece
+
+    def rest(self) -> str:
+        """The text of an unfinished character at the end, as the tokenizer writes it."""
+        return self._decode(self._window)[len(self._before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        if not tokens:
+            return ""
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
