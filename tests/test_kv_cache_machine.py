@@ -21,7 +21,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.open = None
         self.stale = []
 
-    @initialize(num_pages=st.integers(1, 24), page_size=st.sampled_from([1, 2, 3, 16]))
+    @initialize(num_pages=st.sampled_from([2, 7, 20, 60, 200]), page_size=st.sampled_from([1, 2, 3, 16]))
     def start(self, num_pages, page_size):
         self.world = World(poisoned_cache(num_pages, page_size, layers=2), sequential=True)
         self.cache = self.world.cache
@@ -68,7 +68,7 @@ class CacheMachine(RuleBasedStateMachine):
         with pytest.raises(BranchError, match="merge: expected"):
             self.cache.merge(parent, chosen)
 
-    @precondition(lambda self: self.world.live)
+    @precondition(lambda self: len(self.world.live) > 5 or not self.handles())
     @rule(data=st.data())
     def free(self, data):
         branch = data.draw(st.sampled_from(list(self.world.live)))
@@ -80,7 +80,38 @@ class CacheMachine(RuleBasedStateMachine):
     def plan(self, data, commit):
         """Any handles in any order: what may grow is decided by the reference, entry by entry."""
         chosen = data.draw(st.lists(st.sampled_from(self.handles()), min_size=1, max_size=5, unique=True))
-        entries = [(branch, data.draw(st.integers(1, 5))) for branch in chosen]
+        self.try_plan([(branch, data.draw(st.integers(1, 5))) for branch in chosen], commit)
+
+    @rule(counts=st.lists(st.integers(1, 4), min_size=12, max_size=12))
+    def grow_every_leaf(self, counts):
+        entries = list(zip([b for b in self.world.live if not self.world.children[b]], counts, strict=False))
+        if entries:
+            self.try_plan(entries, commit=True)
+
+    @precondition(lambda self: 0 < len(self.world.live) < 10)
+    @rule(data=st.data(), counts=st.lists(st.integers(1, 4), min_size=4, max_size=4))
+    def fork_with_pending_tokens(self, data, counts):
+        """One step: the parent's last tokens, then its fresh children's first."""
+        leaves = [b for b in self.world.live if not self.world.children[b]]
+        parent = data.draw(st.sampled_from(leaves))
+        self.close()
+        children = self.world.fork(parent, data.draw(st.integers(1, 3)))
+        self.try_plan(list(zip([parent, *children], counts, strict=False)), commit=True)
+
+    @rule(data=st.data(), counts=st.lists(st.integers(1, 4), min_size=12, max_size=12))
+    def end_children_with_merged_parent(self, data, counts):
+        """One step: the last tokens of some merged children, then their parent's first."""
+        children = self.world.children
+        ready = [b for b in self.world.live if children[b] and not any(children[c] for c in children[b])]
+        if not ready:
+            return
+        self.close()
+        parent = data.draw(st.sampled_from(ready))
+        ending = [child for child in children[parent] if data.draw(st.booleans())]
+        self.world.merge(parent)
+        self.try_plan(list(zip([*ending, parent], counts, strict=False)), commit=data.draw(st.booleans()))
+
+    def try_plan(self, entries, commit):
         held, self.open = self.open, None
         if held is not None:
             self.world.forget(held)
@@ -174,4 +205,4 @@ def reserved(step) -> int:
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(settings.get_profile("ci"), max_examples=120, stateful_step_count=40)
+TestCacheMachine.settings = settings(settings.get_profile("ci"), max_examples=300, stateful_step_count=50)

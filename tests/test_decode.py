@@ -1,0 +1,251 @@
+"""Tree decode on the CPU against the reference, which decodes one branch at a time from unpaged tensors.
+
+Caches hold NaN wherever nothing was written, so a key beyond a node's end would show in the result.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cache_world import World, may_grow, poisoned_cache
+from decode_cases import CASES, assert_decodes, expected, queries
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mvkernels.decode import tree_decode
+from mvkernels.errors import BackendError, StaleStep
+from mvkernels.ops import decode_cpu
+from mvkernels.ops.backends import choose_backend
+from mvkernels.ops.decode_tasks import EntryView, NodeView, build_tasks
+
+BACKENDS = ["cpu", "reference"]
+
+
+def make_world(page_size=3, kv_heads=2, head_dim=16, dtype=torch.float32, layers=1, tokens=400, seed=0) -> World:
+    pages = -(-tokens // page_size) + 30
+    return World(poisoned_cache(pages, page_size, layers, kv_heads, head_dim, dtype), seed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+@pytest.mark.parametrize("case", CASES)
+def test_case(case, page_size, backend):
+    w = make_world(page_size)
+    step = w.write(CASES[case](w))
+    q = queries(w, step.total_rows, 6)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend=backend, return_lse=True)
+    assert_decodes(w, step, q, out, lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 1), (4, 4, 24), (7, 1, 64), (12, 2, 128)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtype_and_heads(dtype, heads, kv_heads, head_dim, backend):
+    w = make_world(16, kv_heads, head_dim, dtype)
+    step = w.write(CASES["ending_children_with_merged_parent"](w))
+    q = queries(w, step.total_rows, heads)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend=backend, return_lse=True)
+    assert_decodes(w, step, q, out, lse)
+
+
+@st.composite
+def tree_steps(draw):
+    """A world after random steps, and entries that may grow together: leaves, fresh children, ending children."""
+    w = make_world(
+        page_size=draw(st.sampled_from([1, 3, 16, 64])),
+        kv_heads=draw(st.sampled_from([1, 2])),
+        head_dim=draw(st.sampled_from([4, 16])),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        seed=draw(st.integers(0, 1000)),
+    )
+    tokens = st.sampled_from([1, 1, 1, 2, 5, 17])
+    w.step((w.new(), draw(st.integers(1, 40))))
+    depth = {branch: 0 for branch in w.live}
+    for _ in range(draw(st.integers(0, 6))):
+        branch = draw(st.sampled_from(list(w.live)))
+        if w.children[branch]:
+            if not any(w.children[child] for child in w.children[branch]):
+                w.merge(branch)
+        elif depth[branch] < 4:
+            depth.update(dict.fromkeys(w.fork(branch, draw(st.integers(1, 4))), depth[branch] + 1))
+        growing = [b for b in (*w.live, *w.merged) if may_grow(w.mirror(b)) and draw(st.booleans())]
+        for branch in growing:  # one after the other: what was planned first may stop the others
+            if (branch in w.live or branch in w.merged) and may_grow(w.mirror(branch)):
+                w.step((branch, draw(tokens)))
+    leaves = [b for b in w.live if not w.children[b]]
+    parents = [b for b in w.live if w.children[b] and may_grow(w.mirror(b)) and draw(st.booleans())]
+    ending = [b for b in w.merged if draw(st.booleans())]
+    chosen = [b for b in leaves if draw(st.booleans())] or leaves[:1]
+    # A node is made after all that it sees, so in this order no entry stops a later one.
+    order = sorted({*parents, *ending, *chosen}, key=lambda b: w.cache._state(b).tail.id)
+    return w, [(branch, draw(tokens)) for branch in order]
+
+
+@settings(max_examples=60)
+@given(tree_steps(), st.sampled_from([1, 2, 3, 7]), st.sampled_from(BACKENDS))
+def test_random_trees(world_and_entries, group, backend):
+    w, entries = world_and_entries
+    step = w.write(entries)
+    q = queries(w, step.total_rows, group * w.cache.num_kv_heads)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend=backend, return_lse=True)
+    assert_decodes(w, step, q, out, lse)
+    w.commit(step)
+    w.check()
+
+
+def test_layers_and_scale_are_kept_apart():
+    w = make_world(layers=3)
+    step = w.write(CASES["siblings"](w))
+    q = queries(w, step.total_rows, 4)
+    for layer in range(3):
+        out, lse = tree_decode(q, w.cache.k[layer], w.cache.v[layer], step, scale=0.7, return_lse=True)
+        assert_decodes(w, step, q, out, lse, layer, scale=0.7)
+
+
+def test_auto_is_the_cpu_backend_here_and_is_bitwise_reproducible():
+    w = make_world(page_size=3)
+    step = w.write(CASES["nested"](w))
+    q = queries(w, step.total_rows, 6)
+    once = tree_decode(q, w.cache.k[0], w.cache.v[0], step)
+    step.views._cache.clear()
+    assert torch.equal(once, tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu"))
+
+
+def test_strided_queries():
+    w = make_world()
+    step = w.write(CASES["requests"](w))
+    wide = torch.randn(1, 6, step.total_rows, 2 * w.cache.head_dim, generator=w.generator)
+    q = wide[0].transpose(0, 1)[..., ::2]
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
+    assert_decodes(w, step, q, out, lse)
+
+
+@pytest.mark.parametrize("view_tokens", [1, 8, 10**6], ids=["every run apart", "mixed", "all gathered"])
+def test_scattered_pages(view_tokens, monkeypatch):
+    """Two branches that grow by turns own every other page; the result is the same however runs are attended to."""
+    monkeypatch.setattr(decode_cpu, "VIEW_TOKENS", view_tokens)
+    w = make_world(page_size=4)
+    a, b = w.new(), w.new()
+    w.step((a, 19))
+    for _ in range(8):
+        w.step((a, 3), (b, 5))
+    step = w.write([(b, 1), (a, 6)])
+    q = queries(w, step.total_rows, 2)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True)
+    pieces = [piece for task in step.views.tasks() for piece in decode_cpu.plan_pieces(task, step.views)]
+    gathered = [piece for piece in pieces if isinstance(piece.slots, torch.Tensor)]
+    assert len(gathered) > 0 if view_tokens > 1 else len(pieces) > 6
+    assert_decodes(w, step, q, out, lse)
+
+
+def test_pages_used_again_hide_what_they_held():
+    """A freed branch's keys stay in memory; the page's next owner sees its own tokens only."""
+    w = make_world(page_size=16)
+    first = w.new()
+    w.step((first, 40))
+    w.free(first)
+    step = w.write([(w.new(), 3)])
+    assert step.slots.tolist() == [0, 1, 2]
+    q = queries(w, 3, 2)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
+    assert_decodes(w, step, q, out, lse)
+
+
+def test_long_prefill_takes_one_call_and_no_gather():
+    w = make_world(page_size=16, tokens=4096)
+    step = w.write([(w.new(), 3000)])
+    (task,) = step.views.tasks()
+    (piece,) = decode_cpu.plan_pieces(task, step.views)
+    assert (piece.rows, piece.slots, piece.causal) == (slice(0, 3000), slice(0, 3000), True)
+    q = queries(w, 3000, 2)
+    out = tree_decode(q, w.cache.k[0], w.cache.v[0], step)
+    exact, _ = expected(w, step, q, 0, torch.float64)
+    assert (out - exact).abs().max() < 1e-5
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------
+
+
+def node(first_page: int, length: int, page_size: int = 4) -> NodeView:
+    pages = torch.arange(first_page, first_page + -(-length // page_size), dtype=torch.int32)
+    return NodeView(pages.numpy(), length)
+
+
+def test_a_shared_node_is_one_task_and_nodes_with_the_same_rows_are_folded():
+    goal, old_path, empty = node(0, 10), node(3, 5), node(0, 0)
+    whole = (goal, empty, old_path)
+    tails = [node(10, 3), node(20, 1), node(30, 9)]
+    entries = [
+        EntryView(0, 1, tails[0], whole), EntryView(1, 1, tails[1], whole), EntryView(2, 4, tails[2], whole)
+    ]  # fmt: skip
+    shared, first, second, causal = build_tasks(entries, page_size=4)
+    assert shared.rows.tolist() == [0, 1, 2, 3, 4, 5]
+    assert shared.pages.tolist() == [0, 1, 2, 3, 4] and shared.counts.tolist() == [4, 4, 2, 4, 1]
+    assert (first.rows.tolist(), first.counts.tolist(), first.base) == ([0], [3], None)
+    assert (second.rows.tolist(), second.counts.tolist()) == ([1], [1])
+    assert (causal.rows.tolist(), causal.counts.tolist(), causal.base) == ([2, 3, 4, 5], [4, 4, 1], 5)
+
+
+def test_every_row_sees_each_of_its_keys_in_exactly_one_task():
+    w = make_world(page_size=3)
+    step = w.write(CASES["nested"](w))
+    for entry, view in enumerate(step.views.entries):
+        for row in range(view.num_rows):
+            seen = []
+            for task in step.views.tasks():
+                for place in (task.rows == view.first_row + row).nonzero()[0]:
+                    slots = [p * 3 + i for p, c in zip(task.pages, task.counts, strict=True) for i in range(c)]
+                    seen += slots if task.base is None else slots[: task.base + place + 1]
+            wanted = step.views.visible_slots(entry).tolist()
+            assert sorted(seen) == sorted(wanted[: len(wanted) - view.num_rows + row + 1])
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_that_do_not_fit():
+    w = make_world(page_size=3, kv_heads=2, head_dim=16)
+    step = w.write([(w.new(), 4)])
+    q, k, v = queries(w, 4, 4), w.cache.k[0], w.cache.v[0]
+    cases = [
+        ((q[:3], k, v), r"q: expected shape \[4, Hq, D\], got \[3, 4, 16\]"),
+        ((q[0], k, v), r"q: expected shape \[4, Hq, D\]"),
+        ((q[:, :3], k, v), "multiple of 2 key-value heads, got 3"),
+        ((q, k[..., :8], v), r"k_layer: expected shape \[num_pages, 3, Hkv, 16\]"),
+        ((q, k[:, :2], v), r"k_layer: expected shape \[num_pages, 3, Hkv, 16\]"),
+        ((q, k, v[:5]), "v_layer: expected k_layer's shape"),
+        ((q.half(), k, v), "k_layer: expected q's dtype torch.float16, got torch.float32"),
+        ((q, k, v.to("meta")), "v_layer: expected q's device cpu, got meta"),
+        ((q, k, v.transpose(0, 1).contiguous().transpose(0, 1)), "v_layer: expected contiguous"),
+        ((q.clone().requires_grad_(), k, v), "outside autograd"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            tree_decode(*arguments, step)
+    with torch.no_grad():
+        tree_decode(q.clone().requires_grad_(), k, v, step)
+    with pytest.raises(ValueError, match="expected one of 'auto', 'cpu', 'triton', 'reference', got 'flash'"):
+        tree_decode(q, k, v, step, backend="flash")
+    w.commit(step)
+    with pytest.raises(StaleStep, match="was committed"):
+        tree_decode(q, k, v, step)
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    w = make_world()
+    step = w.write([(w.new(), 2)])
+    q = queries(w, 2, 2)
+    with pytest.raises(BackendError, match="'triton' cannot do this: "):
+        tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="triton")
+    with pytest.raises(BackendError, match="'triton' cannot do this: "):
+        w.cache.append(0, torch.zeros(2, 2, 16), torch.zeros(2, 2, 16), step, backend="triton")
+
+
+def test_auto_gives_every_reason():
+    reasons = {"fast": "too small", "slow": None, "other": "no such device"}
+    assert choose_backend("auto", reasons) == "slow"
+    with pytest.raises(BackendError, match="no backend fits: fast: too small; other: no such device"):
+        choose_backend("auto", reasons, auto=("fast", "other"))
+    with pytest.raises(BackendError, match="'other' cannot do this: no such device"):
+        choose_backend("other", reasons)
