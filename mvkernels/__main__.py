@@ -63,7 +63,7 @@ def inspect(
 @app.command()
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to answer. Without it, the embedded model gets a fresh problem by --seed.")
+        str | None, typer.Argument(help="What to answer. Default, for the embedded model: a fresh problem.")
     ] = None,
     model: Annotated[
         str | None,
@@ -110,15 +110,12 @@ def add_tags(
     model: Annotated[Path, typer.Argument(help="Folder of a causal language model with its tokenizer.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the extended model to.")],
     seed: Annotated[int, typer.Option(help="Of the noise in the new embedding rows.")] = 0,
-    semantics: Annotated[Semantics, typer.Option(help="The layout the model will be trained with.")] = (
-        Semantics.canonical
-    ),
 ) -> None:
     """Extend a model and its tokenizer by the twelve control tags."""
     with one_line_errors():
         from mvkernels.commands import add_tags as command
 
-        command.run(model, out, seed, semantics.value)
+        command.run(model, out, seed)
 
 
 @app.command()

@@ -58,6 +58,17 @@ def test_plain_lines_come_whole_and_say_their_path():
     ]
 
 
+def test_control_characters_of_a_model_never_reach_the_terminal():
+    for view_of in (PlainLines, LivePanels):
+        out = console(terminal=False)
+        with view_of(out) as view:
+            view.show(token((), "a\x1b]0;title\x07b\r\x9b\n"))
+            if isinstance(view, LivePanels):
+                out.print(view.render())
+        shown = out.file.getvalue()
+        assert "a␛]0;title␇b␍" in shown and not set("\x1b\x07\r\x9b") & set(shown)
+
+
 def test_panels_show_the_paths_that_run():
     view = LivePanels(console(terminal=True))
     running = []

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
 from rich.table import Table
 
-from mvkernels.commands.live import View
+from mvkernels._lazy import import_for
+from mvkernels.commands.live import Silent, View, make_view, visible
 from mvkernels.model import Engine, Generation, GenerationConfig
 from mvkernels.model.events import Event, FinishEvent
+from mvkernels.model.tasks import arithmetic
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "model" / "embedded"
+#: Enough for the longest problem; the embedded model is so small that the room for it costs nothing.
+EMBEDDED_MAX_NEW_TOKENS = 4096
 WARM_UP_TOKENS = 8
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,82 @@ class Run:
         return self.generation.total_tokens / self.seconds if self.seconds else 0.0
 
 
+@dataclass(frozen=True)
+class Question:
+    """What the engine is asked, how it is shown, and the problem behind it where the answer is known."""
+
+    prompt: Any
+    shown: str
+    problem: arithmetic.Problem | None = None
+
+    def correct(self, run: Run) -> bool | None:
+        return None if self.problem is None else arithmetic.grade(run.generation.text, self.problem)
+
+
+# ---- loading and asking
+
+
+def load_engine(path: str | None, placement: Mapping[str, str | None]) -> tuple[Engine, list[str]]:
+    """The engine of a checkpoint (None: the embedded one), and what it warned of.
+
+    placement: dtype, device and device_map as on the command line. Raises ValueError for those that do not exist here.
+    """
+    if path is None and not (EMBEDDED / "config.json").exists():
+        raise ValueError(f"expected the embedded model in {EMBEDDED}, found none; name a model with --model")
+    dtype, device = placement["dtype"], placement["device"]
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if device is not None:
+        check_device(device)
+    transformers_logging: Any = import_for("mvkernels generate", "transformers.utils.logging")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        engine = Engine.from_pretrained(
+            EMBEDDED if path is None else path,
+            dtype=None if dtype is None else DTYPES[dtype],
+            device=device,
+            device_map=placement["device_map"],
+        )
+    notes = [str(warning.message) for warning in caught if "generates sequentially" in str(warning.message)]
+    return engine, notes
+
+
+def check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: expected a device such as cpu or cuda:0, got {name!r}") from None
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"--device: expected a device of this machine, got {name!r}: torch does not see it")
+
+
+def ask(engine: Engine, text: str | None, embedded: bool, seed: int, raw: bool) -> Question:
+    """What to ask: ``text``, or, for the embedded model, a held-out problem.
+
+    The embedded model wants the ending that asks for a parallel answer, and another model its chat template, where it
+    has one; with ``raw`` the text stays as it is. Raises ValueError where another model is given no text.
+    """
+    if text is None:
+        if not embedded:
+            raise ValueError("expected a PROMPT, got none: only the embedded model has problems of its own")
+        problem = next(arithmetic.generate(seed, "test"))
+        return Question(problem.prompt(), problem.question, problem)
+    if raw:
+        return Question(text, text)
+    if embedded:
+        endings = (arithmetic.PARALLEL_ENDING, arithmetic.SEQUENTIAL_ENDING)
+        asked = text.rstrip("\n")
+        return Question((asked if asked.endswith(endings) else asked + endings[0]) + "\n", asked)
+    if getattr(engine.tokenizer, "chat_template", None) is None:
+        return Question(text, text)
+    return Question([{"role": "user", "content": text}], text)
+
+
+# ---- running
+
+
 def timed(events: Iterable[Event], view: View) -> tuple[Generation, float]:
     """Shows every event; returns the generation and the seconds spent waiting for events."""
     iterator, seconds = iter(events), 0.0
@@ -43,17 +128,60 @@ def timed(events: Iterable[Event], view: View) -> tuple[Generation, float]:
             return event.generation, seconds
 
 
-def run_once(engine: Engine, prompt: Any, config: GenerationConfig, name: str, view: View) -> Run:
+def run_once(events: Iterable[Event], config: GenerationConfig, view: View) -> Run:
     with view:
-        generation, seconds = timed(engine.stream(prompt, config), view)
-    return Run(name, generation, seconds)
+        generation, seconds = timed(events, view)
+    return Run("sequential" if config.sequential else "parallel", generation, seconds)
 
 
-def as_prompt(engine: Engine, text: str, raw: bool) -> Any:
-    """The user's turn of a chat, where the tokenizer has a chat template; without one, and with ``raw``, the text."""
-    if raw or getattr(engine.tokenizer, "chat_template", None) is None:
-        return text
-    return [{"role": "user", "content": text}]
+def run(
+    prompt: str | None,
+    model: str | None,
+    given: Mapping[str, Any],
+    placement: Mapping[str, str | None],
+    compare: bool,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Generates once, and with ``compare`` once more sequentially; prints the answer and the figures of each run.
+
+    given: the fields of GenerationConfig that were given on the command line. Raises ValueError for bad ones.
+    """
+    embedded = model is None
+    if compare and given.get("sequential"):
+        raise ValueError("expected --compare or --sequential, got both")
+    config = GenerationConfig(**({"max_new_tokens": EMBEDDED_MAX_NEW_TOKENS} if embedded else {}), **given)
+    engine, notes = load_engine(model, placement)
+    question = ask(engine, prompt, embedded, config.seed, raw)
+    console = Console()
+    events = engine.stream(question.prompt, config)  # checks the prompt, and runs when it is iterated
+    if not as_json:
+        for note in notes:
+            console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+        console.print(visible(question.shown), style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print()
+    if compare:  # neither run shall pay for what is set up once in a process
+        engine.generate([question.prompt], replace(config, max_new_tokens=WARM_UP_TOKENS))
+    runs = [run_once(events, config, make_view(console, quiet=as_json))]
+    if compare:
+        again = replace(config, sequential=True)
+        runs.append(run_once(engine.stream(question.prompt, again), again, Silent()))
+    if as_json:
+        print(json.dumps(report(question, runs, notes), indent=1, ensure_ascii=False))
+    else:
+        print_report(console, question, runs)
+
+
+# ---- reporting
+
+
+def report(question: Question, runs: Sequence[Run], notes: list[str]) -> dict[str, object]:
+    return {
+        "prompt": question.prompt,
+        "expected_answer": None if question.problem is None else question.problem.answer,
+        "notes": notes,
+        "runs": [{**figures(run), "correct": question.correct(run)} for run in runs],
+    }
 
 
 def figures(run: Run) -> dict[str, object]:
@@ -70,6 +198,28 @@ def figures(run: Run) -> dict[str, object]:
         "warnings": g.warnings,
         "text": g.text,
     }
+
+
+def print_report(console: Console, question: Question, runs: Sequence[Run]) -> None:
+    """The merged answer, whether it is right, and the figures."""
+    first = runs[0].generation
+    console.print()
+    console.rule("merged", align="left", style="dim")
+    console.print(visible(first.text.strip("\n")), markup=False, highlight=False, soft_wrap=True)
+    console.rule(style="dim")
+    for warning in first.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if first.finish_reason != "stop":
+        console.print(f"ended by {first.finish_reason}", style="yellow", highlight=False)
+    if question.problem is not None:
+        right = question.correct(runs[0])
+        verdict = "right" if right else f"wrong: expected {question.problem.answer}"
+        console.print(f"the answer is {verdict}", style="green" if right else "red", highlight=False)
+    console.print()
+    console.print(figures_table(runs))
+    if len(runs) > 1:
+        same = "the same text" if runs[1].generation.text == first.text else "another text"
+        console.print(f"\nsequentially, one path at a time, the model wrote {same}", highlight=False)
 
 
 def figures_table(runs: Iterable[Run]) -> Table:

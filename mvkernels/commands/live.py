@@ -27,6 +27,17 @@ class View(Protocol):
     ) -> None: ...
 
 
+def visible(text: str) -> str:
+    """A model's text without what a terminal would obey: control characters become their pictures (U+2400 ..)."""
+    return text.translate(_CONTROL_PICTURES)
+
+
+_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+
+
 def path_name(path: Path) -> str:
     """`2.1` for (2, 1); the trunk has no name."""
     return ".".join(map(str, path))
@@ -66,7 +77,7 @@ class PlainLines(Silent):
     def _print(self, path: Path, line: str) -> None:
         if line.strip():
             label = path_name(path)
-            self._console.print(f"{label:>5} | {line}", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(f"{label:>5} | {visible(line)}", markup=False, highlight=False, soft_wrap=True)
 
     def __exit__(self, *exception: object) -> None:
         for path, rest in sorted(self._pending.items()):
@@ -122,8 +133,8 @@ class LivePanels(Silent):
 
 def tail(text: str, lines: int) -> Text:
     """The last lines of a text that are not empty."""
-    kept = [line for line in text.splitlines() if line.strip()][-lines:]
-    return Text("\n".join(kept), no_wrap=True, overflow="ellipsis")
+    kept = [line for line in text.split("\n") if line.strip()][-lines:]
+    return Text(visible("\n".join(kept)), no_wrap=True, overflow="ellipsis")
 
 
 def make_view(console: Console, quiet: bool) -> View:

@@ -1,0 +1,213 @@
+"""The commands that load or make a model, on a tiny one with random weights; the embedded model where it is meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from test_cli import ROOT, assert_one_line_error, invoke
+from tiny_model import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+
+from mvkernels import TagTokens
+from mvkernels.commands.generate import EMBEDDED
+from mvkernels.grammar import TAGS
+from mvkernels.model import Engine, GenerationConfig
+from mvkernels.model.tasks import arithmetic
+
+# The model has random weights and would never write a block: this prompt ends where two paths begin.
+BLOCK = "sum <Parallel>\n<Goal>\n<Outline>\n1: a\n</Outline>\n<Outline>\n2: b\n</Outline>\n</Goal>"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("untagged") / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer(tags=False).save_pretrained(folder)
+    return folder
+
+
+def generate_json(*arguments: object) -> dict:
+    result = invoke("generate", "--json", *arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return json.loads(result.stdout)
+
+
+def test_generate_is_what_the_engine_generates(checkpoint: Path):
+    """Every option reaches the engine: the same config by hand gives the same text and figures."""
+    options = ("--max-critical-path", 40, "--temperature", 0.8, "--top-k", 20, "--top-p", 0.9, "--seed", 3)
+    [run] = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-tokens", 120, *options)["runs"]
+    config = GenerationConfig(
+        max_new_tokens=120, max_critical_path=40, temperature=0.8, top_k=20, top_p=0.9, seed=3
+    )
+    [expected] = Engine.from_pretrained(checkpoint).generate([BLOCK], config)
+    assert run["text"] == expected.text and run["text"].count("</Path>") == 2
+    assert (run["tokens"], run["critical_path"]) == (expected.total_tokens, expected.critical_path)
+    assert (run["steps"], run["finish_reason"]) == (expected.steps, expected.finish_reason)
+    assert run["parallelism"] > 1 and run["seconds"] > 0
+    assert run["tokens_per_second"] == pytest.approx(run["tokens"] / run["seconds"])
+    assert run["correct"] is None
+
+
+def test_every_option_reaches_the_config(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    stream = Engine.stream
+
+    def spy(self, prompts, config):
+        seen.append(config)
+        return stream(self, prompts, config)
+
+    monkeypatch.setattr(Engine, "stream", spy)
+    limits = ("--max-tokens", 5, "--max-critical-path", 4, "--max-width", 3, "--max-depth", 2, "--sequential")
+    sampling = ("--temperature", 0.5, "--top-p", 0.6, "--top-k", 7, "--seed", 9)
+    generate_json("two", "--model", checkpoint, *limits, *sampling)
+    generate_json("two", "--model", checkpoint, "--max-tokens", 5)
+    assert seen == [
+        GenerationConfig(
+            max_new_tokens=5,
+            max_critical_path=4,
+            max_width=3,
+            max_depth=2,
+            temperature=0.5,
+            top_p=0.6,
+            top_k=7,
+            seed=9,
+            sequential=True,
+        ),
+        GenerationConfig(max_new_tokens=5),
+    ]
+
+
+def test_compare_gives_one_text_in_more_steps(checkpoint: Path):
+    runs = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-critical-path", 40, "--compare")["runs"]
+    assert [run["run"] for run in runs] == ["parallel", "sequential"]
+    assert runs[0]["text"] == runs[1]["text"]
+    assert runs[0]["steps"] < runs[1]["steps"]
+    [alone] = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-critical-path", 40, "--sequential")["runs"]
+    assert (alone["run"], alone["steps"], alone["text"]) == ("sequential", runs[1]["steps"], runs[1]["text"])
+
+
+def test_generate_prints_paths_answer_and_figures(checkpoint: Path):
+    result = invoke("generate", BLOCK, "--model", checkpoint, "--raw", "--max-critical-path", 40, "--compare")
+    assert result.exit_code == 0, (result.output, result.exception)
+    lines = result.stdout.splitlines()
+    merged = next(i for i, line in enumerate(lines) if line.startswith("merged"))
+    assert any(line.startswith("    1 | ") for line in lines[:merged])
+    assert any(line.startswith("    2 | ") for line in lines[:merged])
+    assert "<Conclusion>" in "\n".join(lines[merged:])
+    found = [line.split() for line in lines[merged:] if line.startswith(("parallel ", "sequential "))]
+    rows = {name: numbers for name, *numbers in found}
+    assert rows["parallel"][0] == rows["sequential"][0] and len(rows["parallel"]) == 6
+    assert "one path at a time, the model wrote the same text" in lines[-1]
+
+
+def test_a_chat_template_is_applied_unless_raw(checkpoint: Path):
+    prompts = [
+        generate_json("two", "--model", checkpoint, "--max-tokens", 1, *raw)["prompt"] for raw in ((), ("--raw",))
+    ]
+    assert prompts == [[{"role": "user", "content": "two"}], "two"]
+    assert "user" in CHAT_TEMPLATE or "role" in CHAT_TEMPLATE
+
+
+def test_a_tokenizer_without_tags_generates_and_says_so(untagged: Path):
+    found = generate_json("two", "--model", untagged, "--max-tokens", 4)
+    assert found["runs"][0]["tokens"] == 4
+    assert len(found["notes"]) == 1 and "generates sequentially" in found["notes"][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shown = invoke("generate", "two", "--model", untagged, "--max-tokens", 4)
+    assert shown.exit_code == 0 and shown.stdout.startswith("note: the engine generates sequentially")
+
+
+def test_generate_with_bad_input(checkpoint: Path, tmp_path: Path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text((checkpoint / "config.json").read_text())
+    (pickled / "pytorch_model.bin").write_bytes(b"no pickle is ever opened")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[:100])
+    for folder, part in (
+        (tmp_path / "nothing", "expected a local model folder or a .gguf file"),
+        (empty, "without *.safetensors"),
+        (pickled, "pickled weights are not loaded"),
+        (broken, "expected a readable causal language model"),
+    ):
+        assert_one_line_error(invoke("generate", "two", "--model", folder), part, str(folder))
+    on = ("--model", checkpoint)
+    assert_one_line_error(invoke("generate", *on), "expected a PROMPT")
+    assert_one_line_error(invoke("generate", "", *on, "--raw"), "expected at least one token")
+    assert_one_line_error(invoke("generate", "two", *on, "--max-tokens", 0), "max_new_tokens", "at least 1", "got 0")
+    assert_one_line_error(invoke("generate", "two", *on, "--top-p", 2), "top_p", "got 2.0")
+    assert_one_line_error(invoke("generate", "two", *on, "--temperature", -1), "temperature", "got -1.0")
+    assert_one_line_error(invoke("generate", "two", *on, "--dtype", "int8"), "--dtype", "bfloat16", "'int8'")
+    assert_one_line_error(invoke("generate", "two", *on, "--device", "abacus"), "--device", "'abacus'")
+    assert_one_line_error(invoke("generate", "two", *on, "--device", "cuda:99"), "does not see it")
+    assert_one_line_error(invoke("generate", "two", *on, "--compare", "--sequential"), "--compare or --sequential")
+    assert_one_line_error(invoke("generate", "a </Path> b", *on, "--raw"), "expected", "found </Path>")
+    assert_one_line_error(invoke("generate", "two " * 600, *on, "--raw"), "critical path", "512")
+
+
+def test_generate_shows_no_traceback_in_a_process_of_its_own(tmp_path: Path):
+    command = [sys.executable, "-m", "mvkernels", "generate", "two", "--model", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("mvkernels: error: expected a folder with")
+
+
+def test_add_tags_makes_a_model_that_generates_with_tags(untagged: Path, tmp_path: Path):
+    out = tmp_path / "tagged"
+    result = invoke("add-tags", untagged, out)
+    assert result.exit_code == 0, (result.output, result.exception)
+    engine = Engine.from_pretrained(out)
+    assert isinstance(engine.tags, TagTokens)
+    for tag, number in zip(TAGS, engine.tags.ids, strict=True):
+        assert f"{tag} {number}" in result.stdout
+    assert json.loads((out / "config.json").read_text())["multiverse"] == {"semantics": "canonical", "tags": [*TAGS]}
+    assert_one_line_error(invoke("add-tags", untagged, out), "expected a target", str(out))
+    assert_one_line_error(invoke("add-tags", tmp_path / "nothing", tmp_path / "other"), "expected a local model folder")
+
+
+def test_env_lists_versions_and_backends():
+    found = invoke("env", "--json")
+    assert found.exit_code == 0, (found.output, found.exception)
+    environment = json.loads(found.stdout)
+    import torch
+    import transformers
+
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["transformers"] == transformers.__version__
+    for operation in ("multiverse_attention", "tree_decode"):
+        reasons = environment["backends"][operation]["cpu"]
+        assert reasons["cpu"] is None and reasons["reference"] is None
+        assert (reasons["triton"] is None) == (os.environ.get("TRITON_INTERPRET") == "1")
+    shown = invoke("env")
+    assert shown.exit_code == 0 and "tree_decode" in shown.stdout and torch.__version__ in shown.stdout
+
+
+def test_the_embedded_model_answers_a_fresh_problem():
+    assert (EMBEDDED / "config.json").exists(), "the embedded model is missing"
+    found = generate_json("--seed", 11, "--compare")
+    problem = next(arithmetic.generate(11, "test"))
+    assert found["prompt"] == problem.prompt() and found["expected_answer"] == problem.answer
+    parallel, sequential = found["runs"]
+    assert parallel["text"] == sequential["text"] and parallel["finish_reason"] == "stop"
+    assert parallel["correct"] == arithmetic.grade(parallel["text"], problem)
+    assert parallel["steps"] < sequential["steps"]
+    asked = generate_json(problem.question)
+    assert asked["prompt"] == problem.prompt() and asked["runs"][0]["text"] == parallel["text"]
