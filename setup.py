@@ -16,7 +16,7 @@ HF = ["transformers>=5.17", "accelerate", "safetensors", "gguf"]
 PLOT = ["matplotlib"]
 EXTRAS = {
     "hf": HF,
-    "train": [*HF, "tensorboard"],
+    "train": [*HF],
     "eval": [*HF],
     "bench": [*PLOT],
     "cuda": ["triton>=3.6", "cupy-cuda13x"],

@@ -119,6 +119,44 @@ def add_tags(
 
 
 @app.command()
+def train(
+    out: Annotated[Path, typer.Argument(help="New folder for the model; with --resume, the interrupted one.")],
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    tokens_per_step: Annotated[int | None, typer.Option(help="Tokens of one packed row.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak, of the layers' matrices.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps up to the peak.")] = None,
+    sequential_share: Annotated[float | None, typer.Option(help="Share of problems written without blocks.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="A multiple of 32.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Decoder layers.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="Of the feed-forward part.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps between two logged losses.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between two checkpoints to resume from.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the initial weights and the problems.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train the embedded model from nothing, on generated problems; the defaults are its recipe."""
+    fields = {
+        "steps": steps,
+        "tokens_per_step": tokens_per_step,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "sequential_share": sequential_share,
+        "hidden_size": hidden_size,
+        "layers": layers,
+        "intermediate_size": intermediate_size,
+        "log_every": log_every,
+        "save_every": save_every,
+        "seed": seed,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    with one_line_errors():
+        from mvkernels.commands import train as command
+
+        command.run(out, given, resume, quiet)
+
+
+@app.command()
 def env(as_json: Json = False) -> None:
     """Show versions, the GPU, and which backends can run here and why the others cannot."""
     with one_line_errors():

@@ -13,7 +13,6 @@ EXTRAS: dict[str, str] = {
     "safetensors": "hf",
     "gguf": "hf",
     "tokenizers": "hf",
-    "tensorboard": "train",
     "triton": "cuda",
     "cupy": "cuda",
     "matplotlib": "plot",

@@ -92,11 +92,11 @@ def test_every_option_reaches_the_config(checkpoint: Path, monkeypatch: pytest.M
 
 def test_compare_gives_one_text_in_more_steps(checkpoint: Path):
     runs = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-critical-path", 40, "--compare")["runs"]
-    assert [run["run"] for run in runs] == ["parallel", "sequential"]
+    assert [run["run"] for run in runs] == ["parallel", "one path at a time"]
     assert runs[0]["text"] == runs[1]["text"]
     assert runs[0]["steps"] < runs[1]["steps"]
     [alone] = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-critical-path", 40, "--sequential")["runs"]
-    assert (alone["run"], alone["steps"], alone["text"]) == ("sequential", runs[1]["steps"], runs[1]["text"])
+    assert (alone["run"], alone["steps"], alone["text"]) == ("one path at a time", runs[1]["steps"], runs[1]["text"])
 
 
 def test_generate_prints_paths_answer_and_figures(checkpoint: Path):
@@ -107,10 +107,11 @@ def test_generate_prints_paths_answer_and_figures(checkpoint: Path):
     assert any(line.startswith("    1 | ") for line in lines[:merged])
     assert any(line.startswith("    2 | ") for line in lines[:merged])
     assert "<Conclusion>" in "\n".join(lines[merged:])
-    found = [line.split() for line in lines[merged:] if line.startswith(("parallel ", "sequential "))]
-    rows = {name: numbers for name, *numbers in found}
-    assert rows["parallel"][0] == rows["sequential"][0] and len(rows["parallel"]) == 6
-    assert "one path at a time, the model wrote the same text" in lines[-1]
+    [parallel] = [line.split() for line in lines[merged:] if line.startswith("parallel ")]
+    [one_path] = [line.split() for line in lines[merged:-1] if line.startswith("one path at a time ")]
+    assert len(parallel) == 7 and parallel[1:4] == one_path[5:8], "tokens, critical path and parallelism are equal"
+    assert int(parallel[4]) < int(one_path[8]), "in more steps"
+    assert lines[-1] == "one path at a time gave the same text"
 
 
 def test_a_chat_template_is_applied_unless_raw(checkpoint: Path):
@@ -205,9 +206,37 @@ def test_the_embedded_model_answers_a_fresh_problem():
     found = generate_json("--seed", 11, "--compare")
     problem = next(arithmetic.generate(11, "test"))
     assert found["prompt"] == problem.prompt() and found["expected_answer"] == problem.answer
-    parallel, sequential = found["runs"]
+    parallel, sequential, chain = found["runs"]
     assert parallel["text"] == sequential["text"] and parallel["finish_reason"] == "stop"
     assert parallel["correct"] == arithmetic.grade(parallel["text"], problem)
     assert parallel["steps"] < sequential["steps"]
+    assert "<Parallel>" not in chain["text"] and chain["correct"] == arithmetic.grade(chain["text"], problem)
     asked = generate_json(problem.question)
-    assert asked["prompt"] == problem.prompt() and asked["runs"][0]["text"] == parallel["text"]
+    assert asked["prompt"] == [{"role": "user", "content": problem.question}]
+    assert asked["runs"][0]["text"] == parallel["text"], "the chat template asks for a parallel answer"
+
+
+TINY = ("--tokens-per-step", 300, "--hidden-size", 32, "--layers", 1, "--intermediate-size", 32)
+
+
+def test_train_makes_a_model_that_generates(tmp_path: Path):
+    out = tmp_path / "trained"
+    result = invoke("train", out, "--steps", 2, "--warmup-steps", 1, *TINY, "--seed", 4, "--quiet")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.stdout.startswith(f"{out}: ") and "parameters, trained in" in result.stdout.splitlines()[-1]
+    recipe = json.loads((out / "recipe.json").read_text())
+    given = {"steps": 2, "warmup_steps": 1, "tokens_per_step": 300, "hidden_size": 32, "layers": 1, "seed": 4}
+    assert {name: recipe[name] for name in given} == given
+    assert generate_json("Compute 1+1.", "--model", out, "--max-tokens", 3)["runs"][0]["tokens"] == 3
+
+
+def test_train_with_bad_input(tmp_path: Path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "recipe.json").write_text("[1]")
+    assert_one_line_error(invoke("train", full), "expected a new or empty folder", str(full))
+    assert_one_line_error(invoke("train", full, "--resume"), "expected a recipe in", str(full))
+    assert_one_line_error(invoke("train", tmp_path / "new", "--resume"), "expected a folder with the checkpoint")
+    assert_one_line_error(invoke("train", tmp_path / "new", "--steps", 0), "steps", "got 0")
+    assert_one_line_error(invoke("train", tmp_path / "new", "--hidden-size", 33), "a multiple of 32", "got 33")
+    assert not (tmp_path / "new").exists()

@@ -24,6 +24,7 @@ EMBEDDED = Path(__file__).resolve().parent.parent / "model" / "embedded"
 #: Enough for the longest problem; the embedded model is so small that the room for it costs nothing.
 EMBEDDED_MAX_NEW_TOKENS = 4096
 WARM_UP_TOKENS = 8
+PARALLEL, SEQUENTIAL, CHAIN = "parallel", "one path at a time", "one chain, no blocks"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -42,11 +43,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Question:
-    """What the engine is asked, how it is shown, and the problem behind it where the answer is known."""
+    """What the engine is asked and how that is shown. Of a generated problem also the problem itself, and the prompt
+    that asks for the same work as one chain, without blocks."""
 
     prompt: Any
     shown: str
     problem: arithmetic.Problem | None = None
+    chain: str | None = None
 
     def correct(self, run: Run) -> bool | None:
         return None if self.problem is None else arithmetic.grade(run.generation.text, self.problem)
@@ -92,23 +95,17 @@ def check_device(name: str) -> None:
 
 
 def ask(engine: Engine, text: str | None, embedded: bool, seed: int, raw: bool) -> Question:
-    """What to ask: ``text``, or, for the embedded model, a held-out problem.
+    """What to ask: ``text``, or without one, for the embedded model, a held-out problem.
 
-    The embedded model wants the ending that asks for a parallel answer, and another model its chat template, where it
-    has one; with ``raw`` the text stays as it is. Raises ValueError where another model is given no text.
+    A text becomes the user's turn in the tokenizer's chat template; with ``raw``, and where there is no template, it
+    stays as it is. Raises ValueError where another model is given no text.
     """
     if text is None:
         if not embedded:
             raise ValueError("expected a PROMPT, got none: only the embedded model has problems of its own")
         problem = next(arithmetic.generate(seed, "test"))
-        return Question(problem.prompt(), problem.question, problem)
-    if raw:
-        return Question(text, text)
-    if embedded:
-        endings = (arithmetic.PARALLEL_ENDING, arithmetic.SEQUENTIAL_ENDING)
-        asked = text.rstrip("\n")
-        return Question((asked if asked.endswith(endings) else asked + endings[0]) + "\n", asked)
-    if getattr(engine.tokenizer, "chat_template", None) is None:
+        return Question(problem.prompt(), problem.question, problem, chain=problem.prompt(parallel=False))
+    if raw or getattr(engine.tokenizer, "chat_template", None) is None:
         return Question(text, text)
     return Question([{"role": "user", "content": text}], text)
 
@@ -128,10 +125,19 @@ def timed(events: Iterable[Event], view: View) -> tuple[Generation, float]:
             return event.generation, seconds
 
 
-def run_once(events: Iterable[Event], config: GenerationConfig, view: View) -> Run:
+def run_once(name: str, events: Iterable[Event], view: View) -> Run:
     with view:
         generation, seconds = timed(events, view)
-    return Run("sequential" if config.sequential else "parallel", generation, seconds)
+    return Run(name, generation, seconds)
+
+
+def sequential_runs(engine: Engine, question: Question, config: GenerationConfig) -> list[Run]:
+    """The same text with one path at a time; and of a generated problem, the same work asked for as one chain."""
+    one_path = replace(config, sequential=True)
+    runs = [run_once(SEQUENTIAL, engine.stream(question.prompt, one_path), Silent())]
+    if question.chain is not None:
+        runs.append(run_once(CHAIN, engine.stream(question.chain, config), Silent()))
+    return runs
 
 
 def run(
@@ -162,10 +168,10 @@ def run(
         console.print()
     if compare:  # neither run shall pay for what is set up once in a process
         engine.generate([question.prompt], replace(config, max_new_tokens=WARM_UP_TOKENS))
-    runs = [run_once(events, config, make_view(console, quiet=as_json))]
+    name = SEQUENTIAL if config.sequential else PARALLEL
+    runs = [run_once(name, events, make_view(console, quiet=as_json))]
     if compare:
-        again = replace(config, sequential=True)
-        runs.append(run_once(engine.stream(question.prompt, again), again, Silent()))
+        runs += sequential_runs(engine, question, config)
     if as_json:
         print(json.dumps(report(question, runs, notes), indent=1, ensure_ascii=False))
     else:
@@ -216,19 +222,22 @@ def print_report(console: Console, question: Question, runs: Sequence[Run]) -> N
         verdict = "right" if right else f"wrong: expected {question.problem.answer}"
         console.print(f"the answer is {verdict}", style="green" if right else "red", highlight=False)
     console.print()
-    console.print(figures_table(runs))
+    console.print(figures_table(question, runs))
     if len(runs) > 1:
         same = "the same text" if runs[1].generation.text == first.text else "another text"
-        console.print(f"\nsequentially, one path at a time, the model wrote {same}", highlight=False)
+        console.print(f"\none path at a time gave {same}", highlight=False)
 
 
-def figures_table(runs: Iterable[Run]) -> Table:
+def figures_table(question: Question, runs: Iterable[Run]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for column in ("tokens", "critical path", "parallelism", "steps", "seconds", "tokens/s"):
         table.add_column(column, justify="right")
+    if question.problem is not None:
+        table.add_column("answer")
     for run in runs:
         g = run.generation
+        verdict = [] if question.problem is None else ["right" if question.correct(run) else "wrong"]
         numbers = (str(g.total_tokens), str(g.critical_path), f"{g.parallelism:.2f}", str(g.steps))
-        table.add_row(run.name, *numbers, f"{run.seconds:.2f}", f"{run.tokens_per_second:.0f}")
+        table.add_row(run.name, *numbers, f"{run.seconds:.2f}", f"{run.tokens_per_second:.0f}", *verdict)
     return table
