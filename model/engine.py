@@ -72,7 +72,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed
         self.cache: PagedKVCache | None = None  # of the latest call
-        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        embedding: Any = model.get_input_embeddings()
+        self._vocabulary = int(embedding.weight.shape[0])
         try:
             self.tags: TagTokens | None = TagTokens.from_tokenizer(tokenizer)
         except ValueError as error:

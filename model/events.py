@@ -12,8 +12,8 @@ from mvkernels.layout import BranchLayout
 class TokenEvent:
     """One token has come on one branch.
 
-    request: index of the request in its batch. path: (2, 1) for path 2.1, () for the trunk. text: what the branch's
-    text grows by; empty while the bytes of a character are incomplete, and for end-of-text tokens. position: of the token.
+    request: index of the request in its batch. path: (2, 1) for path 2.1, () for the trunk. position: of the token.
+    text: what the branch's text grows by; empty while a character's bytes are incomplete, and for end-of-text tokens.
     forced: the engine wrote it, the model did not sample it.
     """
 

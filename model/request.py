@@ -189,14 +189,25 @@ class Request:
             self._apply(self.interpreter.feed(b.number, self._kind(token), within_limits=False))
         if self.finish_reason is not None or not self.interpreter.is_running(b.number):
             return
-        # The prompt was cut in what the engine writes: it writes the rest.
-        state = self.interpreter.state(b.number)
-        if state is State.OPENING:
-            self._force(b, OPENING_KINDS[1:])
-        elif state is State.JOINING:
-            self._force(b, JOINING_KINDS[1:])
+        rest = self._rest_of_prefix(b)
+        if rest:
+            self._force(b, rest)
         else:
             self._check_budgets(b)
+
+    def _rest_of_prefix(self, b: _Branch) -> list[int]:
+        """Where the prompt was cut within what the engine writes before a path or a conclusion: the rest of it."""
+        items = self.interpreter.items(b.number)
+        if len(items) == 1 and not self.interpreter.path(b.number):
+            return []  # the trunk before its first block
+        kinds = OPENING_KINDS if len(items) == 1 else JOINING_KINDS
+        whole, last = self._forced_tokens(b.number, kinds), items[-1]
+        assert isinstance(last, int)
+        if whole[:last] == b.tokens[-last:]:
+            return whole[last:]
+        if self.interpreter.state(b.number) in (State.OPENING, State.JOINING):  # other whitespace than the engine's
+            return self._forced_tokens(b.number, kinds[1:])
+        return []
 
     def _push(self, b: _Branch, token: int, kind: Kind, sampled: bool) -> str:
         """A generated token comes on `b`; returns its text."""
@@ -216,13 +227,15 @@ class Request:
         b.sampled.append(sampled)
         self.pending.setdefault(b.number, []).append(token)
 
-    def _force(self, b: _Branch, kinds: tuple[Kind, ...]) -> None:
-        """Write `kinds` on `b`, unless they do not fit in: then the branch, or the request, ends here."""
-        tokens = self._forced_tokens(b.number, kinds)
+    def _force(self, b: _Branch, tokens: list[int], closing: bool = False) -> None:
+        """Write `tokens` on `b`, unless they do not fit in: then the branch, or the request, ends here.
+
+        closing: they end the branch, for which there is always a position left.
+        """
         b.heard = ""
         if self.total_tokens + len(tokens) > self.config.max_new_tokens:
             return self.finish("max_new_tokens")
-        if kinds != (Kind.PATH_END,) and self.interpreter.position(b.number) + len(tokens) > self._limit(b.number):
+        if not closing and self.interpreter.position(b.number) + len(tokens) > self._limit(b.number):
             return self._stop(b, self.end_reason)
         for token in tokens:
             self._push(b, token, self._kind(token), sampled=False)
@@ -292,7 +305,8 @@ class Request:
                 case Force():
                     b = self.branches[action.branch]
                     if not b.given.tokens:
-                        self._force(b, action.kinds)
+                        tokens = self._forced_tokens(b.number, action.kinds)
+                        self._force(b, tokens, closing=action.kinds == (Kind.PATH_END,))
                     elif action.kinds == JOINING_KINDS:  # the prompt has them; paths follow in the next step
                         self._replay(b)
                 case Merge() if action.parent in self.pending:

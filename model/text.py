@@ -26,9 +26,11 @@ class TextStream:
         self._before = self._decode(self._window)
 
     def push(self, token: int) -> str:
-        """The text that `token` adds; empty while it ends within a character."""
+        """The text that `token` adds; empty while it ends within a character. A silent one adds what was unfinished."""
         if token in self._silent:
-            return ""
+            piece = self.rest()
+            self._before += piece
+            return piece
         self._window.append(token)
         text = self._decode(self._window)
         waiting = len(self._window) - self._finished

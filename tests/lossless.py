@@ -2,10 +2,10 @@
 
     packed      one forward over the whole transcript with its BranchLayout (patched model)
     alone       every path decoded by itself with a plain transformers cache and explicit positions (unpatched model);
-                after a block the caches of its paths are joined end to end
+                behind a block, with its paths' caches joined
 
-`Recorder` wraps a sampler and keeps the logits that the engine sampled from. Which row of a transcript they belong to is
-told by what the token sees: the layout's dense mask gives the same list of tokens.
+`Recorder` wraps a sampler and keeps the logits that the engine sampled from. Which row of a transcript they belong to
+is told by what the token sees: the layout's dense mask gives the same list of tokens.
 """
 
 from __future__ import annotations
@@ -111,16 +111,11 @@ def alone_logits(model: PreTrainedModel, ids: Sequence[int], tree: Tree, chunk: 
 
 
 def check_lossless(
-    engine: Engine,
-    recorder: Recorder,
-    generation: Generation,
-    tolerance: float,
-    request: int = 0,
-    chunk: int = 1,
+    engine: Engine, recorder: Recorder, generation: Generation, tolerance: float, request: int = 0, chunk: int = 1
 ) -> int:
-    """Compares the engine's logits at every sampled token with both computations: within `tolerance`, and the same argmax.
+    """Compares the engine's logits at every sampled token with both: within `tolerance`, the same argmax.
 
-    The transcript must be well-formed, or end within one branch, for the second one. Returns the number of tokens compared.
+    The transcript must be well-formed, or end within one branch. Returns the number of tokens compared.
     """
     ids, layout = generation.token_ids, generation.layout
     recorded = recorded_logits(recorder, generation, request)

@@ -1,4 +1,4 @@
-"""A Qwen2 model of two layers with random weights, a byte-level tokenizer of 300 tokens, and samplers that follow a script."""
+"""A Qwen2 model of two layers with random weights, a byte-level tokenizer of 300 tokens, scripted samplers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from mvkernels.grammar import TAGS
 from mvkernels.model.sampling import BranchView, sample
 
 END = "<|end|>"
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}bot: {% endif %}"
+)
 _TEXT = [
     "two digits multiplied give a product",
     "the sum of the parts is the whole",

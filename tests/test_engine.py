@@ -1,0 +1,335 @@
+"""The engine on a tiny random model: lossless, blocks of every shape, prompts with blocks, batches, seeds, streams."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lossless import Recorder, check_lossless, compare, packed_logits, recorded_logits
+from tiny_model import END, scripted, tiny_model, tiny_tokenizer
+
+from mvkernels import BranchLayout
+from mvkernels.grammar import TAGS
+from mvkernels.model import Engine, GenerationConfig
+from mvkernels.model.engine import FinishEvent, ForkEvent, MergeEvent, TokenEvent
+from mvkernels.model.sampling import sample
+
+# fp32 on logits of magnitude 10; two computations with another order of summation were seen to differ by 5e-6.
+TOLERANCE = 1e-4
+GREEDY = GenerationConfig(max_new_tokens=400)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(tiny_model(), tiny_tokenizer(), page_size=4)
+
+
+@pytest.fixture(autouse=True)
+def all_pages_come_back(request: pytest.FixtureRequest):
+    yield
+    if "engine" in request.fixturenames:
+        cache = request.getfixturevalue("engine").cache
+        if cache is not None:
+            cache.check()
+            assert cache.num_free_pages == cache.num_pages and cache.bytes_moved == 0
+
+
+def goal(*outlines: str) -> str:
+    inner = "".join(f"<Outline>\n{outline}\n</Outline>\n" for outline in outlines)
+    return f"<Parallel>\n<Goal>\n{inner}</Goal>"
+
+
+CONCLUDE = "</Conclusion>\n</Parallel>"
+# name -> (path -> what is sampled there; ~ leaves one token to the model). Forced tokens are not in it.
+CASES = {
+    "two paths": {
+        "": f"so\n{goal('1: a', '2: b')}~~{CONCLUDE} done~~~{END}",
+        "1": " the sum~~~~</Path>",
+        "2": "~~</Path>",
+    },
+    "one path": {"": f"{goal('1: a')}~{CONCLUDE}~{END}", "1": "~~~\n</Path>"},
+    "empty paths": {"": f"{goal('1:', '2: b', '3:')}{CONCLUDE}{END}", "1": "</Path>", "2": "</Path>", "3": "</Path>"},
+    "one empty among long ones": {
+        "": f"~~{goal('1: a', '2: b', '3: c')}~~~{CONCLUDE}~~{END}",
+        "1": "~" * 23 + "</Path>",
+        "2": "</Path>",
+        "3": "~" * 9 + "</Path>",
+    },
+    "nested": {
+        "": f"<Think>\n~~{goal('1: a', '2: b')}so~~\n{CONCLUDE}~~\n</Think>~~~{END}",
+        "1": f"~~\n{goal('1.1: x', '1.2: y', '1.3: z')}~{CONCLUDE}~~~</Path>",
+        "1.1": "~~~~~~~\n</Path>",
+        "1.2": "</Path>",
+        "1.3": f"~{goal('1.3.1: deep')}~~{CONCLUDE}</Path>",
+        "1.3.1": "~~~</Path>",
+        "2": f" é~~{goal('2.1: u', '2.2: v')}{CONCLUDE}</Path>",
+        "2.1": "~~</Path>",
+        "2.2": "~~~~~~~~~~~~~~~~~</Path>",
+    },
+    "one after the other": {
+        "": f"{goal('1: a', '2: b')}~{CONCLUDE}\n~~{goal('1: c', '2: d', '3: e')}~~{CONCLUDE}~{END}",
+        "1": "~~~~~</Path>~</Path>",
+        "2": "~</Path>~~~~</Path>",
+        "3": "~~</Path>",
+    },
+    "small nested": {
+        "": f"~{goal('1:', '2:')}~{CONCLUDE}{END}",
+        "1": "~</Path>",
+        "2": f"{goal('2.1:')}{CONCLUDE}~</Path>",
+        "2.1": "~~</Path>",
+    },
+    "no block": {"": f"~~~~~~~~{END}"},
+}
+
+
+def script(case: dict[str, str], engine: Engine) -> dict[tuple[int, ...], list[int]]:
+    """Paths and texts -> paths and tokens; ~ becomes -1, and an end of text its token."""
+    end = engine.tokenizer.eos_token_id
+    out = {}
+    for path, text in case.items():
+        tokens: list[int] = []
+        for i, piece in enumerate(text.removesuffix(END).split("~")):
+            tokens += ([-1] if i else []) + engine.tags.encode(piece)
+        out[tuple(int(n) for n in path.split(".") if n)] = tokens + ([end] if text.endswith(END) else [])
+    return out
+
+
+def plain(engine: Engine, inner=sample):
+    """The default sampler, kept from control tags and end of text, so that a script decides about these alone."""
+    special = (*engine.tags.ids, engine.tokenizer.eos_token_id)
+
+    def choose(views, logits):
+        return inner([replace(view, banned=special) for view in views], logits)
+
+    return choose
+
+
+def per_block(scripts: dict[tuple[int, ...], list[int]], end_of_path: int):
+    """`drawn` restarts in every block, so a path that comes again goes on behind its last end of path."""
+    used: dict[tuple[tuple[int, ...], str], list[int]] = {}
+
+    def next_tokens(view) -> int:
+        key = (view.path, view.key)
+        if key not in used:
+            taken = sum(1 for path, _ in used if path == view.path)
+            whole, start = scripts.get(view.path, []), 0
+            for _ in range(taken):
+                start = whole.index(end_of_path, start) + 1
+            used[key] = whole[start:]
+        own = used[key]
+        return own[view.drawn] if view.drawn < len(own) else -1
+
+    return next_tokens
+
+
+def follow(engine: Engine, case: dict[str, str], then=None):
+    """A sampler for one request that follows a case; what the case leaves open is decided by `then`."""
+    then = then or plain(engine)
+    wanted = per_block(script(case, engine), engine.tags.ids[TAGS.index("</Path>")])
+
+    def choose(views, logits):
+        free = then(views, logits)
+        return [token if (own := wanted(view)) < 0 else own for view, token in zip(views, free, strict=True)]
+
+    return choose
+
+
+def config_for(engine: Engine, **changes) -> GenerationConfig:
+    return replace(GREEDY, eos_token_ids=(engine.tokenizer.eos_token_id,), **changes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lossless(engine: Engine, name: str) -> None:
+    recorder = Recorder(follow(engine, CASES[name]))
+    [out] = engine.generate("the product", config_for(engine), recorder)
+    sampled = sum(map(len, script(CASES[name], engine).values()))
+    assert check_lossless(engine, recorder, out, TOLERANCE) == sampled == len(recorder.seen)
+    assert out.finish_reason == "stop" and not out.warnings
+    # The layout that the engine knows is the one that the parser reads.
+    parsed = BranchLayout.from_token_ids(out.token_ids, engine.tags, prompt_length=out.prompt_length)
+    assert torch.equal(parsed.position_ids, out.layout.position_ids)
+    assert torch.equal(parsed.dense_mask(), out.layout.dense_mask())
+    assert (parsed.sampled == out.layout.sampled).all() and (parsed.predecessor == out.layout.predecessor).all()
+    assert out.text == engine.tokenizer.decode(out.token_ids[out.prompt_length :]).removesuffix(END)
+    prompt = engine.tokenizer.encode("the product")
+    assert out.token_ids[: out.prompt_length] == prompt
+    assert out.total_tokens == len(out.token_ids) - len(prompt)
+    assert out.critical_path == parsed.critical_path - len(prompt)
+    assert out.parallelism == out.total_tokens / out.critical_path
+
+
+def test_figures_and_text_of_two_paths(engine: Engine) -> None:
+    case = {"": f"{goal('1: a', '2: b')} so{CONCLUDE}{END}", "1": " add</Path>", "2": " é, we</Path>"}
+    [out] = engine.generate("the", config_for(engine), follow(engine, case))
+    assert out.text == (
+        "<Parallel>\n<Goal>\n<Outline>\n1: a\n</Outline>\n<Outline>\n2: b\n</Outline>\n</Goal>\n"
+        "<Path>\n1: add</Path>\n<Path>\n2: é, we</Path>\n<Conclusion>\n so</Conclusion>\n</Parallel>"
+    )
+    lengths = {name: len(tokens) for name, tokens in script(case, engine).items()}
+    opening = len(engine.tags.encode("\n<Path>\n1:"))
+    joining = len(engine.tags.encode("\n<Conclusion>\n"))
+    assert out.total_tokens == sum(lengths.values()) + 2 * opening + joining
+    assert out.critical_path == lengths[()] + opening + lengths[(2,)] + joining
+    # One forward a position, but for the tokens that need none: forced ones come with others, the last one is not run.
+    assert out.steps == lengths[()] + lengths[(2,)]
+
+
+@pytest.mark.parametrize("name", ["two paths", "nested", "one after the other"])
+def test_one_path_at_a_time_gives_the_same(engine: Engine, name: str) -> None:
+    [parallel] = engine.generate("the product", config_for(engine), follow(engine, CASES[name]))
+    [sequential] = engine.generate("the product", config_for(engine, sequential=True), follow(engine, CASES[name]))
+    assert sequential.token_ids == parallel.token_ids and sequential.critical_path == parallel.critical_path
+    assert sequential.steps == sum(map(len, script(CASES[name], engine).values())) > parallel.steps
+
+
+def by_request(samplers):
+    """One sampler for several requests, each with its own."""
+
+    def choose(views, logits):
+        out = []
+        for row, view in enumerate(views):
+            out += samplers[view.request]([view], logits[row : row + 1])
+        return out
+
+    return choose
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_a_batch_equals_one_by_one_in_any_order(engine: Engine, temperature: float) -> None:
+    names = list(CASES)
+    prompts = {name: f"the {name} {'parts ' * i}" for i, name in enumerate(names)}
+    configs = {name: config_for(engine, temperature=temperature, top_k=40, seed=i) for i, name in enumerate(names)}
+    alone = {name: engine.generate(prompts[name], configs[name], follow(engine, CASES[name]))[0] for name in names}
+    for order in (names, names[::-1]):
+        sampler = by_request([follow(engine, CASES[name]) for name in order])
+        outs = engine.generate([prompts[n] for n in order], [configs[n] for n in order], sampler)
+        for name, out in zip(order, outs, strict=True):
+            assert out.token_ids == alone[name].token_ids and out.text == alone[name].text
+            assert torch.equal(out.layout.position_ids, alone[name].layout.position_ids)
+
+
+def test_seeds_decide_and_nothing_else(engine: Engine) -> None:
+    path = "~" * 12 + "</Path>"
+    case = {"": f"{goal('1: a', '2: a')}{'~' * 12}{CONCLUDE}{END}", "1": path, "2": path}
+    config = config_for(engine, temperature=1.5)
+    texts = []
+    for seed in (0, 0, 1):
+        [out] = engine.generate("the", replace(config, seed=seed), follow(engine, case))
+        texts.append(out.text)
+    assert texts[0] == texts[1] != texts[2]
+    paths = texts[0].split("<Path>\n")[1:]
+    assert paths[0].removeprefix("1:").split("</Path>")[0] != paths[1].removeprefix("2:").split("</Path>")[0]
+    other = Engine(engine.model, engine.tokenizer, seed=1)
+    assert other.generate("the", config, follow(engine, case))[0].text != texts[0]
+
+
+def transcript_sampler(engine: Engine, out):
+    """Gives every branch the token that the transcript has behind what the branch sees."""
+    ids, mask = torch.tensor(out.token_ids), out.layout.dense_mask()
+    follows = {
+        (tuple(ids[:i][mask[i, :i]].tolist()), int(out.layout.position_ids[i])): int(ids[i]) for i in range(len(ids))
+    }
+    return lambda views, logits: [follows[tuple(view.context), view.position] for view in views]
+
+
+@pytest.mark.parametrize("name", ["small nested", "one after the other"])
+def test_a_prompt_cut_anywhere_goes_on_to_the_same_transcript(engine: Engine, name: str) -> None:
+    [whole] = engine.generate("the product", config_for(engine), follow(engine, CASES[name]))
+    sampler = transcript_sampler(engine, whole)
+    for cut in range(1, len(whole.token_ids)):
+        [out] = engine.generate([whole.token_ids[:cut]], config_for(engine), sampler)
+        assert out.token_ids == whole.token_ids, f"cut at {cut}"
+        assert out.prompt_length == cut and out.total_tokens == len(whole.token_ids) - cut
+        assert torch.equal(out.layout.position_ids, whole.layout.position_ids)
+        cut_path = BranchLayout.from_token_ids(whole.token_ids[:cut], engine.tags, allow_open=True).critical_path
+        assert out.critical_path == whole.layout.critical_path - cut_path
+        assert out.finish_reason == "stop" and not out.warnings
+        engine.cache.check()
+        assert engine.cache.num_free_pages == engine.cache.num_pages
+
+
+def test_lossless_behind_a_prompt_with_finished_blocks(engine: Engine) -> None:
+    [whole] = engine.generate("the product", config_for(engine), follow(engine, CASES["nested"]))
+    prompt = whole.token_ids[:-4]
+    recorder = Recorder(plain(engine))
+    # Limits hold for what is generated, not for the prompt.
+    config = config_for(engine, max_width=1, max_depth=0)
+    [out] = engine.generate([prompt], replace(config, max_new_tokens=12), recorder)
+    assert check_lossless(engine, recorder, out, TOLERANCE) == 12
+    assert out.steps < 12 + 12, "a block of the prompt takes a step, not every token"
+
+
+def test_limits_are_kept_from_the_sampler_and_survive_it(engine: Engine) -> None:
+    ids = engine.tags.ids
+    parallel, outline = ids[TAGS.index("<Parallel>")], ids[TAGS.index("<Outline>")]
+    seen = []
+
+    def watch(views, logits):
+        seen.extend((view.path, view.state, view.banned) for view in views)
+        return plain(engine)(views, logits)
+
+    case = {"": f"~{goal('1: a', '2: b')}{CONCLUDE}{END}", "1": "~</Path>", "2": "~</Path>"}
+    engine.generate("the", config_for(engine, max_width=2, max_depth=1), follow(engine, case, watch))
+    assert ((), "trunk", ()) in seen and ((1,), "path", (parallel,)) in seen
+    assert [state for _, state, banned in seen if outline in banned] == ["goal", "goal"]  # after outline 2 and newline
+    # A sampler that takes no notice gets text and a warning.
+    for config in (config_for(engine, max_width=1), config_for(engine, max_depth=0)):
+        [out] = engine.generate("the", config, follow(engine, case))
+        assert out.warnings and out.finish_reason == "stop" and not out.layout.has_branches
+        assert out.text.endswith("</Goal></Conclusion>\n</Parallel>") and "<Path>" not in out.text
+
+
+def test_events_of_a_stream(engine: Engine) -> None:
+    sampler = follow(engine, CASES["nested"])
+    events = list(engine.stream("the product", config_for(engine), sampler))
+    assert isinstance(events[-1], FinishEvent) and sum(isinstance(e, FinishEvent) for e in events) == 1
+    out = events[-1].generation
+    tokens = [e for e in events if isinstance(e, TokenEvent)]
+    assert len(tokens) == out.total_tokens
+    assert [e.width for e in events if isinstance(e, ForkEvent)] == [2, 2, 3, 1]
+    merges = [e for e in events if isinstance(e, MergeEvent)]
+    assert sorted(e.path for e in merges) == [(), (1,), (1, 3), (2,)]
+    # Brought into sequence order, the events are the transcript.
+    ordered: list[TokenEvent] = []
+
+    def path_order(path: tuple[int, ...]) -> None:
+        own = [e for e in tokens if e.path == path]
+        children = sorted({e.path for e in tokens if len(e.path) == len(path) + 1 and e.path[: len(path)] == path})
+        start = min((e.position for e in tokens if e.path in children), default=10**9)
+        ordered.extend(e for e in own if e.position < start)
+        for child in children:
+            path_order(child)
+        ordered.extend(e for e in own if e.position >= start)
+
+    path_order(())
+    assert [e.token_id for e in ordered] == out.token_ids[out.prompt_length :]
+    assert [e.position for e in ordered] == out.layout.position_ids[out.prompt_length :].tolist()
+    assert [not e.forced for e in ordered] == out.layout.sampled[out.prompt_length :].tolist()
+    assert "".join(e.text for e in ordered) == out.text
+
+
+def test_the_last_token_is_kept_without_a_forward(engine: Engine) -> None:
+    recorder = Recorder(plain(engine))
+    [out] = engine.generate("the sum of", config_for(engine, max_new_tokens=1), recorder)
+    assert out.total_tokens == out.steps == 1 and out.finish_reason == "max_new_tokens"
+    packed = packed_logits(engine.model, out.token_ids, out.layout)
+    compare(recorded_logits(recorder, out, 0), packed, out.layout, TOLERANCE, "packed")
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+def test_page_size_changes_nothing(engine: Engine, page_size: int) -> None:
+    [expected] = engine.generate("the product", config_for(engine), follow(engine, CASES["nested"]))
+    other = Engine(engine.model, engine.tokenizer, page_size=page_size)
+    [out] = other.generate("the product", config_for(engine), follow(engine, CASES["nested"]))
+    assert out.token_ids == expected.token_ids
+    other.cache.check()
+    assert other.cache.num_free_pages == other.cache.num_pages
+
+
+def test_a_script_is_followed(engine: Engine) -> None:
+    """The helper of other tests, by request."""
+    end = engine.tokenizer.eos_token_id
+    scripts = [{(): [*engine.tags.encode("so"), end]}, {(): [end]}]
+    outs = engine.generate(["the", "two"], config_for(engine), scripted(scripts))
+    assert [out.text for out in outs] == ["so", ""] and [out.total_tokens for out in outs] == [2, 1]
