@@ -98,6 +98,8 @@ def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:
     triton = triton_reason(q.device.type)
     if triton is None and q.dtype not in TRITON_DTYPES:
         triton = f"expected dtype {_names(TRITON_DTYPES)}, got {q.dtype}"
+    if triton is None and q.dtype == torch.bfloat16 and triton_interpreted():
+        triton = "Triton's interpreter has no bfloat16 dot product"
     if triton is None and q.shape[2] not in HEAD_DIMS:
         triton = f"expected a head dim among {', '.join(map(str, HEAD_DIMS))}, got {q.shape[2]}"
     if triton is None and q.device.type == "cuda":

@@ -1,0 +1,73 @@
+"""What the Triton attention kernels read of a mask: tile plans and intervals, as int32 tensors on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mvkernels.ops.attention_config import AttentionConfig
+from mvkernels.ops.mask import Int32Array, IntervalMask
+from mvkernels.ops.plan import TileRuns, tile_plan
+
+_ALIGN = 4  # int32 values: every table begins on 16 bytes, so that no layout changes how a kernel is compiled
+
+
+class RunTables(NamedTuple):
+    """`plan.TileRuns` on a device.
+
+    tiles [N, 5]: tile, first and end of its full runs, first and end of its partial runs; in launch order, longest first.
+    runs [R, 2]: half-open intervals of tiles.
+    """
+
+    tiles: torch.Tensor
+    runs: torch.Tensor
+
+
+class AttentionTables(NamedTuple):
+    """forward and dq: key tiles of each query tile. dkdv: query tiles of each key tile.
+
+    rows [T, 3]: first visible key, first and end of the gaps of each row. gaps [G, 2]: half-open intervals of hidden keys.
+    """
+
+    forward: RunTables
+    dq: RunTables
+    dkdv: RunTables
+    rows: torch.Tensor
+    gaps: torch.Tensor
+
+
+def tables(mask: IntervalMask, config: AttentionConfig, device: torch.device) -> list[torch.Tensor]:
+    """All tables of a mask, flat and in order; one copy to the device. `unflatten` gives them their names again."""
+    plans = {
+        blocks: tile_plan(mask, *blocks)
+        for blocks in {(kernel.block_m, kernel.block_n) for kernel in (config.forward, config.dq, config.dkdv)}
+    }
+    forward, dq = (plans[kernel.block_m, kernel.block_n].rows for kernel in (config.forward, config.dq))
+    dkdv = plans[config.dkdv.block_m, config.dkdv.block_n].columns
+    arrays = [array for runs in (forward, dq, dkdv) for array in _run_arrays(runs)]
+    segments = np.stack([mask.first_key, mask.gap_ptr[:-1], mask.gap_ptr[1:]], axis=1)
+    arrays += [segments[mask.segment_of_rows()], mask.gaps]
+    sizes = [-(-array.size // _ALIGN) * _ALIGN for array in arrays]
+    starts = np.cumsum([0, *sizes])
+    packed = np.zeros(starts[-1], np.int32)
+    for start, array in zip(starts, arrays, strict=False):
+        packed[start : start + array.size] = array.reshape(-1)
+    on_device = torch.from_numpy(packed).to(device)
+    return [
+        on_device[int(start) : int(start) + array.size].view(array.shape)
+        for start, array in zip(starts, arrays, strict=False)
+    ]
+
+
+def unflatten(flat: Sequence[torch.Tensor]) -> AttentionTables:
+    return AttentionTables(RunTables(*flat[0:2]), RunTables(*flat[2:4]), RunTables(*flat[4:6]), flat[6], flat[7])
+
+
+def _run_arrays(runs: TileRuns) -> tuple[Int32Array, Int32Array]:
+    partial_ptr = runs.partial_ptr + np.int32(len(runs.full))
+    columns = (runs.full_ptr[:-1], runs.full_ptr[1:], partial_ptr[:-1], partial_ptr[1:])
+    tiles = np.stack([np.arange(runs.num_tiles, dtype=np.int32), *columns], axis=1)[runs.order]
+    return tiles, np.concatenate([runs.full, runs.partial])

@@ -1,0 +1,194 @@
+"""Attention of a branch layout, forward, in Triton; and what its backward shares with it.
+
+    s_ij = scale q_i . k_j over the visible j;  lse_i = log sum_j exp(s_ij);  out_i = sum_j exp(s_ij - lse_i) v_j
+
+Legend: T rows, Hq query heads, Hkv key heads, D head dim; BLOCK_M rows by BLOCK_N keys to a tile, BLOCK_D the power of two
+that holds D. q, k, v have any strides but 1 in the last dimension; out [T, Hq, D] and lse [Hq, T] are contiguous.
+
+One program computes one query tile of one head, over the runs of key tiles that the tile plan lists: first those that all
+its rows see whole, without mask code, then the rest, where the mask is tested by a loop over the gaps of the rows. The
+longest tiles start first. There are no atomics and the order of every sum is fixed, so results repeat bit by bit. Nothing about a
+layout is a compile-time constant: a kernel is compiled once per head dim, dtype and configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mvkernels.ops.attention_config import AttentionConfig, KernelConfig
+from mvkernels.ops.attention_tables import unflatten
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+NEVER: tl.constexpr = tl.constexpr(2**31 - 1)  # as first visible key: sees nothing
+
+
+@triton.jit
+def load_tile(base_ptr, start, stride, total, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+              CHECK: tl.constexpr):  # fmt: skip
+    """Rows start .. start + BLOCK - 1 of a [total, D] matrix; 0 beyond D, and with CHECK also beyond total."""
+    rows = tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_D)
+    # The distance of the tile needs 64 bits (T * H * D may exceed 2**31), what lies inside it does not.
+    ptrs = base_ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + dims[None, :]  # [BLOCK, BLOCK_D]
+    if CHECK:
+        inside = (start + rows < total)[:, None]
+        if BLOCK_D != D:
+            inside = inside & (dims < D)[None, :]
+        return tl.load(ptrs, mask=inside, other=0.0)
+    if BLOCK_D != D:
+        return tl.load(ptrs, mask=(dims < D)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(base_ptr, start, stride, total, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of load_tile with CHECK."""
+    rows = tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_D)
+    ptrs = base_ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + dims[None, :]  # [BLOCK, BLOCK_D]
+    inside = (start + rows < total)[:, None] & (dims < D)[None, :]
+    tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_intervals(rows_ptr, rows, total):
+    """First visible key, first gap and end of the gaps of each row; rows beyond total see nothing."""
+    live = rows < total
+    ptrs = rows_ptr + tl.cast(rows, tl.int64) * 3
+    first = tl.load(ptrs, mask=live, other=NEVER)
+    gap = tl.load(ptrs + 1, mask=live, other=0)
+    gap_end = tl.load(ptrs + 2, mask=live, other=0)
+    return first, gap, gap_end
+
+
+@triton.jit
+def hide(s, rows, keys, first, gap, gap_end, gaps_ptr):
+    """Scores s with -inf where the row does not see the key. rows, first, gap, gap_end and keys broadcast to s.
+
+    Each gap is cut out of s itself: a mask beside it, kept through the loop, would take as many registers again.
+    """
+    s = tl.where((keys <= rows) & (keys >= first), s, float("-inf"))  # a live row bounds its keys by T
+    for _ in range(tl.max(gap_end - gap)):
+        live = gap < gap_end
+        hidden_from = tl.load(gaps_ptr + 2 * gap, mask=live, other=0)
+        hidden_to = tl.load(gaps_ptr + 2 * gap + 1, mask=live, other=0)  # an empty gap where there is none left
+        s = tl.where((keys < hidden_from) | (keys >= hidden_to), s, float("-inf"))
+        gap += 1
+    return s
+
+
+@triton.jit
+def fold(s, v, acc, top, norm, BLIND: tl.constexpr):
+    """Fold scores s [BLOCK_M, BLOCK_N] (base 2) and values v [BLOCK_N, BLOCK_D] into the running softmax.
+
+    BLIND: a row may see nothing yet; it keeps norm 0 and a top of -inf, where exp2(-inf - -inf) would give NaN.
+    """
+    new_top = tl.maximum(top, tl.max(s, 1))
+    base = new_top
+    if BLIND:
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(s - base[:, None])
+    decay = tl.exp2(top - base)
+    norm = norm * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new_top, norm
+
+
+@triton.jit(do_not_specialize=["total"])
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, runs_ptr, rows_ptr, gaps_ptr,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, total, group, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid (Hq, query tiles). scale_log2: scale * log2(e). tiles, runs, rows, gaps: see attention_tables."""
+    head = tl.program_id(0).to(tl.int64)
+    heads = tl.num_programs(0)
+    tile_ptr = tiles_ptr + tl.program_id(1) * 5
+    start = tl.load(tile_ptr) * BLOCK_M
+    q = load_tile(q_ptr + head * stride_qh, start, stride_qt, total, D, BLOCK_M, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    k_ptr += head // group * stride_kh
+    v_ptr += head // group * stride_vh
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    norm = tl.zeros([BLOCK_M], tl.float32)
+
+    for run in range(tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)):
+        for n in range(tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1)):
+            k = load_tile(k_ptr, n * BLOCK_N, stride_kt, total, D, BLOCK_N, BLOCK_D, False)  # [BLOCK_N, BLOCK_D]
+            v = load_tile(v_ptr, n * BLOCK_N, stride_vt, total, D, BLOCK_N, BLOCK_D, False)  # [BLOCK_N, BLOCK_D]
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+            acc, top, norm = fold(s, v, acc, top, norm, False)
+
+    rows = start + tl.arange(0, BLOCK_M)
+    first, gap, gap_end = load_intervals(rows_ptr, rows, total)
+    for run in range(tl.load(tile_ptr + 3), tl.load(tile_ptr + 4)):
+        for n in range(tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1)):
+            keys = n * BLOCK_N + tl.arange(0, BLOCK_N)
+            k = load_tile(k_ptr, n * BLOCK_N, stride_kt, total, D, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+            v = load_tile(v_ptr, n * BLOCK_N, stride_vt, total, D, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+            s = hide(s, rows[:, None], keys[None, :], first[:, None], gap[:, None], gap_end[:, None], gaps_ptr)
+            acc, top, norm = fold(s, v, acc, top, norm, True)
+
+    norm = tl.where(norm == 0.0, 1.0, norm)  # a row that sees nothing: out 0, lse -inf
+    store_tile(out_ptr + head * D, start, heads * D, total, acc / norm[:, None], D, BLOCK_M, BLOCK_D)
+    tl.store(lse_ptr + head * total + rows, (top + tl.log2(norm)) * LN2, mask=rows < total)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: Sequence[torch.Tensor],
+    config: Sequence[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [T, Hq, D], k and v [T, Hkv, D] -> out [T, Hq, D], lse [Hq, T] fp32."""
+    total, heads, depth = q.shape
+    out = torch.empty((total, heads, depth), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
+    if total == 0:
+        return out, lse
+    q, k, v = dense_last(q), dense_last(k), dense_last(v)
+    plan = unflatten(tables)
+    tiles, runs = plan.forward
+    with on_device_of(q):
+        forward_kernel[heads, len(tiles)](
+            q, k, v, out, lse, tiles, runs, plan.rows, plan.gaps,
+            *strides(q), *strides(k), *strides(v), total, heads // k.shape[1], scale * LOG2E.value,
+            **constants(depth, AttentionConfig.from_flat(config).forward),
+        )  # fmt: skip
+    return out, lse
+
+
+def constants(depth: int, config: KernelConfig) -> dict[str, int]:
+    """Compile-time arguments of the kernels for one configuration, and how to launch it."""
+    return {
+        "D": depth,
+        "BLOCK_D": triton.next_power_of_2(depth),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def dense_last(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(x: torch.Tensor) -> tuple[int, int]:
+    """Of tokens and heads."""
+    return x.stride(0), x.stride(1)
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
