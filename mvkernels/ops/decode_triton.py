@@ -1,0 +1,157 @@
+"""Tree decode in Triton: one launch over (work item, kv head), one fixed-order merge. No atomics: reproducible bits.
+
+    partial: m = max_t s_t, l = sum_t 2^(s_t - m), out = sum_t 2^(s_t - m) v_t / l, lse2 = m + log2(l)
+             with s_t = scale log2(e) q . k_t over the lanes t of a chunk that a row sees; nothing seen: out 0, lse2 -inf
+    merge:   lse2 = log2 sum_p 2^lse2_p,  out = sum_p 2^(lse2_p - lse2) out_p,  lse = ln(2) lse2
+
+q, out [N, Hq, D] contiguous; k, v [pages, page_size, Hkv, D] contiguous; partial out [S, Hq, D] and lse2 [S, Hq] fp32.
+A tile packs rows and the query heads of one kv head: line m of a tile is head m % GROUP of row m // GROUP.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from mvkernels.ops.decode_tasks import StepViews
+from mvkernels.ops.decode_tiles import DecodeConfig, DecodeTables, build_tables, choose_chunk, choose_config
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, work_ptr, pages_ptr, counts_ptr, rows_ptr, scale_log2,
+    HQ: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    item_ptr = work_ptr + tl.program_id(0) * 8
+    kv_head = tl.program_id(1)
+    first_page = tl.load(item_ptr + 0)
+    first_lane = tl.load(item_ptr + 1)
+    end_lane = tl.load(item_ptr + 2)
+    first_row = tl.load(item_ptr + 3)
+    num_rows = tl.load(item_ptr + 4)
+    limit = tl.load(item_ptr + 5)
+    first_partial = tl.load(item_ptr + 6)
+
+    m = tl.arange(0, BLOCK_M)
+    r = m // GROUP  # [BLOCK_M], row within the tile
+    head = kv_head * GROUP + m % GROUP
+    live = r < num_rows
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    row = tl.load(rows_ptr + first_row + r, mask=live, other=0).to(tl.int64)
+    q_mask = live[:, None] & in_d[None, :]
+    q = tl.load(q_ptr + (row * HQ + head)[:, None] * D + d[None, :], mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(first_lane, end_lane, BLOCK_N):
+        lane = start + tl.arange(0, BLOCK_N)
+        in_chunk = lane < end_lane
+        place = lane // PAGE_SIZE
+        offset = lane - place * PAGE_SIZE
+        page = tl.load(pages_ptr + first_page + place, mask=in_chunk, other=0).to(tl.int64)
+        count = tl.load(counts_ptr + first_page + place, mask=in_chunk, other=0)
+        written = in_chunk & (offset < count)
+        # int64: a cache may hold more than 2**31 elements. Lanes without a key are never read.
+        at = ((page * PAGE_SIZE + offset) * HKV + kv_head)[:, None] * D + d[None, :]  # [BLOCK_N, BLOCK_D]
+        kv_mask = written[:, None] & in_d[None, :]
+        k = tl.load(k_ptr + at, mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        seen = written[None, :] & (lane[None, :] <= (limit + r)[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+        weights = tl.exp2(scores - shift[:, None])
+        keep = tl.exp2(top - shift)
+        v = tl.load(v_ptr + at, mask=kv_mask, other=0.0)
+        acc = acc * keep[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        total = total * keep + tl.sum(weights, 1)
+        top = new_top
+
+    empty = total == 0.0
+    divisor = tl.where(empty, 1.0, total)
+    partial = (first_partial + r).to(tl.int64) * HQ + head
+    tl.store(part_ptr + partial[:, None] * D + d[None, :], acc / divisor[:, None], mask=q_mask)
+    tl.store(part_lse_ptr + partial, tl.where(empty, float("-inf"), top + tl.log2(divisor)), mask=live)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def merge_kernel(
+    part_ptr, part_lse_ptr, merge_ptr_ptr, merge_ids_ptr, out_ptr, lse_ptr, num_rows,
+    HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    one = tl.arange(0, 1)
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    begin = tl.load(merge_ptr_ptr + row)
+    end = tl.load(merge_ptr_ptr + row + 1)
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for index in range(begin, end):
+        partial = tl.load(merge_ids_ptr + index).to(tl.int64) * HQ + head
+        lse2 = tl.load(part_lse_ptr + partial + one)  # [1]
+        out = tl.load(part_ptr + partial * D + d, mask=in_d, other=0.0)  # [BLOCK_D]
+        new_top = tl.maximum(top, lse2)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # chunks that the row does not see
+        keep = tl.exp2(top - shift)
+        weight = tl.exp2(lse2 - shift)
+        acc = acc * keep + out * weight
+        total = total * keep + weight
+        top = new_top
+    at = (row * HQ + head) * D + d
+    tl.store(out_ptr + at, (acc / total).to(out_ptr.dtype.element_ty), mask=in_d)
+    lse = (top + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + head.to(tl.int64) * num_rows + row + one, lse)
+
+
+def decode_triton(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, views: StepViews, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [N, Hq, D] in q's dtype and lse [Hq, N] float32, natural log. The caller has checked the arguments."""
+    rows, heads, dim = q.shape
+    kv_heads = k_cache.shape[2]
+    config, tables = plan_tables(views, heads, kv_heads, dim, q.element_size(), q.device)
+    q = q.detach().contiguous()
+    part = torch.empty((tables.num_partials, heads, dim), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((tables.num_partials, heads), dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q)
+    lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
+    block_d = max(16, triton.next_power_of_2(dim))
+    with torch.cuda.device_of(q):
+        decode_kernel[(tables.work.shape[0], kv_heads)](
+            q, k_cache, v_cache, part, part_lse, tables.work, tables.pages, tables.counts, tables.rows, scale * LOG2_E,
+            HQ=heads, HKV=kv_heads, GROUP=heads // kv_heads, D=dim, PAGE_SIZE=views.page_size,
+            BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        merge_kernel[(rows, heads)](
+            part, part_lse, tables.merge_ptr, tables.merge_ids, out, lse, rows,
+            HQ=heads, D=dim, BLOCK_D=block_d, num_warps=1,
+        )  # fmt: skip
+    return out, lse
+
+
+def plan_tables(
+    views: StepViews, heads: int, kv_heads: int, dim: int, element_size: int, device: torch.device
+) -> tuple[DecodeConfig, DecodeTables]:
+    """Tile shape and device tables of a step, made once for all layers."""
+
+    def build() -> tuple[DecodeConfig, DecodeTables]:
+        tasks = views.tasks()
+        config = choose_config(heads // kv_heads, dim, max(len(task.rows) for task in tasks), element_size)
+        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        chunk = choose_chunk(tasks, views.page_size, config, kv_heads, sms)
+        tables = build_tables(tasks, views.page_size, views.total_rows, config.rows_per_tile, chunk, device)
+        return config, tables
+
+    return views.cached(("triton", heads, kv_heads, dim, element_size, device), build)
