@@ -156,7 +156,8 @@ def run(
     embedded = model is None
     if compare and given.get("sequential"):
         raise ValueError("expected --compare or --sequential, got both")
-    config = GenerationConfig(**({"max_new_tokens": EMBEDDED_MAX_NEW_TOKENS} if embedded else {}), **given)
+    defaults: dict[str, Any] = {"max_new_tokens": EMBEDDED_MAX_NEW_TOKENS} if embedded else {}
+    config = GenerationConfig(**{**defaults, **given})
     engine, notes = load_engine(model, placement)
     question = ask(engine, prompt, embedded, config.seed, raw)
     console = Console()
