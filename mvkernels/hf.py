@@ -195,6 +195,7 @@ def attention_forward(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, H, D]
     if branch_layout is not None:
         _check_window(sliding_window, branch_layout.longest_document)
+        q, k, v = _as_autocast(q, k, v)
         out = multiverse_attention(q, k, v, branch_layout, scale=scaling, backend=branch_backend)
     else:
         cache, step = _unpack(paged_kv)
@@ -203,6 +204,14 @@ def attention_forward(
         cache.append(layer, k, v, step, backend=branch_backend)
         out = tree_decode(q, cache.k[layer], cache.v[layer], step, scale=scaling, backend=branch_backend)
     return out[None], None
+
+
+def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as sdpa takes them: rotation leaves queries and keys in fp32."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def _refuse_variants(kwargs: dict[str, Any], dropout: float) -> None:

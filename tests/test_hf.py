@@ -150,6 +150,19 @@ def test_the_backend_is_the_one_asked_for() -> None:
         patch_model(model, "fastest")(ids, branch_layout=layout)
 
 
+def test_under_autocast_the_attention_runs_in_its_dtype() -> None:
+    """Rotation leaves queries and keys in fp32 there, beside values in bf16."""
+    layout = BranchLayout.from_tree(TREE)
+    ids = ids_of(layout.total_tokens)
+    model = make("qwen2")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = dense_logits(model, ids, layout)
+        patch_model(model)
+        found = model(ids, branch_layout=layout, use_cache=False).logits
+    exact = dense_logits(unpatch_model(model), ids, layout)
+    assert (found.float() - exact).abs().max() <= 2 * (expected.float() - exact).abs().max() + 1e-3
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model = patch_model(make("qwen2")).train()
