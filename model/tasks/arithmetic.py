@@ -1,0 +1,251 @@
+"""Sums of products, worked out digit by digit: one path for each term, nested where a product splits again.
+
+A problem reads `Compute 47*38 + 125*6 + 904.` Its terms are products, sums in brackets and plain numbers. The written
+work goes as a person does it on paper, least significant digit first, one line a digit:
+
+    4*8+5=37 -> 376       a digit times a digit plus the carry = both digits -> the result so far
+    7+1+0=8 -> 86         a column plus the carry = its sum -> the result so far
+
+Every addition has five columns, so that a column stands at the same place of each number.
+
+In the parallel trace every product and every bracket has a path of its own. A product whose second factor has several
+digits other than 0 splits again into one partial product for each. The conclusions add up what the paths found. The
+sequential trace is the same work, one term after the other, without tags inside its `<Think>`.
+
+The end of the prompt says which of the two is asked for, as in arXiv 2506.09991: PARALLEL_ENDING, SEQUENTIAL_ENDING.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+PARALLEL_ENDING = " Think step by step and in parallel before answering."
+SEQUENTIAL_ENDING = " Think step by step before answering."
+SPLITS = ("train", "test")
+#: One problem in so many is held out of training, by a hash of its canonical text.
+HOLD_OUT = 10
+TERMS = (2, 5)
+#: Columns of every addition.
+WIDTH = 5
+
+_ANSWER = re.compile(r"\s*(\d+)\s*")
+
+
+@dataclass(frozen=True)
+class Product:
+    """`left*right`, both at least 1."""
+
+    left: int
+    right: int
+
+    @property
+    def value(self) -> int:
+        return self.left * self.right
+
+    def __str__(self) -> str:
+        return f"{self.left}*{self.right}"
+
+    def partial_products(self) -> list[Product]:
+        """`left` times each digit of `right` other than 0 at its place, units first: 47*38 -> 47*8, 47*30."""
+        digits = reversed(str(self.right))
+        return [Product(self.left, int(d) * 10**place) for place, d in enumerate(digits) if d != "0"]
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """`(a+b+c)`."""
+
+    parts: tuple[int, ...]
+
+    @property
+    def value(self) -> int:
+        return sum(self.parts)
+
+    def __str__(self) -> str:
+        return "(" + "+".join(map(str, self.parts)) + ")"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A plain number: nothing to work out."""
+
+    value: int
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+Term: TypeAlias = Product | Bracket | Number
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A sum of terms. terms: 2 to 5 of at most five digits, at least two of them with work to do; else ValueError."""
+
+    terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        low, high = TERMS
+        if not low <= len(self.terms) <= high:
+            raise ValueError(f"problem: expected {low} to {high} terms, got {len(self.terms)}")
+        worked = sum(not isinstance(term, Number) for term in self.terms)
+        if worked < 2:
+            raise ValueError(f"problem: expected at least 2 products or brackets, got {worked}")
+        for term in self.terms:
+            if not 0 < term.value < 10**WIDTH:
+                raise ValueError(f"problem: expected terms from 1 to {10**WIDTH - 1}, got {term}")
+
+    @property
+    def expression(self) -> str:
+        """The canonical text of the problem, `47*38 + 125*6 + 904`."""
+        return " + ".join(map(str, self.terms))
+
+    @property
+    def question(self) -> str:
+        return f"Compute {self.expression}."
+
+    @property
+    def answer(self) -> int:
+        return sum(term.value for term in self.terms)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the problem belongs to the test split, by a hash of its canonical text."""
+        digest = hashlib.blake2b(self.expression.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % HOLD_OUT == 0
+
+    def prompt(self, parallel: bool = True) -> str:
+        """The question with the ending that asks for the parallel or the sequential trace, and a newline."""
+        return self.question + (PARALLEL_ENDING if parallel else SEQUENTIAL_ENDING) + "\n"
+
+    @cached_property
+    def parallel_trace(self) -> str:
+        """What a model answers to `prompt(parallel=True)`."""
+        return "\n".join(["<Think>", *_parallel(self), "</Think>", str(self.answer)])
+
+    @cached_property
+    def sequential_trace(self) -> str:
+        """What a model answers to `prompt(parallel=False)`."""
+        return "\n".join(["<Think>", *_sequential(self), "</Think>", str(self.answer)])
+
+
+def grade(text: str, problem: Problem) -> bool:
+    """Whether a generated text gives the right answer: after its last `</Think>` stands the number and nothing else.
+
+    text: what the model generated, with or without the prompt, without an end-of-text token.
+    """
+    _, closed, rest = text.rpartition("</Think>")
+    match = _ANSWER.fullmatch(rest)
+    return bool(closed) and match is not None and match[1] == str(problem.answer)
+
+
+def generate(seed: int | str, split: str = "train") -> Iterator[Problem]:
+    """Endless fresh problems of one split, the same for the same seed.
+
+    No problem of the "test" split can come up in the "train" split, whatever the seeds: the hash of its text decides.
+    Raises ValueError for another split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        problem = _draw(rng)
+        if problem.held_out == (split == "test"):
+            yield problem
+
+
+def _draw(rng: random.Random) -> Problem:
+    while True:
+        terms = tuple(_draw_term(rng) for _ in range(rng.randint(*TERMS)))
+        if sum(not isinstance(term, Number) for term in terms) >= 2:
+            return Problem(terms)
+
+
+def _draw_term(rng: random.Random) -> Term:
+    kind = rng.random()
+    if kind < 0.7:
+        right = _number(rng, 2) if rng.random() < 0.75 else rng.randint(2, 9)
+        return Product(_number(rng, rng.choice((2, 3))), right)
+    if kind < 0.85:
+        return Bracket(tuple(_number(rng, rng.choice((2, 3, 4))) for _ in range(rng.choice((2, 3)))))
+    return Number(_number(rng, rng.choice((1, 2, 3, 4))))
+
+
+def _number(rng: random.Random, digits: int) -> int:
+    """A number of exactly so many digits."""
+    return rng.randrange(10 ** (digits - 1), 10**digits)
+
+
+def _parallel(problem: Problem) -> list[str]:
+    worked = [term for term in problem.terms if not isinstance(term, Number)]
+    return _block("", worked, [term.value for term in problem.terms])
+
+
+def _block(prefix: str, terms: Sequence[Term], addends: Sequence[int]) -> list[str]:
+    """A block with a path for each term, whose conclusion adds up. prefix: of its indices, `2.` inside path 2."""
+    lines = ["<Parallel>", "<Goal>"]
+    for i, term in enumerate(terms, 1):
+        lines += ["<Outline>", f"{prefix}{i}: {term}", "</Outline>"]
+    lines.append("</Goal>")
+    for i, term in enumerate(terms, 1):
+        lines += ["<Path>", f"{prefix}{i}: {term}", *_work(term, f"{prefix}{i}."), "</Path>"]
+    return [*lines, "<Conclusion>", *_addition(addends), "</Conclusion>", "</Parallel>"]
+
+
+def _work(term: Term, prefix: str) -> list[str]:
+    if isinstance(term, Product):
+        partial = term.partial_products()
+        if len(partial) > 1:
+            return _block(prefix, partial, [product.value for product in partial])
+        return _multiplication(term)
+    return _addition(term.parts) if isinstance(term, Bracket) else []
+
+
+def _sequential(problem: Problem) -> list[str]:
+    lines: list[str] = []
+    for term in problem.terms:
+        if isinstance(term, Product):
+            partial = term.partial_products()
+            if len(partial) > 1:
+                lines.append(f"{term} = " + " + ".join(map(str, partial)))
+                for product in partial:
+                    lines += [str(product), *_multiplication(product)]
+                lines += _addition([product.value for product in partial])
+                continue
+        if not isinstance(term, Number):
+            lines += [str(term), *_work(term, "")]
+    return lines + _addition([term.value for term in problem.terms])
+
+
+def _multiplication(product: Product) -> list[str]:
+    """A number times one digit followed by zeros: the zeros first, then one line a digit."""
+    factor = str(product.right).rstrip("0")
+    done = "0" * (len(str(product.right)) - 1)
+    lines = [f"-> {done}"] if done else []
+    carry = 0
+    digits = str(product.left)[::-1]
+    for place, digit in enumerate(digits):
+        total = int(digit) * int(factor) + carry
+        done = str(total if place == len(digits) - 1 else total % 10) + done
+        lines.append(f"{digit}*{factor}" + (f"+{carry}" if place else "") + f"={total} -> {done}")
+        carry = total // 10
+    return lines
+
+
+def _addition(addends: Sequence[int]) -> list[str]:
+    """Numbers one beside the other, filled with zeros to the same width: then one line a column."""
+    rows = [str(number).zfill(WIDTH) for number in addends]
+    lines, done, carry = ["+".join(rows)], "", 0
+    for place in range(WIDTH):
+        column = [int(row[-1 - place]) for row in rows] + ([carry] if place else [])
+        total = sum(column)
+        done = str(total if place == WIDTH - 1 else total % 10) + done
+        lines.append("+".join(map(str, column)) + f"={total} -> {done}")
+        carry = total // 10
+    return lines
