@@ -42,7 +42,7 @@ def parent_with_fresh_children(w: World):
 def ending_children_with_merged_parent(w: World):
     root = w.new()
     w.step((root, 6))
-    a, b, c = w.fork(root, 3)
+    a, _, c = w.fork(root, 3)
     w.step((a, 5), (c, 9))
     w.merge(root)
     return [(c, 1), (a, 2), (root, 3)]

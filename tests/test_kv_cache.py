@@ -17,7 +17,8 @@ def world(num_pages: int = 64, page_size: int = 3) -> World:
 
 def snapshot(cache: PagedKVCache) -> tuple[object, ...]:
     """All host state that an operation could change."""
-    nodes = {n.id: (n.length, n.start, tuple(n.pages), n.refs, n.frozen, n.merged_branch) for n in cache._nodes.values()}
+    fields = ("length", "start", "refs", "frozen", "merged_branch")
+    nodes = {n.id: (*n.pages, *(getattr(n, field) for field in fields)) for n in cache._nodes.values()}
     branches = {b.id: (b.tail.id, b.parent, tuple(b.children), b.merged) for b in cache._branches.values()}
     return nodes, branches, cache._free.pages(), cache._open, cache._open and cache._open.state.closed
 

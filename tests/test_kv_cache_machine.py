@@ -137,7 +137,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.world.mirror(branch).append(keys, values)
 
     def allowed(self, entries) -> bool:
-        """Writes the entries into the reference one after the other while it says that they may grow, then undoes it."""
+        """Writes the entries into the reference one by one while it says that they may grow, then undoes it."""
         undo = []
         for branch, count in entries:
             mirror = self.world.mirror(branch)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mvkernels.ops.decode_tasks import DecodeTask, Int32Array
+from mvkernels.ops.decode_tasks import DecodeTask, Int32Array, Int64Array
 
 EVERYTHING = 2**30  # a limit that hides no lane; a tile's rows may be added to it
 MIN_CHUNK = 256
@@ -53,11 +53,13 @@ class DecodeTables:
 
 def choose_config(group: int, head_dim: int, most_rows: int, element_size: int) -> DecodeConfig:
     """Two shapes per model: a narrow one while no task has more rows than fit into it, and a wide one."""
+    full_precision = element_size > 2  # multiplied without tensor cores, out of registers: larger tiles spill
     narrow = max(16, 1 << (group - 1).bit_length())
-    wide = max(64 if head_dim <= 128 else 32, narrow)
+    wide = max(64 if head_dim <= 128 and not full_precision else 32, narrow)
     block_m = narrow if most_rows * group <= narrow else wide
-    block_n = 64 if element_size == 2 and head_dim <= 128 else 32
-    return DecodeConfig(block_m, block_n, block_m // group, num_warps=4 if block_m <= 64 else 8, num_stages=2)
+    block_n = 16 if full_precision else 64 if head_dim <= 128 else 32
+    num_warps = 8 if block_m > (16 if full_precision else 64) else 4
+    return DecodeConfig(block_m, block_n, block_m // group, num_warps, num_stages=2)
 
 
 def choose_chunk(tasks: Sequence[DecodeTask], page_size: int, config: DecodeConfig, kv_heads: int, num_sms: int) -> int:
@@ -97,16 +99,14 @@ def build_tables(
         merge_ptr,
         np.argsort(by_row, kind="stable"),  # stable: in the order of tasks and chunks
     ]
-    tensors = _upload([np.asarray(array, dtype=np.int32) for array in arrays], device)
-    return DecodeTables(tensors[0].view(-1, 8), *tensors[1:], num_partials=len(by_row))
+    items_table, pages, counts, rows, ptr, ids = _upload([np.asarray(array, dtype=np.int32) for array in arrays], device)
+    return DecodeTables(items_table.view(-1, 8), pages, counts, rows, ptr, ids, num_partials=len(by_row))
 
 
-def _cut(task: DecodeTask, page_size: int, rows_per_tile: int, chunk: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+def _cut(task: DecodeTask, page_size: int, rows_per_tile: int, chunk: int) -> Int64Array:
     """Work items of a task, [items, 8], with rows, pages and partials counted from the task's own first."""
     lanes = (len(task.pages) - 1) * page_size + int(task.counts[-1])
-    tile, part = np.meshgrid(
-        np.arange(0, len(task.rows), rows_per_tile), np.arange(0, lanes, chunk), indexing="ij"
-    )  # fmt: skip
+    tile, part = np.meshgrid(np.arange(0, len(task.rows), rows_per_tile), np.arange(0, lanes, chunk), indexing="ij")
     items = np.zeros((tile.size, 8), dtype=np.int64)
     items[:, 1] = part.reshape(-1)
     items[:, 2] = np.minimum(items[:, 1] + chunk, lanes)

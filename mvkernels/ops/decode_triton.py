@@ -4,7 +4,7 @@
              with s_t = scale log2(e) q . k_t over the lanes t of a chunk that a row sees; nothing seen: out 0, lse2 -inf
     merge:   lse2 = log2 sum_p 2^lse2_p,  out = sum_p 2^(lse2_p - lse2) out_p,  lse = ln(2) lse2
 
-q, out [N, Hq, D] contiguous; k, v [pages, page_size, Hkv, D] contiguous; partial out [S, Hq, D] and lse2 [S, Hq] fp32.
+q, out [N, Hq, D]; k, v [pages, page_size, Hkv, D]; partial out [S, Hq, D] and lse2 [S, Hq], fp32; all contiguous.
 A tile packs rows and the query heads of one kv head: line m of a tile is head m % GROUP of row m // GROUP.
 """
 
