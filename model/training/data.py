@@ -1,0 +1,81 @@
+"""The training data: an endless stream of fresh problems, packed into rows without padding."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from mvkernels import BranchLayout, TagTokens
+from mvkernels.model.tasks.arithmetic import Problem, generate
+from mvkernels.model.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Document:
+    """One example: its token ids, and how many of them at the front carry no label."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+def document_text(problem: Problem, parallel: bool, ending: bool = True) -> tuple[str, str]:
+    """The prompt and what a model answers. ending: whether the prompt says how to think.
+
+    The newline after the prompt belongs to the answer here, so that the model also continues a prompt without one.
+    """
+    prompt = problem.prompt(parallel).rstrip("\n") if ending else problem.question
+    return prompt, "\n" + (problem.parallel_trace if parallel else problem.sequential_trace)
+
+
+def encode_document(prompt: str, answer: str, tags: TagTokens, end_of_text: int) -> Document:
+    """Token ids of a prompt, its answer and the end-of-text token."""
+    head = tags.encode(prompt)
+    return Document([*head, *tags.encode(answer), end_of_text], len(head))
+
+
+class PackedProblems(Dataset[dict[str, Any]]):
+    """Row i of the stream is a function of the recipe and i alone, so that a resumed run sees the same rows.
+
+    A row: input_ids, labels [1, T] int64, position_ids [1, T], branch_layout. T varies.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.recipe = recipe
+        self.tags = TagTokens.from_tokenizer(tokenizer)
+        (self.end_of_text,) = tokenizer.encode(str(tokenizer.eos_token), add_special_tokens=False)
+
+    def __len__(self) -> int:
+        return self.recipe.steps
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        documents: list[Document] = []
+        total = 0
+        style = random.Random(f"style {self.recipe.seed} {index}")
+        for problem in generate(f"{self.recipe.seed} {index}"):
+            parallel = style.random() >= self.recipe.sequential_share
+            ending = not parallel or style.random() >= self.recipe.bare_share
+            prompt, answer = document_text(problem, parallel, ending)
+            documents.append(encode_document(prompt, answer, self.tags, self.end_of_text))
+            total += len(documents[-1].ids)
+            if total >= self.recipe.tokens_per_step:
+                break
+        return pack_documents(documents, self.tags)
+
+
+def pack_documents(documents: list[Document], tags: TagTokens) -> dict[str, Any]:
+    """The documents one after the other, as arguments of a patched model."""
+    layout = BranchLayout.pack(
+        [BranchLayout.from_token_ids(doc.ids, tags, prompt_length=doc.prompt_length) for doc in documents]
+    )
+    ids = torch.tensor([token for doc in documents for token in doc.ids])
+    return {
+        "input_ids": ids[None],
+        "labels": layout.labels(ids)[None],
+        "position_ids": layout.position_ids[None],
+        "branch_layout": layout,
+    }

@@ -1,0 +1,82 @@
+"""The recipe of the embedded model: all that decides its weights, checked once."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+#: Head size of the model; the hidden size is a multiple of it.
+HEAD_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is made from nothing. The defaults make the embedded model.
+
+    steps                    optimizer steps, one packed row of documents each
+    tokens_per_step          a row is filled with fresh problems until it has at least so many tokens
+    learning_rate            peak, of the layers' matrices (Muon); it falls to 0 along a straight line
+    embedding_learning_rate  peak, of all other parameters (AdamW)
+    weight_decay             of the layers' matrices
+    warmup_steps             steps in which the learning rates rise to their peaks
+    sequential_share         share of the problems that are written as one chain, without blocks
+    bare_share               share of the parallel problems whose prompt ends with the question
+    hidden_size, layers, intermediate_size    sizes of the model; heads have 32 channels
+    seed                     of the initial weights and of the problems
+    log_every, save_every    steps between two logged losses, and between two checkpoints to resume from
+
+    Raises ValueError when a value is out of range.
+    """
+
+    steps: int = 3000
+    tokens_per_step: int = 2560
+    learning_rate: float = 6e-3
+    embedding_learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    sequential_share: float = 0.3
+    bare_share: float = 0.1
+    hidden_size: int = 128
+    layers: int = 5
+    intermediate_size: int = 512
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens_per_step", "hidden_size", "layers", "intermediate_size", "log_every"):
+            self._require(
+                name, "a whole number >= 1", isinstance(getattr(self, name), int) and getattr(self, name) >= 1
+            )
+        for name in ("learning_rate", "embedding_learning_rate"):
+            self._require(name, "a finite number > 0", math.isfinite(getattr(self, name)) and getattr(self, name) > 0)
+        self._require("weight_decay", "a number in [0, 1)", 0 <= self.weight_decay < 1)
+        self._require("warmup_steps", f"0 to {self.steps} (the steps)", 0 <= self.warmup_steps <= self.steps)
+        for name in ("sequential_share", "bare_share"):
+            self._require(name, "a number in [0, 1]", 0 <= getattr(self, name) <= 1)
+        self._require("hidden_size", f"a multiple of {HEAD_SIZE}", self.hidden_size % HEAD_SIZE == 0)
+        self._require(
+            "save_every",
+            f"a multiple of log_every, {self.log_every}",
+            self.save_every >= 1 and self.save_every % self.log_every == 0,
+        )
+
+    def _require(self, name: str, expected: str, holds: bool) -> None:
+        if not holds:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def save(self, path: Path) -> None:
+        """Writes the recipe as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def require_equal(self, path: Path) -> None:
+        """Raises ValueError when the recipe in this file is another: resuming would not give what either gives."""
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for field in fields(self):
+            if saved.get(field.name) != getattr(self, field.name):
+                raise ValueError(
+                    f"resume: expected {field.name}={saved.get(field.name)!r} as in {path}, "
+                    f"got {getattr(self, field.name)!r}"
+                )

@@ -1,0 +1,228 @@
+"""`train`: makes a small causal language model with branch attention from nothing, on generated problems.
+
+The loop is transformers' `Trainer`: packed rows through `patch_model`, checkpoints, exact resumption. On one machine
+the same recipe gives the same losses and weights, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler, SequentialSampler
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging
+
+from mvkernels import BranchLayout, patch_model, unpatch_model
+from mvkernels.model.tasks.arithmetic import PARALLEL_ENDING, generate
+from mvkernels.model.tokens import CONFIG_KEY, multiverse_entry
+from mvkernels.model.training.data import PackedProblems
+from mvkernels.model.training.optimizer import MuonAdamW
+from mvkernels.model.training.recipe import HEAD_SIZE, Recipe
+from mvkernels.model.training.tokenizer import build_tokenizer
+
+MAX_POSITIONS = 4096
+# Positions hardly go beyond 500: slow rotations would tell nothing apart.
+ROPE_THETA = 1000.0
+_RECIPE_FILE = "recipe.json"
+_CHECKPOINTS = "checkpoints"
+_VOCABULARY_PROBLEMS = 64
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What came out. losses: (step, mean loss since the last one). seconds: of this call, without what was resumed."""
+
+    folder: Path
+    losses: tuple[tuple[int, float], ...]
+    parameters: int
+    seconds: float
+
+
+def train(
+    recipe: Recipe,
+    output_dir: str | Path,
+    resume: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingRun:
+    """Trains a model by `recipe` and saves it with its tokenizer, configs and recipe in `output_dir`.
+
+    resume: go on from the last checkpoint of an interrupted run in `output_dir`. progress: show a bar. callbacks: of
+    transformers' Trainer, besides. Raises ValueError when `output_dir` is not empty and `resume` is not set, or when
+    there is nothing to resume or another recipe was interrupted there.
+    """
+    folder = Path(output_dir)
+    checkpoint = _prepare(recipe, folder, resume)
+    set_seed(recipe.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(recipe, tokenizer)
+    optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, recipe.embedding_learning_rate)
+    trainer = _PackedTrainer(
+        model=patch_model(model),
+        args=_arguments(recipe, folder),
+        train_dataset=PackedProblems(recipe, tokenizer),
+        data_collator=_only_row,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(recipe))),
+        callbacks=[*([_Bar()] if progress else []), *callbacks],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    started = time.perf_counter()
+    with _quiet():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.perf_counter() - started
+        unpatch_model(model).config.use_cache = True  # the trainer has turned it off
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.rmtree(folder / _CHECKPOINTS)
+    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    return TrainingRun(folder, losses, model.num_parameters(), seconds)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the task: always the same. Its chat template asks for parallel thinking."""
+    problems = islice(generate("vocabulary"), _VOCABULARY_PROBLEMS)
+    texts = (problem.prompt(parallel) for problem in problems for parallel in (True, False))
+    return build_tokenizer(texts, chat_ending=PARALLEL_ENDING)
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """A model with random weights, from torch's generator, of the sizes in the recipe."""
+    heads = recipe.hidden_size // HEAD_SIZE
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=recipe.intermediate_size,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        initializer_range=0.5 * recipe.hidden_size**-0.5,
+        tie_word_embeddings=True,
+        use_cache=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    setattr(config, CONFIG_KEY, multiverse_entry())
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    return model
+
+
+def _prepare(recipe: Recipe, folder: Path, resume: bool) -> Path | None:
+    """Checks the output folder and writes the recipe there; the checkpoint to resume from, or None."""
+    saved = folder / _RECIPE_FILE
+    if resume:
+        steps = sorted((folder / _CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        if not saved.exists() or not steps:
+            raise ValueError(f"resume: expected a folder with the checkpoint of an interrupted run, got {folder}")
+        recipe.require_equal(saved)
+        return steps[-1]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output: expected a new or empty folder, or one to resume, got {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.save(saved)
+    return None
+
+
+def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder / _CHECKPOINTS),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=1,
+        seed=recipe.seed,
+        max_grad_norm=1.0,
+        logging_steps=recipe.log_every,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def _schedule(recipe: Recipe) -> Callable[[int], float]:
+    """Share of the peak learning rate at a step: up along a straight line, down along another to 0."""
+
+    def share(step: int) -> float:
+        rising = (step + 1) / recipe.warmup_steps if recipe.warmup_steps else 1.0
+        return min(1.0, rising) * (1 - step / recipe.steps)
+
+    return share
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bar for each file that it writes, which would break up the bar of the training."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _only_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch is one packed row."""
+    return rows[0]
+
+
+class _PackedTrainer(Trainer):
+    """Rows in their order, and the layout on the model's device."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        # The rows are drawn at random already; in order, a resumed run need not draw those that it skips.
+        return SequentialSampler(range(self.args.max_steps))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        layout: BranchLayout = prepared["branch_layout"]
+        prepared["branch_layout"] = layout.to(self.args.device)
+        return prepared
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with the last logged loss."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.close()

@@ -1,0 +1,162 @@
+"""Training from nothing: the loss falls, an interrupted run resumes to the same weights, a bad recipe is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainerCallback
+
+from mvkernels import BranchLayout, TagTokens
+from mvkernels.grammar import TAGS
+from mvkernels.model.tasks.arithmetic import generate
+from mvkernels.model.tokens import read_entry
+from mvkernels.model.training import Recipe, TrainingRun, train
+from mvkernels.model.training.data import PackedProblems
+from mvkernels.model.training.optimizer import orthogonal
+from mvkernels.model.training.run import make_tokenizer
+
+TINY = Recipe(
+    steps=12,
+    tokens_per_step=400,
+    warmup_steps=2,
+    hidden_size=32,
+    layers=2,
+    intermediate_size=64,
+    log_every=2,
+    save_every=4,
+)
+
+
+class Interrupt(TrainerCallback):
+    """What Ctrl-C does, at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
+    return train(TINY, tmp_path_factory.mktemp("whole") / "run", progress=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def test_the_loss_falls(whole: TrainingRun) -> None:
+    assert [step for step, _ in whole.losses] == [2, 4, 6, 8, 10, 12]
+    assert whole.losses[-1][1] < whole.losses[0][1] - 0.5
+
+
+def test_an_interrupted_run_resumes_to_the_same_losses_and_weights(whole: TrainingRun, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path / "run", progress=False, callbacks=[Interrupt(7)])
+    resumed = train(TINY, tmp_path / "run", resume=True, progress=False)
+    assert resumed.losses == whole.losses
+    weights, expected = (load_file(run.folder / "model.safetensors") for run in (resumed, whole))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_another_seed_gives_other_weights(whole: TrainingRun, tmp_path: Path) -> None:
+    other = train(Recipe(**{**vars(TINY), "seed": 1}), tmp_path / "run", progress=False)
+    assert other.losses != whole.losses
+
+
+def test_what_is_saved_loads_and_names_its_tags(whole: TrainingRun) -> None:
+    model = Qwen2ForCausalLM.from_pretrained(whole.folder)
+    tokenizer = AutoTokenizer.from_pretrained(whole.folder)
+    assert model.num_parameters() == whole.parameters
+    assert read_entry(model.config) == "canonical"
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.use_cache
+    assert TagTokens.from_tokenizer(tokenizer).ids == TagTokens.from_tokenizer(make_tokenizer()).ids
+    # No checkpoint is left beside the model.
+    assert not [path for path in whole.folder.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Compute 47*38 + 125*6.\n<Think>\n<Parallel>\n",
+        "  two  spaces,\ttabs\r\n\n\nnewlines \n",
+        "héllo wörld, 日本語 😀, don't -> 12 = a+b , x",
+    ],
+    ids=["task", "whitespace", "unicode"],
+)
+def test_any_text_comes_back_from_the_tokenizer(text: str, tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_digits_and_tags_are_single_tokens(tokenizer) -> None:
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("3*128=3\n")] == list("3*128=3\n")
+    assert all(len(tokenizer.encode(tag)) == 1 for tag in TAGS)
+
+
+def test_the_chat_template_asks_for_parallel_thinking(tokenizer) -> None:
+    problem = next(generate(0))
+    chat = [{"role": "user", "content": problem.question}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == problem.prompt()
+
+
+def test_a_row_is_packed_documents_with_their_own_layouts(tokenizer) -> None:
+    data = PackedProblems(TINY, tokenizer)
+    row = data[3]
+    layout: BranchLayout = row["branch_layout"]
+    ids, labels = row["input_ids"][0], row["labels"][0]
+    assert len(ids) == layout.total_tokens >= TINY.tokens_per_step
+    ends = (ids == tokenizer.eos_token_id).nonzero().flatten() + 1
+    assert ends.tolist() == layout.cu_seqlens[1:].tolist()
+    # Every document is scored on its end of text, and on nothing of its question.
+    assert (labels[ends - 1] == tokenizer.eos_token_id).all()
+    assert (labels[layout.cu_seqlens[:-1].long()] == -100).all()
+    assert torch.equal(ids, data[3]["input_ids"][0])
+    assert not torch.equal(ids[:50], data[4]["input_ids"][0][:50])
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)], ids=["square", "wide", "tall"])
+def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonal(matrix)
+    # The same singular vectors, and values that the quintic iteration leaves between 0.3 and 1.3.
+    values = left.T @ result @ right.T
+    assert (values - torch.diag(values.diagonal())).abs().max() < 0.05
+    assert values.diagonal().min() > 0.3
+    assert values.diagonal().max() < 1.3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, r"steps: expected a whole number >= 1, got 0"),
+        ({"learning_rate": float("nan")}, r"learning_rate: expected a finite number > 0, got nan"),
+        ({"sequential_share": 1.5}, r"sequential_share: expected a number in \[0, 1\], got 1.5"),
+        ({"hidden_size": 100}, r"hidden_size: expected a multiple of 32, got 100"),
+        ({"warmup_steps": 9999}, r"warmup_steps: expected 0 to 3000 \(the steps\), got 9999"),
+        ({"save_every": 30}, r"save_every: expected a multiple of log_every, 20, got 30"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_bad_recipe_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(**change)
+
+
+def test_resuming_needs_the_same_recipe_and_a_checkpoint(whole: TrainingRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume: expected a folder with the checkpoint of an interrupted run"):
+        train(TINY, tmp_path / "none", resume=True)
+    with pytest.raises(ValueError, match=r"output: expected a new or empty folder, or one to resume"):
+        train(TINY, whole.folder)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path / "run", progress=False, callbacks=[Interrupt(5)])
+    with pytest.raises(ValueError, match=r"resume: expected seed=0 as in .*recipe.json, got 1"):
+        train(Recipe(**{**vars(TINY), "seed": 1}), tmp_path / "run", resume=True)
