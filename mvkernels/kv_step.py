@@ -78,10 +78,7 @@ class Step:
     @cached_property
     def longest_context(self) -> int:
         """The most tokens that any row sees, itself included."""
-        grown = {p.node: p.base + p.num_tokens for p in self.planned}
-        return max(
-            (sum(grown.get(seen, seen.length) for seen in p.node.visible) + grown[p.node] for p in self.planned), default=0
-        )
+        return max(sum(node.length for node in (*view.whole, view.own)) for view in self.views.entries)
 
     def require_open(self) -> None:
         """Raise StaleStep unless the step was neither committed nor rolled back, and its tree is unchanged."""
@@ -110,7 +107,8 @@ def make_step(
         views.append(EntryView(row, p.num_tokens, grown[p.node], lists[id(visible)]))
         tokens = np.arange(p.base, p.base + p.num_tokens, dtype=np.int64)
         positions.append(p.start + tokens)
-        slots.append(grown[p.node].pages[tokens // page_size].astype(np.int64) * page_size + tokens % page_size)
+        pages = grown[p.node].pages[tokens // page_size].astype(np.int64)
+        slots.append(pages * page_size + tokens % page_size)
         row_offsets.append(row)
         row += p.num_tokens
     return Step(

@@ -50,14 +50,20 @@ def run(w: World, entries, heads: int) -> None:
     assert torch.equal(out, again), "expected the same bits from the same step"
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
-@pytest.mark.parametrize("case", CASES)
+SIZES = [*((case, 3) for case in CASES), *(("nested", size) for size in (1, 16, 64)), ("requests", 16)]
+
+
+@pytest.mark.parametrize(("case", "page_size"), SIZES)
 def test_case(case, page_size, small_chunks):
     w = make_world(page_size)
     run(w, CASES[case](w), heads=4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# The interpreter has no bfloat16 dot product.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 3), (7, 1, 40), (20, 1, 16), (6, 6, 64)])
 def test_dtype_and_heads(dtype, heads, kv_heads, head_dim, small_chunks):
     w = make_world(16, kv_heads, head_dim, dtype)
