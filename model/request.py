@@ -143,7 +143,7 @@ class Request:
         # Without room for what opens the paths the block stays text, and the branch ends as at its budget.
         cramped = self._cramped(number, width) if width else None
         piece = self._push(b, token, Kind.TEXT if cramped else kind, sampled=True)
-        if self.finish_reason is not None or not self.interpreter.is_running(number):
+        if self.finish_reason is not None or not self.wants_token(number):
             return self._check_budgets(b)
         ended = self._stopped(b, token, piece) or cramped
         if ended is not None:
@@ -187,7 +187,7 @@ class Request:
             token = b.given.tokens.popleft()
             self._record(b, token, "", sampled=False)
             self._apply(self.interpreter.feed(b.number, self._kind(token), within_limits=False))
-        if self.finish_reason is not None or not self.interpreter.is_running(b.number):
+        if self.finish_reason is not None or not self.wants_token(b.number):
             return
         rest = self._rest_of_prefix(b)
         if rest:
@@ -261,7 +261,7 @@ class Request:
             return
         if self.total_tokens >= self.config.max_new_tokens:
             self.finish("max_new_tokens")
-        elif self.interpreter.is_running(b.number) and self.interpreter.position(b.number) >= self._limit(b.number):
+        elif self.wants_token(b.number) and self.interpreter.position(b.number) >= self._limit(b.number):
             self._stop(b, self.end_reason)
 
     def _cramped(self, number: int, width: int) -> str | None:
