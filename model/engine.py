@@ -29,6 +29,7 @@ from mvkernels.model.loading import load_checkpoint
 from mvkernels.model.prompts import Given, Prompt, as_prompts, prompt_ids, split_prompt
 from mvkernels.model.request import Request, Task
 from mvkernels.model.sampling import BranchView, Sampler, sample
+from mvkernels.model.tokens import read_entry
 from mvkernels.tags import TagTokens
 
 __all__ = [
@@ -53,7 +54,8 @@ class Engine:
     model: a causal language model that `patch_model` takes; it is patched in place. tokenizer: its tokenizer; without
     the control tags it generates sequentially, and says so once. backend: of the attention. page_size: in tokens.
     num_pages: pages for all requests of a call; None: as many as they can need. seed: part of all randomness.
-    Raises ValueError for a model that lies on several devices; otherwise what `patch_model` raises.
+    Raises ValueError for a model on several devices and for weights trained with other tags or semantics than
+    canonical; otherwise what `patch_model` raises.
     """
 
     def __init__(
@@ -68,6 +70,9 @@ class Engine:
         devices = sorted({str(p.device) for p in model.parameters()})
         if len(devices) != 1 or devices == ["meta"]:
             raise ValueError(f"expected a model on one device, got {', '.join(devices) or 'no parameters'}")
+        semantics = read_entry(model.config)
+        if semantics not in (None, "canonical"):
+            raise ValueError(f"expected weights trained with canonical semantics, got {semantics} ones")
         self.model = patch_model(model, backend=backend)
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed

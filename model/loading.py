@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mvkernels._lazy import missing_message
-from mvkernels.grammar import TAGS
-
-SEMANTICS = "canonical"
 
 
 def load_checkpoint(
@@ -52,7 +47,6 @@ def load_checkpoint(
     except Exception as error:  # whatever a broken file makes transformers raise, the caller gets one line
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"expected a readable causal language model, got {path}: {reason}") from error
-    _check_entry(model.config, path)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
     return model, tokenizer
@@ -63,17 +57,3 @@ def _require(module: str, path: Path) -> None:
         __import__(module)
     except ModuleNotFoundError as error:
         raise ValueError(missing_message(f"loading {path}", module)) from error
-
-
-def _check_entry(config: Any, path: Path) -> None:
-    """Refuse weights that were trained with other tags or another layout than the engine generates in."""
-    entry = getattr(config, "multiverse", None)
-    if entry is None:
-        return
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{path}: expected a multiverse entry with semantics and tags, got {json.dumps(entry)}")
-    semantics, tags = entry.get("semantics"), entry.get("tags")
-    if semantics != SEMANTICS:
-        raise ValueError(f"{path}: expected weights with semantics {SEMANTICS!r}, got {semantics!r}")
-    if list(tags or ()) != list(TAGS):
-        raise ValueError(f"{path}: expected the control tags {' '.join(TAGS)}, got {tags}")

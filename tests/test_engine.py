@@ -6,18 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engine_cases import CASES, CONCLUDE, TOLERANCE, by_request, check_pages, config_for, follow, goal, plain, script
 from lossless import Recorder, check_lossless, compare, packed_logits, recorded_logits
 from tiny_model import END, scripted, tiny_model, tiny_tokenizer
 
 from mvkernels import BranchLayout
 from mvkernels.grammar import TAGS
-from mvkernels.model import Engine, GenerationConfig
+from mvkernels.model import Engine
 from mvkernels.model.engine import FinishEvent, ForkEvent, MergeEvent, TokenEvent
-from mvkernels.model.sampling import sample
-
-# fp32 on logits of magnitude 10; two computations with another order of summation were seen to differ by 5e-6.
-TOLERANCE = 1e-4
-GREEDY = GenerationConfig(max_new_tokens=400)
 
 
 @pytest.fixture(scope="module")
@@ -26,117 +22,9 @@ def engine() -> Engine:
 
 
 @pytest.fixture(autouse=True)
-def all_pages_come_back(request: pytest.FixtureRequest):
+def all_pages_come_back(engine: Engine):
     yield
-    if "engine" in request.fixturenames:
-        cache = request.getfixturevalue("engine").cache
-        if cache is not None:
-            cache.check()
-            assert cache.num_free_pages == cache.num_pages and cache.bytes_moved == 0
-
-
-def goal(*outlines: str) -> str:
-    inner = "".join(f"<Outline>\n{outline}\n</Outline>\n" for outline in outlines)
-    return f"<Parallel>\n<Goal>\n{inner}</Goal>"
-
-
-CONCLUDE = "</Conclusion>\n</Parallel>"
-# name -> (path -> what is sampled there; ~ leaves one token to the model). Forced tokens are not in it.
-CASES = {
-    "two paths": {
-        "": f"so\n{goal('1: a', '2: b')}~~{CONCLUDE} done~~~{END}",
-        "1": " the sum~~~~</Path>",
-        "2": "~~</Path>",
-    },
-    "one path": {"": f"{goal('1: a')}~{CONCLUDE}~{END}", "1": "~~~\n</Path>"},
-    "empty paths": {"": f"{goal('1:', '2: b', '3:')}{CONCLUDE}{END}", "1": "</Path>", "2": "</Path>", "3": "</Path>"},
-    "one empty among long ones": {
-        "": f"~~{goal('1: a', '2: b', '3: c')}~~~{CONCLUDE}~~{END}",
-        "1": "~" * 23 + "</Path>",
-        "2": "</Path>",
-        "3": "~" * 9 + "</Path>",
-    },
-    "nested": {
-        "": f"<Think>\n~~{goal('1: a', '2: b')}so~~\n{CONCLUDE}~~\n</Think>~~~{END}",
-        "1": f"~~\n{goal('1.1: x', '1.2: y', '1.3: z')}~{CONCLUDE}~~~</Path>",
-        "1.1": "~~~~~~~\n</Path>",
-        "1.2": "</Path>",
-        "1.3": f"~{goal('1.3.1: deep')}~~{CONCLUDE}</Path>",
-        "1.3.1": "~~~</Path>",
-        "2": f" é~~{goal('2.1: u', '2.2: v')}{CONCLUDE}</Path>",
-        "2.1": "~~</Path>",
-        "2.2": "~~~~~~~~~~~~~~~~~</Path>",
-    },
-    "one after the other": {
-        "": f"{goal('1: a', '2: b')}~{CONCLUDE}\n~~{goal('1: c', '2: d', '3: e')}~~{CONCLUDE}~{END}",
-        "1": "~~~~~</Path>~</Path>",
-        "2": "~</Path>~~~~</Path>",
-        "3": "~~</Path>",
-    },
-    "small nested": {
-        "": f"~{goal('1:', '2:')}~{CONCLUDE}{END}",
-        "1": "~</Path>",
-        "2": f"{goal('2.1:')}{CONCLUDE}~</Path>",
-        "2.1": "~~</Path>",
-    },
-    "no block": {"": f"~~~~~~~~{END}"},
-}
-
-
-def script(case: dict[str, str], engine: Engine) -> dict[tuple[int, ...], list[int]]:
-    """Paths and texts -> paths and tokens; ~ becomes -1, and an end of text its token."""
-    end = engine.tokenizer.eos_token_id
-    out = {}
-    for path, text in case.items():
-        tokens: list[int] = []
-        for i, piece in enumerate(text.removesuffix(END).split("~")):
-            tokens += ([-1] if i else []) + engine.tags.encode(piece)
-        out[tuple(int(n) for n in path.split(".") if n)] = tokens + ([end] if text.endswith(END) else [])
-    return out
-
-
-def plain(engine: Engine, inner=sample):
-    """The default sampler, kept from control tags and end of text, so that a script decides about these alone."""
-    special = (*engine.tags.ids, engine.tokenizer.eos_token_id)
-
-    def choose(views, logits):
-        return inner([replace(view, banned=special) for view in views], logits)
-
-    return choose
-
-
-def per_block(scripts: dict[tuple[int, ...], list[int]], end_of_path: int):
-    """`drawn` restarts in every block, so a path that comes again goes on behind its last end of path."""
-    used: dict[tuple[tuple[int, ...], str], list[int]] = {}
-
-    def next_tokens(view) -> int:
-        key = (view.path, view.key)
-        if key not in used:
-            taken = sum(1 for path, _ in used if path == view.path)
-            whole, start = scripts.get(view.path, []), 0
-            for _ in range(taken):
-                start = whole.index(end_of_path, start) + 1
-            used[key] = whole[start:]
-        own = used[key]
-        return own[view.drawn] if view.drawn < len(own) else -1
-
-    return next_tokens
-
-
-def follow(engine: Engine, case: dict[str, str], then=None):
-    """A sampler for one request that follows a case; what the case leaves open is decided by `then`."""
-    then = then or plain(engine)
-    wanted = per_block(script(case, engine), engine.tags.ids[TAGS.index("</Path>")])
-
-    def choose(views, logits):
-        free = then(views, logits)
-        return [token if (own := wanted(view)) < 0 else own for view, token in zip(views, free, strict=True)]
-
-    return choose
-
-
-def config_for(engine: Engine, **changes) -> GenerationConfig:
-    return replace(GREEDY, eos_token_ids=(engine.tokenizer.eos_token_id,), **changes)
+    check_pages(engine)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -181,18 +69,6 @@ def test_one_path_at_a_time_gives_the_same(engine: Engine, name: str) -> None:
     [sequential] = engine.generate("the product", config_for(engine, sequential=True), follow(engine, CASES[name]))
     assert sequential.token_ids == parallel.token_ids and sequential.critical_path == parallel.critical_path
     assert sequential.steps == sum(map(len, script(CASES[name], engine).values())) > parallel.steps
-
-
-def by_request(samplers):
-    """One sampler for several requests, each with its own."""
-
-    def choose(views, logits):
-        out = []
-        for row, view in enumerate(views):
-            out += samplers[view.request]([view], logits[row : row + 1])
-        return out
-
-    return choose
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])

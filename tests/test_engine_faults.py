@@ -1,0 +1,234 @@
+"""The engine when something goes wrong or is left: page shortage, faults, streams, bad prompts; text as it grows."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from engine_cases import CASES, CONCLUDE, check_pages, config_for, follow, goal, plain
+from tiny_model import END, tiny_model, tiny_tokenizer
+
+from mvkernels import OutOfPages
+from mvkernels.model import Engine, Generation, GenerationConfig
+from mvkernels.model.engine import FinishEvent
+from mvkernels.model.text import TextStream
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(tiny_model(), tiny_tokenizer(), page_size=4)
+
+
+@pytest.fixture(autouse=True)
+def all_pages_come_back(engine: Engine):
+    yield
+    check_pages(engine)
+
+
+# ---- pages
+
+
+def test_the_youngest_request_ends_when_pages_run_out(engine: Engine) -> None:
+    config = config_for(engine, max_new_tokens=40)
+    expected = [engine.generate(prompt, config, plain(engine))[0].token_ids for prompt in ("the", "two", "so")]
+    lengths = [len(ids) for ids in expected]
+    small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=sum(-(-n // 4) for n in lengths[:2]) + 3)
+    outs = small.generate(["the", "two", "so"], config, plain(small))
+    assert [out.finish_reason for out in outs] == ["max_new_tokens", "max_new_tokens", "out_of_pages"]
+    assert [out.token_ids for out in outs[:2]] == expected[:2]
+    assert 0 < outs[2].total_tokens < 40 and outs[2].token_ids == expected[2][: len(outs[2].token_ids)]
+    check_pages(small)
+
+
+def test_a_prompt_that_never_fits_is_an_error(engine: Engine) -> None:
+    small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=3)
+    with pytest.raises(OutOfPages, match="prompt 1: expected at most 3 pages to be needed, got 4"):
+        small.generate([[20] * 4, [20] * 13])
+
+
+def test_pages_by_themselves_are_enough_for_the_widest_output(engine: Engine) -> None:
+    """As many nodes as tokens can make: blocks of empty paths, one after the other, in pages of many tokens."""
+    big = Engine(engine.model, engine.tokenizer, page_size=64)
+    case = {"": f"{goal('1:', '2:', '3:', '4:')}{CONCLUDE}" * 3 + END}
+    case |= {str(i): "</Path></Path></Path>" for i in range(1, 5)}
+    [whole] = big.generate("the", config_for(engine), follow(big, case))
+    assert whole.finish_reason == "stop"
+    [out] = big.generate("the", config_for(engine, max_new_tokens=whole.total_tokens), follow(big, case))
+    assert out.token_ids == whole.token_ids
+    check_pages(big)
+
+
+# ---- faults and streams
+
+
+def test_a_stream_left_half_way_returns_its_pages(engine: Engine) -> None:
+    events = list(engine.stream("the", config_for(engine), follow(engine, CASES["nested"])))
+    for count in range(0, len(events), 19):
+        stream = engine.stream("the", config_for(engine), follow(engine, CASES["nested"]))
+        assert [next(stream) for _ in range(count)] == events[:count]
+        stream.close()
+        check_pages(engine)
+
+
+def test_two_streams_at_once(engine: Engine) -> None:
+    names = ["two paths", "nested"]
+    alone = [engine.generate("the", config_for(engine), follow(engine, CASES[name]))[0] for name in names]
+    streams = [engine.stream("the", config_for(engine), follow(engine, CASES[name])) for name in names]
+    ends: list[Generation] = []
+    while streams:
+        for stream in list(streams):
+            event = next(stream, None)
+            if event is None:
+                streams.remove(stream)
+            elif isinstance(event, FinishEvent):
+                ends.append(event.generation)
+    assert sorted(out.text for out in ends) == sorted(out.text for out in alone)
+
+
+@pytest.mark.parametrize("at", [0, 1, 30, 45])
+def test_an_exception_in_the_model_or_sampler_returns_the_pages(engine: Engine, at: int) -> None:
+    sampler, calls = follow(engine, CASES["nested"]), 0
+
+    def fails(views, logits):
+        nonlocal calls
+        calls += 1
+        if calls > at:
+            raise RuntimeError("no luck")
+        return sampler(views, logits)
+
+    with pytest.raises(RuntimeError, match="no luck"):
+        engine.generate("the", config_for(engine), fails)
+    check_pages(engine)
+    layer, count = engine.model.model.layers[1], 0
+
+    def hook(module, args, output):
+        nonlocal count
+        count += 1
+        if count > at:
+            raise RuntimeError("broken layer")
+
+    handle = layer.register_forward_hook(hook)
+    with pytest.raises(RuntimeError, match="broken layer"):
+        engine.generate("the", config_for(engine), follow(engine, CASES["nested"]))
+    handle.remove()
+    check_pages(engine)
+    assert engine.generate("the", config_for(engine), follow(engine, CASES["two paths"]))[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [([1, 2], "expected 1 tokens, one for each branch, got 2"), ([300], "from 0 to 299, got 300"), ([-1], "got -1")],
+)
+def test_a_bad_sampler_is_named(engine: Engine, tokens: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"sampler: .*{message}"):
+        engine.generate("the", config_for(engine), lambda views, logits: tokens)
+
+
+def test_training_mode_is_restored(engine: Engine) -> None:
+    engine.model.train()
+    engine.generate("the", config_for(engine, max_new_tokens=2))
+    assert engine.model.training and all(module.training for module in engine.model.modules())
+    engine.model.eval()
+
+
+# ---- prompts
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("", "at least one token, got an empty prompt"),
+        ([[]], "expected texts, chats or lists of token ids"),
+        ([20, 300], "from 0 to 299, got 300"),
+        (7, "expected a text, a list of prompts, or token ids, got int"),
+        ([None], "expected texts, chats or lists of token ids, got None"),
+    ],
+    ids=["empty text", "no ids", "id out of range", "number", "none"],
+)
+def test_bad_prompts(engine: Engine, prompts: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine.generate(prompts)
+    with pytest.raises(ValueError, match=message):
+        engine.stream(prompts)
+
+
+def test_prompts_in_every_form(engine: Engine) -> None:
+    config = config_for(engine, max_new_tokens=5)
+    ids = engine.tokenizer.encode("two digits")
+    forms = ["two digits", ["two digits"], ids, [ids], torch.tensor(ids), [torch.tensor(ids)]]
+    outs = [engine.generate(form, config, plain(engine)) for form in forms]
+    assert all(len(out) == 1 and out[0].token_ids == outs[0][0].token_ids for out in outs)
+    messages = [{"role": "user", "content": "two digits"}]
+    chat = engine.tokenizer.encode("user: two digits\nbot: ")
+    outs = engine.generate([messages, messages], config, plain(engine))
+    for out in (engine.chat(messages, config, plain(engine)), *outs):
+        assert out.token_ids[: out.prompt_length] == chat
+    assert engine.generate([]) == []
+    with pytest.raises(ValueError, match="one config for each of 2 prompts, got 1"):
+        engine.generate(["two", "so"], [config])
+    tokenizer = tiny_tokenizer.__wrapped__()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="a tokenizer with a chat template, got one without"):
+        Engine(engine.model, tokenizer).chat(messages)
+
+
+def test_a_begin_of_text_token_comes_before_a_text_and_not_before_a_chat(engine: Engine) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer.__wrapped__()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
+    other = Engine(engine.model, tokenizer)
+    config = config_for(engine, max_new_tokens=1)
+    assert other.generate("two <Think>\n", config)[0].token_ids[:-1] == [0, *engine.tags.encode("two <Think>\n")]
+    [out] = other.generate([[{"role": "user", "content": "a"}]], config)
+    assert out.token_ids[:-1] == engine.tags.encode("user: a\nbot: ")
+
+
+# ---- without tags
+
+
+def test_without_tags_it_is_greedy_generate_token_for_token() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer(tags=False)
+    prompts = ["two digits", "the sum of the parts is", "so"]
+    model.generation_config.pad_token_id = 0
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        expected.append(model.generate(ids, do_sample=False, max_new_tokens=32)[0].tolist())
+    with pytest.warns(UserWarning, match="sequentially.*without <Think>"):
+        engine = Engine(model, tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once, not at every call
+        config = GenerationConfig(max_new_tokens=32)
+        together = engine.generate(prompts, config)
+        alone = [engine.generate(prompt, config)[0] for prompt in prompts]
+    assert [out.token_ids for out in together] == [out.token_ids for out in alone] == expected
+    for out in together:
+        assert out.parallelism == 1.0 and out.critical_path == out.total_tokens == out.steps == 32
+        assert not out.layout.has_branches
+    check_pages(engine)
+
+
+# ---- text
+
+
+@pytest.mark.parametrize("text", ["aé€🙂 b", "🙂🙂", "naïve — “quoted”", "日本語 text", "�é"])
+def test_text_of_split_characters(text: str) -> None:
+    tokenizer = tiny_tokenizer()
+    stream = TextStream(tokenizer, tokenizer.encode("the "))
+    pieces = [stream.push(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) == text and stream.rest() == ""
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces).replace("\N{REPLACEMENT CHARACTER}é", "é")
+
+
+def test_text_of_bytes_that_are_no_character() -> None:
+    tokenizer = tiny_tokenizer()
+    euro = tokenizer.encode("€")
+    assert len(euro) == 3
+    stream = TextStream(tokenizer, silent=frozenset({0}))
+    assert [stream.push(token) for token in euro[:2]] == ["", ""] and stream.rest() == "\N{REPLACEMENT CHARACTER}"
+    assert stream.push(0) == "\N{REPLACEMENT CHARACTER}" and stream.rest() == ""
+    # Never waits for ever: leading bytes alone come out as what the tokenizer makes of them.
+    stream = TextStream(tokenizer)
+    assert "".join(stream.push(euro[0]) for _ in range(40)).count("\N{REPLACEMENT CHARACTER}") >= 30

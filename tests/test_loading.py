@@ -1,0 +1,117 @@
+"""Checkpoints: safetensors folders in one file and in several, what is refused, and that each refusal is one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import config_for, plain
+from tiny_model import tiny_model, tiny_tokenizer
+
+from mvkernels.grammar import TAGS
+from mvkernels.model import Engine
+from mvkernels.model.tokens import multiverse_entry
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny_model()
+    model.config.multiverse = multiverse_entry()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def expect_refusal(path: Path, message: str, **options) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Engine.from_pretrained(path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_model_generates_the_same(saved: Path) -> None:
+    engine, loaded = Engine(tiny_model(), tiny_tokenizer()), Engine.from_pretrained(saved)
+    config = config_for(engine, max_new_tokens=12)
+    [expected] = engine.generate("the sum", config, plain(engine))
+    [out] = loaded.generate("the sum", config, plain(loaded))
+    assert out.token_ids == expected.token_ids and loaded.tags is not None
+
+
+def test_several_files(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="60KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = Engine.from_pretrained(tmp_path)
+    for name, parameter in tiny_model().named_parameters():
+        assert torch.equal(loaded.model.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}], ids=str)
+def test_dtype_and_device(saved: Path, options: dict) -> None:
+    engine = Engine.from_pretrained(saved, dtype=torch.bfloat16, page_size=8, **options)
+    assert engine.model.dtype == torch.bfloat16 and engine.page_size == 8
+    [out] = engine.generate("the", config_for(engine, max_new_tokens=3))
+    assert out.total_tokens <= 3 and engine.cache.dtype == torch.bfloat16
+
+
+def test_device_and_device_map_are_alternatives(saved: Path) -> None:
+    expect_refusal(saved, "device or device_map, got both: 'cpu' and 'auto'", device="cpu", device_map="auto")
+
+
+def test_no_such_path(tmp_path: Path) -> None:
+    expect_refusal(tmp_path / "none", "expected a local model folder or a .gguf file, got .*none")
+    (tmp_path / "file.txt").write_text("no model")
+    expect_refusal(tmp_path / "file.txt", "a local model folder or a .gguf file")
+    expect_refusal(tmp_path, r"config.json and \*.safetensors, got .*without")
+
+
+def test_pickles_are_not_loaded(copy: Path) -> None:
+    for file in copy.glob("*.safetensors"):
+        file.unlink()
+    torch.save(tiny_model().state_dict(), copy / "pytorch_model.bin")
+    expect_refusal(copy, "pickled weights are not loaded")
+
+
+def test_foreign_code_is_not_run(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config |= {"model_type": "unheard_of", "auto_map": code}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "code.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\n")
+    expect_refusal(copy, "expected a readable causal language model")
+    assert not (copy / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_broken_file(copy: Path, file: str) -> None:
+    (copy / file).write_bytes(b"\x80\x02}q\x00.")
+    expect_refusal(copy, "expected a readable causal language model, got ")
+
+
+def test_a_broken_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"no model at all")
+    expect_refusal(tmp_path / "a.gguf", "expected a readable causal language model, got .*a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"semantics": "released", "tags": list(TAGS)}, "canonical semantics, got released"),
+        ({"semantics": "other", "tags": list(TAGS)}, "got .*other"),
+        ({"semantics": "canonical", "tags": ["<a>"]}, "twelve tags, got .*<a>"),
+        ("canonical", "twelve tags, got 'canonical'"),
+    ],
+    ids=["released", "unknown", "other tags", "text"],
+)
+def test_weights_trained_otherwise_are_refused(copy: Path, entry: object, message: str) -> None:
+    config = json.loads((copy / "config.json").read_text()) | {"multiverse": entry}
+    (copy / "config.json").write_text(json.dumps(config))
+    expect_refusal(copy, message)
