@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 
@@ -37,7 +38,7 @@ class AttentionConfig:
         return tuple(size for kernel in kernels for size in (kernel.block_m, kernel.block_n))
 
     @classmethod
-    def from_flat(cls, values: list[int]) -> AttentionConfig:
+    def from_flat(cls, values: Sequence[int]) -> AttentionConfig:
         return cls(*(KernelConfig(*values[i : i + 4]) for i in (0, 4, 8)))
 
 
@@ -49,4 +50,44 @@ def attention_config(head_dim: int, itemsize: int, capability: tuple[int, int] |
     if capability is None:
         # Small, and unlike each other, so that short inputs have several tiles and swapped sizes show.
         return AttentionConfig(KernelConfig(32, 16, 4, 1), KernelConfig(16, 32, 4, 1), KernelConfig(32, 16, 4, 1))
-    raise NotImplementedError
+    if itemsize == 4:
+        return _fp32(head_dim)
+    chosen = _HOPPER if capability[0] == 9 else _BLACKWELL if capability[0] == 10 else _AMPERE
+    config = chosen[next(size for size in chosen if head_dim <= size)]
+    if capability in _SMALL_SHARED_MEMORY:
+        kernels = (replace(kernel, num_stages=min(kernel.num_stages, 2)) for kernel in (config.forward, config.dq, config.dkdv))
+        return AttentionConfig(*kernels)
+    return config
+
+
+def shared_memory_limit(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that one block may use (CUDA C++ Programming Guide, technical specifications)."""
+    if capability in _SMALL_SHARED_MEMORY:
+        return 99 * 1024
+    return 163 * 1024 if capability[0] == 8 else 227 * 1024
+
+
+_SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
+
+# Largest head dim -> forward, dq, dkdv for two-byte inputs: of the sizes tried, the largest that spill nothing.
+_AMPERE = {
+    64: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(64, 64, 8, 3), KernelConfig(32, 128, 8, 2)),
+    128: AttentionConfig(KernelConfig(64, 64, 8, 3), KernelConfig(64, 64, 8, 3), KernelConfig(32, 64, 8, 2)),
+    256: AttentionConfig(KernelConfig(64, 32, 8, 2), KernelConfig(32, 32, 8, 2), KernelConfig(32, 32, 8, 2)),
+}
+_HOPPER = {
+    64: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 2), KernelConfig(64, 128, 8, 2)),
+    128: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 2), KernelConfig(32, 128, 8, 2)),
+    256: AttentionConfig(KernelConfig(64, 32, 8, 2), KernelConfig(32, 32, 8, 2), KernelConfig(32, 32, 8, 2)),
+}
+_BLACKWELL = {
+    64: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(64, 64, 8, 3), KernelConfig(64, 128, 8, 2)),
+    128: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(64, 64, 8, 3), KernelConfig(32, 64, 8, 2)),
+    256: AttentionConfig(KernelConfig(64, 32, 8, 2), KernelConfig(32, 32, 8, 2), KernelConfig(32, 32, 8, 2)),
+}
+
+
+def _fp32(head_dim: int) -> AttentionConfig:
+    """Products in full fp32 run on the scalar units, which keep whole rows of a tile in registers: small tiles."""
+    kernel = KernelConfig(16, 16, 4 if head_dim <= 128 else 8, 1)
+    return AttentionConfig(kernel, kernel, kernel)

@@ -30,6 +30,9 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Sequence[torch.Tensor], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [T, Hq, D], k and v [T, Hkv, D] -> out [T, Hq, D], lse [Hq, T] (fp32; fp64 for fp64 inputs)."""
+    q, k, v = dense_last(q), dense_last(k), dense_last(v)
+    sign, scale = positive_scale(scale)
+    q = q if sign == 1 else q * sign
     wide = accumulator_dtype(q.dtype)
     out = torch.empty(q.shape, dtype=wide)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=wide)
@@ -60,6 +63,9 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v; grad_lse [Hq, T] may be None."""
     depth = q.shape[2]
+    q, k, v, grad_out = dense_last(q), dense_last(k), dense_last(v), dense_last(grad_out)
+    sign, scale = positive_scale(scale)
+    q = q if sign == 1 else q * sign
     if grad_lse is not None:
         q, k, v, out, grad_out = _with_lse_column(q, k, v, out, grad_out, grad_lse)
     wide = accumulator_dtype(q.dtype)
@@ -80,9 +86,21 @@ def backward(
         dq[first:last] += part_q[0].transpose(0, 1)
         _scatter_add(dk, spans, part_k[0].transpose(0, 1))
         _scatter_add(dv, spans, part_v[0].transpose(0, 1))
-    # One copy at most: the columns beyond the head's own are those added above.
+    dq = dq if sign == 1 else dq * sign
     grads = [x[:, :, :depth].to(q.dtype).contiguous() for x in (dq, dk, dv)]
     return grads[0], grads[1], grads[2]
+
+
+def positive_scale(scale: float) -> tuple[float, float]:
+    """(sign, positive scale). The flash kernels put -inf where a causal row does not see, and scale it afterwards."""
+    if scale > 0:
+        return 1.0, scale
+    return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+
+
+def dense_last(x: torch.Tensor) -> torch.Tensor:
+    """The flash kernels read any strides but another than 1 in the last dimension, and do not say so."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -135,7 +153,7 @@ def _scatter_add(x: torch.Tensor, spans: Spans, part: torch.Tensor) -> None:
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """[T, H, D] -> [1, H, T, D], a view. The flash kernels read any strides as long as the last one is 1."""
+    """[T, H, D] -> [1, H, T, D], a view."""
     return x.transpose(0, 1).unsqueeze(0)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mvkernels.ops.attention_config import AttentionConfig
 from mvkernels.ops.mask import Int32Array, IntervalMask
-from mvkernels.ops.plan import TileRuns, tile_plan
+from mvkernels.ops.plan import TileRuns, key_intervals, tile_plan
 
 _ALIGN = 4  # int32 values: every table begins on 16 bytes, so that no layout changes how a kernel is compiled
 
@@ -29,7 +29,8 @@ class RunTables(NamedTuple):
 class AttentionTables(NamedTuple):
     """forward and dq: key tiles of each query tile. dkdv: query tiles of each key tile.
 
-    rows [T, 3]: first visible key, first and end of the gaps of each row. gaps [G, 2]: half-open intervals of hidden keys.
+    rows [T, 3]: of each row the first visible key, and first and end of its gaps; gaps [G, 2]: half-open intervals of keys.
+    keys [T, 3], key_gaps [H, 2]: the same from the keys' side: last row (exclusive), first and end of its gaps of rows.
     """
 
     forward: RunTables
@@ -37,6 +38,8 @@ class AttentionTables(NamedTuple):
     dkdv: RunTables
     rows: torch.Tensor
     gaps: torch.Tensor
+    keys: torch.Tensor
+    key_gaps: torch.Tensor
 
 
 def tables(mask: IntervalMask, config: AttentionConfig, device: torch.device) -> list[torch.Tensor]:
@@ -49,7 +52,9 @@ def tables(mask: IntervalMask, config: AttentionConfig, device: torch.device) ->
     dkdv = plans[config.dkdv.block_m, config.dkdv.block_n].columns
     arrays = [array for runs in (forward, dq, dkdv) for array in _run_arrays(runs)]
     segments = np.stack([mask.first_key, mask.gap_ptr[:-1], mask.gap_ptr[1:]], axis=1)
-    arrays += [segments[mask.segment_of_rows()], mask.gaps]
+    by_key = key_intervals(mask)
+    key_columns = (by_key.last_row, by_key.gap_ptr[by_key.key_class], by_key.gap_ptr[by_key.key_class + 1])
+    arrays += [segments[mask.segment_of_rows()], mask.gaps, np.stack(key_columns, axis=1), by_key.gaps]
     sizes = [-(-array.size // _ALIGN) * _ALIGN for array in arrays]
     starts = np.cumsum([0, *sizes])
     packed = np.zeros(starts[-1], np.int32)
@@ -63,7 +68,7 @@ def tables(mask: IntervalMask, config: AttentionConfig, device: torch.device) ->
 
 
 def unflatten(flat: Sequence[torch.Tensor]) -> AttentionTables:
-    return AttentionTables(RunTables(*flat[0:2]), RunTables(*flat[2:4]), RunTables(*flat[4:6]), flat[6], flat[7])
+    return AttentionTables(RunTables(*flat[0:2]), RunTables(*flat[2:4]), RunTables(*flat[4:6]), *flat[6:])
 
 
 def _run_arrays(runs: TileRuns) -> tuple[Int32Array, Int32Array]:

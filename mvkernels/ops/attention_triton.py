@@ -58,28 +58,29 @@ def store_tile(base_ptr, start, stride, total, tile, D: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def load_intervals(rows_ptr, rows, total):
-    """First visible key, first gap and end of the gaps of each row; rows beyond total see nothing."""
-    live = rows < total
-    ptrs = rows_ptr + tl.cast(rows, tl.int64) * 3
-    first = tl.load(ptrs, mask=live, other=NEVER)
+def load_intervals(table_ptr, items, total, beyond):
+    """The three columns of a row or key table: a bound, first gap, end of the gaps. Bound `beyond` where there is no item."""
+    live = items < total
+    ptrs = table_ptr + tl.cast(items, tl.int64) * 3
+    bound = tl.load(ptrs, mask=live, other=beyond)
     gap = tl.load(ptrs + 1, mask=live, other=0)
     gap_end = tl.load(ptrs + 2, mask=live, other=0)
-    return first, gap, gap_end
+    return bound, gap, gap_end
 
 
 @triton.jit
-def hide(s, rows, keys, first, gap, gap_end, gaps_ptr):
-    """Scores s with -inf where the row does not see the key. rows, first, gap, gap_end and keys broadcast to s.
+def hide(s, others, low, high, gap, gap_end, gaps_ptr):
+    """Scores s [A, B] with -inf where item a and `others` [B] do not see each other: b < low[a], b >= high[a], b in a gap of a.
 
-    Each gap is cut out of s itself: a mask beside it, kept through the loop, would take as many registers again.
+    The gap is cut out of s itself: a mask beside it, kept through the loop, would take as many registers again.
     """
-    s = tl.where((keys <= rows) & (keys >= first), s, float("-inf"))  # a live row bounds its keys by T
+    others = others[None, :]  # [1, B]
+    s = tl.where((others >= low[:, None]) & (others < high[:, None]), s, float("-inf"))
     for _ in range(tl.max(gap_end - gap)):
         live = gap < gap_end
         hidden_from = tl.load(gaps_ptr + 2 * gap, mask=live, other=0)
         hidden_to = tl.load(gaps_ptr + 2 * gap + 1, mask=live, other=0)  # an empty gap where there is none left
-        s = tl.where((keys < hidden_from) | (keys >= hidden_to), s, float("-inf"))
+        s = tl.where((others < hidden_from[:, None]) | (others >= hidden_to[:, None]), s, float("-inf"))
         gap += 1
     return s
 
@@ -127,14 +128,14 @@ def forward_kernel(
             acc, top, norm = fold(s, v, acc, top, norm, False)
 
     rows = start + tl.arange(0, BLOCK_M)
-    first, gap, gap_end = load_intervals(rows_ptr, rows, total)
+    first, gap, gap_end = load_intervals(rows_ptr, rows, total, NEVER)
     for run in range(tl.load(tile_ptr + 3), tl.load(tile_ptr + 4)):
         for n in range(tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1)):
             keys = n * BLOCK_N + tl.arange(0, BLOCK_N)
             k = load_tile(k_ptr, n * BLOCK_N, stride_kt, total, D, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
             v = load_tile(v_ptr, n * BLOCK_N, stride_vt, total, D, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
-            s = hide(s, rows[:, None], keys[None, :], first[:, None], gap[:, None], gap_end[:, None], gaps_ptr)
+            s = hide(s, keys, first, rows + 1, gap, gap_end, gaps_ptr)
             acc, top, norm = fold(s, v, acc, top, norm, True)
 
     norm = tl.where(norm == 0.0, 1.0, norm)  # a row that sees nothing: out 0, lse -inf

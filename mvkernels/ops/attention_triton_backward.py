@@ -19,6 +19,7 @@ from mvkernels.ops.attention_config import AttentionConfig
 from mvkernels.ops.attention_tables import unflatten
 from mvkernels.ops.attention_triton import (
     LOG2E,
+    NEVER,
     constants,
     dense_last,
     hide,
@@ -87,14 +88,14 @@ def dq_kernel(
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
-    first, gap, gap_end = load_intervals(rows_ptr, rows, total)
+    first, gap, gap_end = load_intervals(rows_ptr, rows, total, NEVER)
     for run in range(tl.load(tile_ptr + 3), tl.load(tile_ptr + 4)):
         for n in range(tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1)):
             keys = n * BLOCK_N + tl.arange(0, BLOCK_N)
             k = load_tile(k_ptr, n * BLOCK_N, stride_kt, total, D, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
             v = load_tile(v_ptr, n * BLOCK_N, stride_vt, total, D, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
-            s = hide(s, rows[:, None], keys[None, :], first[:, None], gap[:, None], gap_end[:, None], gaps_ptr)
+            s = hide(s, keys, first, rows + 1, gap, gap_end, gaps_ptr)
             p = tl.exp2(s - lse[:, None])
             dp = tl.dot(grad_out, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta[:, None])
@@ -105,13 +106,14 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=["total"])
 def dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, runs_ptr, rows_ptr, gaps_ptr,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, runs_ptr, keys_ptr, gaps_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, total, group, scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, key tiles). dk, dv [T, Hkv, D] and grad_out [T, Hq, D] contiguous; lse, delta [Hq, T].
 
-    Scores are computed transposed, keys by rows, so that dk and dv need no transposition of what the exponential gives.
+    Scores are computed transposed, keys by rows, so that dk and dv need no transposition of what the exponential gives; the
+    mask is therefore read from the keys' side: which thread holds a key changes with the row of the tile only.
     """
     kv_head = tl.program_id(0).to(tl.int64)
     kv_heads = tl.num_programs(0)
@@ -123,6 +125,7 @@ def dkdv_kernel(
     v = load_tile(v_ptr + kv_head * stride_vh, start, stride_vt, total, D, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    last, gap, gap_end = load_intervals(keys_ptr, keys, total, 0)
 
     for member in range(group):
         head = kv_head * group + member
@@ -151,9 +154,8 @@ def dkdv_kernel(
                 q = load_tile(q_head, m * BLOCK_M, stride_qt, total, D, BLOCK_M, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
                 grad_out = load_tile(grad_head, m * BLOCK_M, stride_dt, total, D, BLOCK_M, BLOCK_D, True)
                 lse, delta = load_row_sums(lse_head, delta_head, rows, total)
-                first, gap, gap_end = load_intervals(rows_ptr, rows, total)
                 s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
-                s = hide(s, rows[None, :], keys[:, None], first[None, :], gap[None, :], gap_end[None, :], gaps_ptr)
+                s = hide(s, rows, keys, last, gap, gap_end, gaps_ptr)
                 p = tl.exp2(s - lse[None, :])
                 dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision="ieee")
                 dp = tl.dot(v, tl.trans(grad_out), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
@@ -200,7 +202,7 @@ def backward(
         )  # fmt: skip
         tiles, runs = plan.dkdv
         dkdv_kernel[kv_heads, len(tiles)](
-            q, k, v, grad_out, lse, delta, dk, dv, tiles, runs, plan.rows, plan.gaps, *shared,
+            q, k, v, grad_out, lse, delta, dk, dv, tiles, runs, plan.keys, plan.key_gaps, *shared,
             **constants(depth, chosen.dkdv),
         )  # fmt: skip
     return dq, dk, dv

@@ -75,6 +75,38 @@ def tile_plan(mask: IntervalMask, block_m: int, block_n: int) -> TilePlan:
     return TilePlan(block_m, block_n, rows, columns)
 
 
+@dataclass(frozen=True, eq=False)
+class KeyIntervals:
+    """The mask as keys see it: key j is seen by the rows j <= i < last_row[j] outside its gaps. All int32.
+
+    gap_ptr [C + 1], gaps [H, 2]: half-open row intervals of each of C classes of keys; key_class [T].
+    """
+
+    last_row: Int32Array
+    key_class: Int32Array
+    gap_ptr: Int32Array
+    gaps: Int32Array
+
+
+def key_intervals(mask: IntervalMask) -> KeyIntervals:
+    """Transposes a mask, interval by interval. Keys between the same ends of gaps are one class."""
+    borders = np.unique(np.append(mask.gaps, 0)).astype(np.int64)
+    # For each segment a step function over the classes: 1 where a gap begins, 0 where it ends; where both meet, the last counts.
+    segments = np.arange(mask.num_segments, dtype=np.int64)
+    owner = np.concatenate([segments, np.repeat(np.repeat(segments, np.diff(mask.gap_ptr)), 2)])
+    at = np.concatenate([np.zeros_like(segments), np.searchsorted(borders, mask.gaps.reshape(-1))])
+    hidden = np.concatenate([np.zeros_like(segments), np.tile(np.array([PARTIAL, EMPTY]), len(mask.gaps))])
+    key = owner * len(borders) + at
+    by_key = np.argsort(key, kind="stable")
+    chosen = by_key[_last_of_each(key[by_key])]
+    steps = _without_repeats(owner[chosen], at[chosen], hidden[chosen])
+    runs = _runs(_transpose(steps, len(borders)), num_tiles=len(borders), end=mask.num_segments)
+    keys = np.arange(mask.total_tokens)
+    last_row = mask.segment_starts[np.searchsorted(mask.first_key, keys, side="right")]
+    key_class = np.searchsorted(borders, keys, side="right").astype(np.int32) - np.int32(1)
+    return KeyIntervals(last_row, key_class, runs.partial_ptr, mask.segment_starts[runs.partial])
+
+
 def expand(starts: Int64Array, lengths: Int64Array) -> Int64Array:
     """Concatenation of arange(start, start + length), vectorised."""
     before = np.concatenate([[0], np.cumsum(lengths)])
