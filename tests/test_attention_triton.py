@@ -1,0 +1,150 @@
+"""The Triton attention: on a GPU where there is one, else in the interpreter, on tiny inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mvkernels.attention import multiverse_attention
+from mvkernels.layout import BranchLayout
+from tests.attention_cases import MEDIUM, NESTED, SMALL, AttentionCase, ids
+from tests.conftest import interpreting
+from tests.test_attention import check_against_reference, poisoned, results
+
+pytestmark = pytest.mark.triton
+
+__all__ = ["poisoned"]
+
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+
+
+def on_device(case: AttentionCase) -> tuple:
+    return case.inputs(device=DEVICE), case.layout(), case.visible().to(DEVICE)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=ids)
+@pytest.mark.usefixtures("poisoned")
+def test_short_cases(case):
+    check_against_reference(case, *on_device(case), "triton")
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_of_either_sign(scale):
+    case = AttentionCase("scale", (NESTED,), heads=1, kv_heads=1)
+    check_against_reference(case, *on_device(case), "triton", scale)
+
+
+def test_no_gradient_of_lse_is_no_zero_tensor():
+    """The gradient of out alone: what training asks for."""
+    case = AttentionCase("out-only", (NESTED,), heads=2, kv_heads=1)
+    inputs, layout, _ = on_device(case)
+    grads = []
+    for backend in ("triton", "reference"):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = multiverse_attention(*leaves, layout, backend=backend)
+        grads.append(torch.autograd.grad((out * torch.arange(32, device=DEVICE)).sum(), leaves))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_any_strides():
+    case = AttentionCase("strides", (NESTED, [2]), heads=2, kv_heads=1)
+    inputs, layout, _ = on_device(case)
+    expected = results(case, inputs, layout, "triton")
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    depth_first = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in inputs]
+    fused = torch.cat(inputs, dim=1).split([x.shape[1] for x in inputs], dim=1)
+    for variant in (heads_first, depth_first, fused):
+        for got, want in zip(results(case, variant, layout, "triton"), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_hidden_keys_do_not_matter_and_visible_ones_do():
+    case = AttentionCase("siblings", ([5, [[20], [19]], 6],), heads=1, kv_heads=1)
+    (q, k, v), layout, _ = on_device(case)
+    before = multiverse_attention(q, k, v, layout, backend="triton")
+    k[5:25] += 1
+    v[5:25] += 1
+    changed = (multiverse_attention(q, k, v, layout, backend="triton") != before).any(dim=-1).all(dim=-1)
+    assert changed.tolist() == [False] * 5 + [True] * 20 + [False] * 19 + [True] * 6
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["k", "v"])
+def test_nan_reaches_every_row_that_sees_it(which):
+    case = AttentionCase("nan", ([10, [[30], [20]], 15], [33]), heads=2, kv_heads=2)
+    inputs, layout, visible = on_device(case)
+    inputs[which][17, 0, 3] = float("nan")
+    out = multiverse_attention(*inputs, layout, backend="triton")
+    assert out[visible[:, 17], 0].isnan().any(dim=-1).all()
+    assert not out[:, 1].isnan().any()
+
+
+@pytest.mark.parametrize("total", [0, 1])
+def test_hardly_any_tokens(total):
+    q, k, v = (torch.randn(total, heads, 32, device=DEVICE, requires_grad=True) for heads in (4, 2, 2))
+    out, lse = multiverse_attention(q, k, v, BranchLayout.causal(total), backend="triton", return_lse=True)
+    out.sum().backward()
+    torch.testing.assert_close(out, v.repeat_interleave(2, dim=1))
+    assert lse.shape == (4, total)
+    torch.testing.assert_close(v.grad, torch.full_like(v, 2.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.usefixtures("poisoned")
+def test_every_head_dim(head_dim, dtype):
+    case = AttentionCase("head-dim", ([300, [[400], [201], [0], [77]], 130], [65]), 4, 2, head_dim, dtype)
+    layout = case.layout()
+    check_against_reference(case, case.inputs(device=DEVICE), layout, layout.dense_mask().to(DEVICE), "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", MEDIUM, ids=ids)
+@pytest.mark.usefixtures("poisoned")
+def test_cases_across_block_borders(case):
+    layout = case.layout()
+    check_against_reference(case, case.inputs(device=DEVICE), layout, layout.dense_mask().to(DEVICE), "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", MEDIUM, ids=ids)
+def test_results_repeat_bit_by_bit(case):
+    layout = case.layout()
+    first, second = (results(case, case.inputs(device=DEVICE), layout, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_no_layout_compiles_anything_again():
+    from mvkernels.ops.attention_triton import forward_kernel
+    from mvkernels.ops.attention_triton_backward import dkdv_kernel, dq_kernel
+
+    def compiled() -> list[int]:
+        return [
+            sum(len(entry[0]) for entry in kernel.device_caches.values())
+            for kernel in (forward_kernel, dq_kernel, dkdv_kernel)
+        ]
+
+    def run(case: AttentionCase) -> None:
+        results(case, case.inputs(device=DEVICE), case.layout(), "triton")
+
+    run(MEDIUM[0])
+    before = compiled()
+    for trees in (([1],), ([128],), (NESTED, [13]), ([64, [[64]] * 9, 2048],)):
+        run(AttentionCase("again", trees, heads=4, kv_heads=2, head_dim=64))
+    assert compiled() == before
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    """The last tokens of tensors with more than 2**31 elements; heads are few and far apart."""
+    total, depth = 2**14 + 3, 64
+    layout = BranchLayout.causal(total)
+    store = torch.zeros(total, 2**31 // (2**14 * depth) + 1, depth, dtype=torch.bfloat16, device=DEVICE)
+    store[:, :3] = torch.randn(total, 3, depth, device=DEVICE)
+    q, k, v = (store[:, i : i + 1] for i in range(3))
+    assert store.numel() > 2**31
+    got = multiverse_attention(q, k, v, layout, backend="triton")
+    expected = multiverse_attention(*(x.contiguous() for x in (q, k, v)), layout, backend="triton")
+    assert torch.equal(got, expected)
