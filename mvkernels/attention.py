@@ -59,8 +59,9 @@ def multiverse_attention(
     layout.total_tokens. scale: default 1 / sqrt(D). backend: "auto", "triton", "cpu" or "reference".
 
     Returns out [T, Hq, D] in q's dtype; with return_lse also the log-sum-exp of the scaled scores, [Hq, T], natural
-    logarithm, fp32 (fp64 for fp64 inputs), which has a gradient too. The backends differ in rounding only. A NaN or infinite
-    input reaches every row that sees it, as in scaled_dot_product_attention; it may also reach rows of the same tile.
+    logarithm, fp32 (fp64 for fp64 inputs), which has a gradient too. The backends differ in rounding only. A NaN or
+    infinite input reaches every row that sees it, as in scaled_dot_product_attention; it may also reach rows of the
+    same tile.
 
     Raises ValueError for inputs that do not fit together; BackendError where the named backend cannot do it, or, for
     "auto", no backend can ("reference" is never chosen: it builds T x T scores).
@@ -118,7 +119,8 @@ def _capability_reason(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability >= MIN_CAPABILITY:
         return None
-    return f"expected compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or higher, got {capability[0]}.{capability[1]}"
+    expected, got = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
+    return f"expected compute capability {expected} or higher, got {got}"
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -136,11 +138,11 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BranchLayo
     if k.shape != v.shape:
         raise ValueError(f"expected k and v of one shape, got k {list(k.shape)} and v {list(v.shape)}")
     if (k.shape[0], k.shape[2]) != (tokens, depth):
-        raise ValueError(f"k and v: expected [{tokens}, kv_heads, {depth}] to fit q {list(q.shape)}, got {list(k.shape)}")
+        expected = f"[{tokens}, kv_heads, {depth}] to fit q {list(q.shape)}"
+        raise ValueError(f"k and v: expected {expected}, got {list(k.shape)}")
     if depth == 0 or k.shape[1] == 0 or heads == 0 or heads % k.shape[1]:
-        raise ValueError(
-            f"expected head_dim > 0 and q heads a positive multiple of kv heads, got q {list(q.shape)} and k {list(k.shape)}"
-        )
+        expected = "head_dim > 0 and q heads a positive multiple of kv heads"
+        raise ValueError(f"expected {expected}, got q {list(q.shape)} and k {list(k.shape)}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"expected q, k and v of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if not q.device == k.device == v.device:

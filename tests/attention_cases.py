@@ -71,9 +71,14 @@ MEDIUM = (
     AttentionCase("wide", ([70, [[97]] * 12, 55],), heads=4, kv_heads=1, head_dim=64),
     AttentionCase("short-paths", ([300, [[17]] * 40, 200, [[5]] * 30, 65],), heads=2, kv_heads=2, head_dim=32),
     AttentionCase(
-        "deep", ([60, [[200, [[150, [[80], [90], [3]], 40], [170]], 30], [333], [1]], 77],), head_dim=80, dtype="bfloat16"
+        "deep",
+        ([60, [[200, [[150, [[80], [90], [3]], 40], [170]], 30], [333], [1]], 77],),
+        head_dim=80,
+        dtype="bfloat16",
     ),
-    AttentionCase("packed", ([513], [40, [[260], [130], [0]], 20], [1], [64, [[64], [64]]]), head_dim=128, dtype="float16"),
+    AttentionCase(
+        "packed", ([513], [40, [[260], [130], [0]], 20], [1], [64, [[64], [64]]]), head_dim=128, dtype="float16"
+    ),
 )
 
 

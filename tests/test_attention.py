@@ -107,7 +107,9 @@ def test_any_tree(documents, heads, head_dim, dtype, scale):
 
 @pytest.mark.usefixtures("small_blocks")
 def test_gradients_in_fp64():
-    case = AttentionCase("gradcheck", ([2, [[3, [[2], [1]]], [0], [4]], 2], [2]), heads=2, kv_heads=1, head_dim=2, dtype="float64")
+    case = AttentionCase(
+        "gradcheck", ([2, [[3, [[2], [1]]], [0], [4]], 2], [2]), heads=2, kv_heads=1, head_dim=2, dtype="float64"
+    )
     layout = case.layout()
     inputs = [x.requires_grad_() for x in case.inputs()]
     for backend in ("cpu", "reference"):

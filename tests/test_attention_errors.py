@@ -53,7 +53,7 @@ def test_an_unknown_backend():
 
 def test_a_named_backend_does_not_fall_back(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(BackendError, match="backend 'triton' cannot do this: (Triton is not|tensors are on the CPU)"):
+    with pytest.raises(BackendError, match=r"backend 'triton' cannot do this: (Triton is not|tensors are on the CPU)"):
         multiverse_attention(*tensors(), LAYOUT, backend="triton")
     with pytest.raises(BackendError, match="backend 'cpu' cannot do this: expected tensors on the CPU, got meta"):
         multiverse_attention(*(x.to("meta") for x in tensors()), LAYOUT, backend="cpu")
@@ -67,7 +67,9 @@ def test_auto_gives_every_reason_when_none_fits():
 
 def test_auto_never_takes_the_reference():
     inputs = [x.to(torch.float8_e4m3fn) for x in tensors()]
-    with pytest.raises(BackendError, match="cpu: expected dtype float32, bfloat16, float16, float64, got torch.float8"):
+    with pytest.raises(
+        BackendError, match=r"cpu: expected dtype float32, bfloat16, float16, float64, got torch.float8"
+    ):
         multiverse_attention(*inputs, LAYOUT)
 
 

@@ -97,7 +97,8 @@ def test_device_tables_say_what_the_plan_says(layout):
         for tile, full, full_end, partial, partial_end in table.tiles.tolist():
             assert table.runs[full:full_end].tolist() == runs.full[slice(*runs.full_ptr[tile : tile + 2])].tolist()
             assert (
-                table.runs[partial:partial_end].tolist() == runs.partial[slice(*runs.partial_ptr[tile : tile + 2])].tolist()
+                table.runs[partial:partial_end].tolist()
+                == runs.partial[slice(*runs.partial_ptr[tile : tile + 2])].tolist()
             )
     dense = layout.dense_mask()
     for row, (first, gap, gap_end) in enumerate(named.rows.tolist()):

@@ -10,9 +10,9 @@ def assert_as_good_as_eager(
 ) -> None:
     """Largest error of `got` <= factor x the largest error of `eager` + a floor; both against `exact`, in fp64.
 
-    eager: the same computation by PyTorch in the dtype under test. The floor, for inputs on which eager happens to round
-    luckily: a few units in the last place of that dtype at the largest exact value, and of the fp32 in which sums are kept
-    at 1, because the terms of a gradient may be of that size and cancel.
+    eager: the same computation by PyTorch in the dtype under test. The floor, for inputs on which eager happens to
+    round luckily: a few units in the last place of that dtype at the largest exact value, and of the fp32 in which sums
+    are kept at 1, because the terms of a gradient may be of that size and cancel.
     """
     assert got.shape == exact.shape, f"{label}: shape {list(got.shape)}, expected {list(exact.shape)}"
     assert got.dtype == eager.dtype, f"{label}: dtype {got.dtype}, expected {eager.dtype}"

@@ -55,8 +55,8 @@ def attention_config(head_dim: int, itemsize: int, capability: tuple[int, int] |
     chosen = _HOPPER if capability[0] == 9 else _BLACKWELL if capability[0] == 10 else _AMPERE
     config = chosen[next(size for size in chosen if head_dim <= size)]
     if capability in _SMALL_SHARED_MEMORY:
-        kernels = (replace(kernel, num_stages=min(kernel.num_stages, 2)) for kernel in (config.forward, config.dq, config.dkdv))
-        return AttentionConfig(*kernels)
+        kernels = (config.forward, config.dq, config.dkdv)
+        return AttentionConfig(*(replace(kernel, num_stages=min(kernel.num_stages, 2)) for kernel in kernels))
     return config
 
 

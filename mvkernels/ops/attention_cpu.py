@@ -2,9 +2,9 @@
 
     s_ij = scale q_i . k_j over the visible j;  lse_i = log sum_j exp(s_ij);  out_i = sum_j exp(s_ij - lse_i) v_j
 
-Each call of the plan (see `cpu_plan`) is dense attention of some rows on some keys, with its own log-sum-exp; calls on the
-same rows are merged by it. The backward gives the flash kernel the final out and lse of the rows, so that it sees the final
-probabilities, and sums what the calls return, in fp32.
+Each call of the plan (see `cpu_plan`) is dense attention of some rows on some keys, with its own log-sum-exp; calls on
+the same rows are merged by it. The backward gives the flash kernel the final out and lse of the rows, so that it sees
+the final probabilities, and sums what the calls return, in fp32.
 
 Memory is O(T H D): the largest mask is one block of rows by the keys of its own segments.
 """
@@ -20,7 +20,7 @@ from mvkernels.ops.mask import IntervalMask
 
 
 def tables(mask: IntervalMask) -> list[torch.Tensor]:
-    """What the op is given for a mask: calls, span_ptr, spans, row_segment, first_key, gap_ptr, gaps. All int32, on the CPU."""
+    """What the op is given for a mask, all int32: calls, span_ptr, spans, row_segment, first_key, gap_ptr, gaps."""
     plan = cpu_plan(mask)
     arrays = (plan.calls, plan.span_ptr, plan.spans, mask.segment_of_rows(), mask.first_key, mask.gap_ptr, mask.gaps)
     return [torch.from_numpy(array) for array in arrays]
@@ -107,9 +107,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, fresh: bool
-) -> None:
+def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, fresh: bool) -> None:
     """Fold attention on further keys into out [R, H, D] and lse [H, R], in place. fresh: there was nothing before."""
     if fresh:
         out.copy_(part)
@@ -120,9 +118,7 @@ def merge(
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-def block_mask(
-    tables: Sequence[torch.Tensor], first: int, last: int, spans: Spans, dtype: torch.dtype
-) -> torch.Tensor:
+def block_mask(tables: Sequence[torch.Tensor], first: int, last: int, spans: Spans, dtype: torch.dtype) -> torch.Tensor:
     """[rows, keys] of 0 where the row sees the key and -inf where it does not."""
     _, _, _, row_segment, first_key, gap_ptr, gaps = tables
     segment = row_segment[first:last].long()
@@ -173,8 +169,8 @@ def _with_lse_column(
 ) -> tuple[torch.Tensor, ...]:
     """One more column per head through which the gradient of lse flows.
 
-    d s_ij = p_ij (grad_out_i . v_j - grad_out_i . out_i + grad_lse_i), and the flash kernel computes the two dot products
-    itself: with out = -1 and grad_out = grad_lse in a column where q = k = v = 0, it computes all three terms.
+    d s_ij = p_ij (grad_out_i . v_j - grad_out_i . out_i + grad_lse_i), and the flash kernel computes the two dot
+    products itself: with out = -1 and grad_out = grad_lse in a column where q = k = v = 0, it computes all three terms.
     """
     zero = [torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v)]
     minus_one = torch.nn.functional.pad(out, (0, 1), value=-1.0)

@@ -18,7 +18,7 @@ _ALIGN = 4  # int32 values: every table begins on 16 bytes, so that no layout ch
 class RunTables(NamedTuple):
     """`plan.TileRuns` on a device.
 
-    tiles [N, 5]: tile, first and end of its full runs, first and end of its partial runs; in launch order, longest first.
+    tiles [N, 5]: tile, first and end of its full runs, first and end of its partial runs; longest first.
     runs [R, 2]: half-open intervals of tiles.
     """
 
@@ -29,8 +29,8 @@ class RunTables(NamedTuple):
 class AttentionTables(NamedTuple):
     """forward and dq: key tiles of each query tile. dkdv: query tiles of each key tile.
 
-    rows [T, 3]: of each row the first visible key, and first and end of its gaps; gaps [G, 2]: half-open intervals of keys.
-    keys [T, 3], key_gaps [H, 2]: the same from the keys' side: last row (exclusive), first and end of its gaps of rows.
+    rows [T, 3]: first visible key, first and end of its gaps. gaps [G, 2]: half-open intervals of hidden keys.
+    keys [T, 3]: last row (exclusive), first and end of its gaps. key_gaps [H, 2]: half-open intervals of hidden rows.
     """
 
     forward: RunTables

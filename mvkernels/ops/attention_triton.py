@@ -2,13 +2,13 @@
 
     s_ij = scale q_i . k_j over the visible j;  lse_i = log sum_j exp(s_ij);  out_i = sum_j exp(s_ij - lse_i) v_j
 
-Legend: T rows, Hq query heads, Hkv key heads, D head dim; BLOCK_M rows by BLOCK_N keys to a tile, BLOCK_D the power of two
-that holds D. q, k, v have any strides but 1 in the last dimension; out [T, Hq, D] and lse [Hq, T] are contiguous.
+Legend: T rows, Hq query heads, Hkv key heads, D head dim; BLOCK_M rows by BLOCK_N keys to a tile, BLOCK_D the power of
+two that holds D. q, k, v have any strides but 1 in the last dimension; out [T, Hq, D] and lse [Hq, T] are contiguous.
 
-One program computes one query tile of one head, over the runs of key tiles that the tile plan lists: first those that all
-its rows see whole, without mask code, then the rest, where the mask is tested by a loop over the gaps of the rows. The
-longest tiles start first. There are no atomics and the order of every sum is fixed, so results repeat bit by bit. Nothing about a
-layout is a compile-time constant: a kernel is compiled once per head dim, dtype and configuration.
+One program computes one query tile of one head, over the runs of key tiles that the tile plan lists: first those that
+all its rows see whole, without mask code, then the rest, where the mask is tested by a loop over the gaps of the rows.
+The longest tiles start first. There are no atomics and the order of every sum is fixed, so results repeat bit by bit.
+Nothing about a layout is a compile-time constant: a kernel is compiled once per head dim, dtype and configuration.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def store_tile(base_ptr, start, stride, total, tile, D: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def load_intervals(table_ptr, items, total, beyond):
-    """The three columns of a row or key table: a bound, first gap, end of the gaps. Bound `beyond` where there is no item."""
+    """The columns of a row or key table: a bound (`beyond` where there is no such item), first gap, end of the gaps."""
     live = items < total
     ptrs = table_ptr + tl.cast(items, tl.int64) * 3
     bound = tl.load(ptrs, mask=live, other=beyond)
@@ -70,9 +70,9 @@ def load_intervals(table_ptr, items, total, beyond):
 
 @triton.jit
 def hide(s, others, low, high, gap, gap_end, gaps_ptr):
-    """Scores s [A, B] with -inf where item a and `others` [B] do not see each other: b < low[a], b >= high[a], b in a gap of a.
+    """Scores s [A, B], with -inf where b of `others` [B] is below low[a], not below high[a], or in a gap of a.
 
-    The gap is cut out of s itself: a mask beside it, kept through the loop, would take as many registers again.
+    Each gap is cut out of s itself: a mask beside it, kept through the loop, would take as many registers again.
     """
     others = others[None, :]  # [1, B]
     s = tl.where((others >= low[:, None]) & (others < high[:, None]), s, float("-inf"))

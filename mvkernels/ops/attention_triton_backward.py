@@ -3,8 +3,8 @@
     delta_i = grad_out_i . out_i - grad_lse_i,   p_ij = exp(s_ij - lse_i),   ds_ij = p_ij (grad_out_i . v_j - delta_i)
     grad_q_i = scale sum_j ds_ij k_j,   grad_k_j = scale sum_i ds_ij q_i,   grad_v_j = sum_i p_ij grad_out_i
 
-dq walks the key tiles of a query tile; dkdv walks, for each query head of its key head in turn, the query tiles of a key tile.
-Neither needs atomics.
+dq walks the key tiles of a query tile; dkdv walks, for each query head of its key head in turn, the query tiles of a
+key tile. Neither needs atomics.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def dkdv_kernel(
 ):  # fmt: skip
     """Grid (Hkv, key tiles). dk, dv [T, Hkv, D] and grad_out [T, Hq, D] contiguous; lse, delta [Hq, T].
 
-    Scores are computed transposed, keys by rows, so that dk and dv need no transposition of what the exponential gives; the
-    mask is therefore read from the keys' side: which thread holds a key changes with the row of the tile only.
+    Scores are computed transposed, keys by rows, so that dk and dv need no transposition of what the exponential gives;
+    the mask is therefore read from the keys' side: which thread holds a key changes with the row of the tile only.
     """
     kv_head = tl.program_id(0).to(tl.int64)
     kv_heads = tl.num_programs(0)

@@ -1,9 +1,9 @@
 """Row blocks and key spans for the CPU backend, from an `IntervalMask`.
 
-A plan is a list of calls; a call is dense attention of consecutive rows on the concatenation of a few key spans. Two levels
-of row blocks: up to GROUP_ROWS rows share one call on the keys that all of them see, and blocks of up to BLOCK_ROWS rows
-inside them do the rest. Long segments are cut on their own, so that the rest of a block is a causal square; only blocks of
-several short segments need a mask.
+A plan is a list of calls; a call is dense attention of consecutive rows on the concatenation of a few key spans. Two
+levels of row blocks: up to GROUP_ROWS rows share one call on the keys that all of them see, and blocks of up to
+BLOCK_ROWS rows inside them do the rest. Long segments are cut on their own, so that the rest of a block is a causal
+square; only blocks of several short segments need a mask.
 
 Every row's own key is in the last call of its block, so that no call has a row that sees nothing.
 """
@@ -29,7 +29,7 @@ Spans = list[tuple[int, int]]
 
 @dataclass(frozen=True, eq=False)
 class CpuPlan:
-    """calls [C, 4] int32: first row, last row (exclusive), DENSE | CAUSAL | MASKED, 1 where it is the first call of its rows.
+    """calls [C, 4] int32: first row, last row (exclusive), DENSE | CAUSAL | MASKED, 1 if it is the first of its rows.
 
     span_ptr [C + 1], spans [K, 2] int32: the keys of call c are the half-open spans[span_ptr[c]:span_ptr[c + 1]].
     """

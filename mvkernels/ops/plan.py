@@ -91,7 +91,8 @@ class KeyIntervals:
 def key_intervals(mask: IntervalMask) -> KeyIntervals:
     """Transposes a mask, interval by interval. Keys between the same ends of gaps are one class."""
     borders = np.unique(np.append(mask.gaps, 0)).astype(np.int64)
-    # For each segment a step function over the classes: 1 where a gap begins, 0 where it ends; where both meet, the last counts.
+    # For each segment a step function over the classes: PARTIAL from where a gap begins, EMPTY from where it ends.
+    # Where one ends and the next begins, the later entry counts.
     segments = np.arange(mask.num_segments, dtype=np.int64)
     owner = np.concatenate([segments, np.repeat(np.repeat(segments, np.diff(mask.gap_ptr)), 2)])
     at = np.concatenate([np.zeros_like(segments), np.searchsorted(borders, mask.gaps.reshape(-1))])
@@ -110,7 +111,8 @@ def key_intervals(mask: IntervalMask) -> KeyIntervals:
 def expand(starts: Int64Array, lengths: Int64Array) -> Int64Array:
     """Concatenation of arange(start, start + length), vectorised."""
     before = np.concatenate([[0], np.cumsum(lengths)])
-    return np.arange(before[-1]) + np.repeat(starts - before[:-1], lengths)
+    filled: Int64Array = np.arange(before[-1]) + np.repeat(starts - before[:-1], lengths)
+    return filled
 
 
 @dataclass(frozen=True, eq=False)
