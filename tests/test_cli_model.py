@@ -124,7 +124,7 @@ def test_a_chat_template_is_applied_unless_raw(checkpoint: Path):
 
 def test_a_tokenizer_without_tags_generates_and_says_so(untagged: Path):
     found = generate_json("two", "--model", untagged, "--max-tokens", 4)
-    assert found["runs"][0]["tokens"] == 4
+    assert (found["runs"][0]["run"], found["runs"][0]["tokens"]) == ("one chain, no blocks", 4)
     assert len(found["notes"]) == 1 and "generates sequentially" in found["notes"][0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

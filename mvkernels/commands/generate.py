@@ -169,7 +169,7 @@ def run(
         console.print()
     if compare:  # neither run shall pay for what is set up once in a process
         engine.generate([question.prompt], replace(config, max_new_tokens=WARM_UP_TOKENS))
-    name = SEQUENTIAL if config.sequential else PARALLEL
+    name = CHAIN if engine.tags is None else SEQUENTIAL if config.sequential else PARALLEL
     runs = [run_once(name, events, make_view(console, quiet=as_json))]
     if compare:
         runs += sequential_runs(engine, question, config)
