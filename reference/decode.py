@@ -113,7 +113,10 @@ def flatten(items: list[Token | list[ReferenceBranch]]) -> list[Token]:
     """All tokens, in writing order."""
     tokens: list[Token] = []
     for item in items:
-        tokens += [item] if isinstance(item, Token) else [token for path in _kept(item) for token in flatten(path.items)]
+        if isinstance(item, Token):
+            tokens.append(item)
+        else:
+            tokens += [token for path in _kept(item) for token in flatten(path.items)]
     return tokens
 
 

@@ -99,8 +99,8 @@ def build_tables(
         merge_ptr,
         np.argsort(by_row, kind="stable"),  # stable: in the order of tasks and chunks
     ]
-    items_table, pages, counts, rows, ptr, ids = _upload([np.asarray(array, dtype=np.int32) for array in arrays], device)
-    return DecodeTables(items_table.view(-1, 8), pages, counts, rows, ptr, ids, num_partials=len(by_row))
+    table, pages, counts, rows, ptr, ids = _upload([np.asarray(array, dtype=np.int32) for array in arrays], device)
+    return DecodeTables(table.view(-1, 8), pages, counts, rows, ptr, ids, num_partials=len(by_row))
 
 
 def _cut(task: DecodeTask, page_size: int, rows_per_tile: int, chunk: int) -> Int64Array:

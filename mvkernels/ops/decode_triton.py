@@ -1,7 +1,7 @@
 """Tree decode in Triton: one launch over (work item, kv head), one fixed-order merge. No atomics: reproducible bits.
 
     partial: m = max_t s_t, l = sum_t 2^(s_t - m), out = sum_t 2^(s_t - m) v_t / l, lse2 = m + log2(l)
-             with s_t = scale log2(e) q . k_t over the lanes t of a chunk that a row sees; nothing seen: out 0, lse2 -inf
+             with s_t = scale log2(e) q . k_t over the lanes t of a chunk that a row sees; seen nothing: 0, -inf
     merge:   lse2 = log2 sum_p 2^lse2_p,  out = sum_p 2^(lse2_p - lse2) out_p,  lse = ln(2) lse2
 
 q, out [N, Hq, D]; k, v [pages, page_size, Hkv, D]; partial out [S, Hq, D] and lse2 [S, Hq], fp32; all contiguous.
