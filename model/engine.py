@@ -18,17 +18,16 @@ import torch
 from transformers import PreTrainedModel
 
 from mvkernels.errors import OutOfPages
-from mvkernels.grammar import parse
 from mvkernels.hf import patch_model
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Step
-from mvkernels.layout import BranchLayout
 from mvkernels.model.config import GenerationConfig
 from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, MergeEvent, TokenEvent
 from mvkernels.model.loading import load_checkpoint
-from mvkernels.model.prompts import Given, Prompt, as_prompts, prompt_ids, split_prompt
-from mvkernels.model.request import Request, Task
+from mvkernels.model.prompts import as_prompts
+from mvkernels.model.request import Request
 from mvkernels.model.sampling import BranchView, Sampler, sample
+from mvkernels.model.task import Task, make_task, most_pages
 from mvkernels.model.tokens import read_entry
 from mvkernels.tags import TagTokens
 
@@ -77,8 +76,6 @@ class Engine:
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed
         self.cache: PagedKVCache | None = None  # of the latest call
-        embedding: Any = model.get_input_embeddings()
-        self._vocabulary = int(embedding.weight.shape[0])
         try:
             self.tags: TagTokens | None = TagTokens.from_tokenizer(tokenizer)
         except ValueError as error:
@@ -141,45 +138,11 @@ class Engine:
             configs = list(config)
             if len(configs) != len(listed):
                 raise ValueError(f"expected one config for each of {len(listed)} prompts, got {len(configs)}")
-        return [self._task(i, *pair) for i, pair in enumerate(zip(listed, configs, strict=True))]
-
-    def _task(self, index: int, prompt: Prompt, config: GenerationConfig) -> Task:
-        ids = prompt_ids(prompt, self.tokenizer, self.tags, self._vocabulary)
-        given, critical_path = Given(), len(ids)
-        if self.tags is None:
-            given.tokens.extend(ids)
-        else:
-            given = split_prompt(ids, parse(self.tags.kinds(ids), allow_open=True))
-            critical_path = BranchLayout.from_token_ids(ids, self.tags, allow_open=True).critical_path
-        positions: int = self.model.config.get_text_config().max_position_embeddings
-        if critical_path + 1 > positions:
-            raise ValueError(
-                f"prompt {index}: expected a critical path of at most {positions - 1} tokens, as the model has "
-                f"{positions} positions, got {critical_path}"
-            )
-        model_config = self.model.generation_config
-        eos = config.eos_token_ids
-        if eos is None:
-            found = getattr(model_config, "eos_token_id", None)
-            eos = () if found is None else (found,) if isinstance(found, int) else tuple(found)
-        stop = config.stop
-        if stop is None:
-            strings = getattr(model_config, "stop_strings", None) or ()
-            stop = (strings,) if isinstance(strings, str) else tuple(strings)
-        return Task(
-            index=index,
-            ids=ids,
-            given=given,
-            prompt_critical_path=critical_path,
-            config=config,
-            stop=stop,
-            eos=frozenset(eos),
-            key=f"{self.seed}:{config.seed}:",
-            max_positions=positions,
-        )
+        pairs = enumerate(zip(listed, configs, strict=True))
+        return [make_task(i, *pair, self.model, self.tokenizer, self.tags, self.seed) for i, pair in pairs]
 
     def _make_cache(self, tasks: Sequence[Task]) -> PagedKVCache:
-        num_pages = self.num_pages or sum(self._most_pages(task) for task in tasks)
+        num_pages = self.num_pages or sum(most_pages(task, self.tags, self.page_size) for task in tasks)
         for task in tasks:
             needed = -(-len(task.ids) // self.page_size)
             if needed > num_pages:
@@ -195,20 +158,6 @@ class Engine:
             dtype=self.model.dtype,
             device=self.model.device,
         )
-
-    def _most_pages(self, task: Task) -> int:
-        """An upper bound on the pages of a request: full ones, and one ragged page for each node of the cache.
-
-        A path and what follows its block are a node each. A block of n paths has n + 1 nodes and at least 3 + 2 n tags
-        before them, and the engine writes at least 3 n + 2 tokens: no more nodes than a quarter of the tokens.
-        """
-        generated = task.config.max_new_tokens
-        tokens = len(task.ids) + generated
-        nodes = 1
-        if self.tags is not None:
-            limit = generated if task.config.max_depth else 0
-            nodes += -(-(len(task.ids) + limit) // 4) if limit or task.given.blocks else 0
-        return -(-tokens // self.page_size) + nodes
 
     # ---- the run
 

@@ -11,11 +11,11 @@ from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Branch
 from mvkernels.layout import BranchLayout
 from mvkernels.model.actions import JOINING_KINDS, OPENING_KINDS, Action, Finish, Force, Fork, Merge, Warn
-from mvkernels.model.config import GenerationConfig
 from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, MergeEvent, TokenEvent
 from mvkernels.model.interpreter import Interpreter, State
 from mvkernels.model.prompts import Given
 from mvkernels.model.sampling import BranchView, branch_key
+from mvkernels.model.task import Task
 from mvkernels.model.text import TextStream
 from mvkernels.tags import TagTokens
 
@@ -41,24 +41,6 @@ class _Branch:
     heard: str = ""
     drawn: int = 0
     merged: bool = False
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is asked, resolved against the model: `stop` and `eos` are never None here, and the prompt is checked.
-
-    prompt_critical_path: of the prompt alone. max_positions: how many positions the model has.
-    """
-
-    index: int
-    ids: list[int]
-    given: Given
-    prompt_critical_path: int
-    config: GenerationConfig
-    stop: tuple[str, ...]
-    eos: frozenset[int]
-    key: str
-    max_positions: int
 
 
 class Request:
