@@ -19,24 +19,43 @@ from mvkernels.model.tasks.arithmetic import (
     grade,
 )
 
-EXAMPLE = Problem((Product(47, 38), Product(125, 6), Number(904)))
+EXAMPLE = Problem((Product(47, 38), Bracket((125, 60)), Number(904)))
 PROBLEMS = list(islice(generate(1), 200))
 
 
 def test_the_example_is_worked_out_as_documented() -> None:
-    assert EXAMPLE.prompt() == f"Compute 47*38 + 125*6 + 904.{PARALLEL_ENDING}\n"
-    assert EXAMPLE.prompt(parallel=False) == f"Compute 47*38 + 125*6 + 904.{SEQUENTIAL_ENDING}\n"
+    assert EXAMPLE.prompt() == f"Compute 47*38 + (125+60) + 904.{PARALLEL_ENDING}\n"
+    assert EXAMPLE.prompt(parallel=False) == f"Compute 47*38 + (125+60) + 904.{SEQUENTIAL_ENDING}\n"
+    product = ["7*8=56 -> 6", "4*8+5=37 -> 376", "1.1=00376"], ["-> 0", "7*3=21 -> 10", "4*3+2=14 -> 1410", "1.2=01410"]
+    partial_sum = ["6+0=6 -> 6", "7+1=8 -> 86", "3+4=7 -> 786", "0+1=1 -> 1786", "0+0=0 -> 01786"]
+    bracket = ["00125+00060", "5+0=5 -> 5", "2+6=8 -> 85", "1+0=1 -> 185", "0+0=0 -> 0185", "0+0=0 -> 00185"]
+    results = ["1=01786", "2=00185", "3=00904"]
+    total = [
+        "6+5=11+4=15 -> 5",
+        "8+8=16+0=16+1=17 -> 75",
+        "7+1=8+9=17+1=18 -> 875",
+        "1+0=1+0=1+1=2 -> 2875",
+        "0+0=0+0=0 -> 02875",
+    ]
     assert EXAMPLE.sequential_trace.splitlines() == [
-        "<Think>",
-        "47*38 = 47*8 + 47*30",
-        *("47*8", "7*8=56 -> 6", "4*8+5=37 -> 376"),
-        *("47*30", "-> 0", "7*3=21 -> 10", "4*3+2=14 -> 1410"),
-        *("00376+01410", "6+0=6 -> 6", "7+1+0=8 -> 86", "3+4+0=7 -> 786", "0+1+0=1 -> 1786", "0+0+0=0 -> 01786"),
-        *("125*6", "5*6=30 -> 0", "2*6+3=15 -> 50", "1*6+1=7 -> 750"),
-        *("01786+00750+00904", "6+0+4=10 -> 0", "8+5+0+1=14 -> 40", "7+7+9+1=24 -> 440", "1+0+0+2=3 -> 3440"),
-        "0+0+0+0=0 -> 03440",
-        "</Think>",
-        "3440",
+        *("<Think>", "1: 47*38"),
+        *("1.1: 47*8", *product[0], "1.2: 47*30", *product[1], "1.1=00376", "1.2=01410", *partial_sum, "1=01786"),
+        *("2: (125+60)", *bracket, "2=00185"),
+        *("3: 904", "3=00904"),
+        *(*results, *total, "</Think>", "2875"),
+    ]
+    goal = ["<Parallel>", "<Goal>"]
+    assert EXAMPLE.parallel_trace.splitlines() == [
+        *("<Think>", *goal),
+        *("<Outline>", "1: 47*38", "</Outline>", "<Outline>", "2: (125+60)", "</Outline>"),
+        *("<Outline>", "3: 904", "</Outline>", "</Goal>"),
+        *("<Path>", "1: 47*38", *goal),
+        *("<Outline>", "1.1: 47*8", "</Outline>", "<Outline>", "1.2: 47*30", "</Outline>", "</Goal>"),
+        *("<Path>", "1.1: 47*8", *product[0], "</Path>", "<Path>", "1.2: 47*30", *product[1], "</Path>"),
+        *("<Conclusion>", "1.1=00376", "1.2=01410", *partial_sum, "</Conclusion>", "</Parallel>", "1=01786", "</Path>"),
+        *("<Path>", "2: (125+60)", *bracket, "2=00185", "</Path>"),
+        *("<Path>", "3: 904", "3=00904", "</Path>"),
+        *("<Conclusion>", *results, *total, "</Conclusion>", "</Parallel>", "</Think>", "2875"),
     ]
 
 
@@ -49,12 +68,15 @@ def test_the_answer_is_that_of_python() -> None:
 def test_every_equation_of_a_trace_is_true_and_its_end_is_graded_right(parallel: bool) -> None:
     for problem in PROBLEMS:
         trace = problem.parallel_trace if parallel else problem.sequential_trace
-        equations = re.findall(r"^([\d*+]+)=(\d+) -> (\d+)$", trace, re.MULTILINE)
-        assert len(equations) > 5
-        for left, right, done in equations:
-            # Leading zeros of a column are digits, not octal numbers.
-            assert eval(left) == int(right)
-            assert done.startswith((right, right[-1]))
+        lines = re.findall(r"^(.*\d) -> (\d+)$", trace, re.MULTILINE)
+        assert len(lines) > 5
+        for line, done in lines:
+            # 8+5=13+0=13 is 8+5=13 and 13+0=13.
+            first, *rest = line.split("=")
+            for total in rest:
+                assert eval(first) == int(re.match(r"\d+", total)[0])
+                first = total
+            assert done.startswith((first, first[-1]))
         assert grade(trace, problem)
         assert grade(problem.prompt(parallel) + trace, problem)
 
@@ -63,9 +85,8 @@ def test_a_parallel_trace_follows_the_grammar_and_has_a_path_for_each_term() -> 
     for problem in PROBLEMS:
         trace, _ = parse_text(problem.prompt() + problem.parallel_trace)
         (block,) = trace.blocks
-        worked = [term for term in problem.terms if not isinstance(term, Number)]
-        assert len(block.outlines) == len(block.paths) == len(worked)
-        for path, term in zip(block.paths, worked, strict=True):
+        assert len(block.outlines) == len(block.paths) == len(problem.terms)
+        for path, term in zip(block.paths, problem.terms, strict=True):
             partial = term.partial_products() if isinstance(term, Product) else []
             assert [len(inner.paths) for inner in path.blocks] == ([len(partial)] if len(partial) > 1 else [])
 
@@ -91,6 +112,12 @@ def test_the_generator_covers_what_the_task_names() -> None:
     assert {len(str(term.left)) for term in nested} == {2, 3}
 
 
+def test_the_chances_are_those_of_the_numbers_of_terms() -> None:
+    counts = [len(problem.terms) for problem in islice(generate(1, chances=(3, 0, 1, 0)), 200)]
+    assert set(counts) == {2, 4}
+    assert counts.count(2) > 120
+
+
 def test_no_problem_of_the_test_split_comes_up_in_training() -> None:
     train, test = (list(islice(generate(7, split), 500)) for split in ("train", "test"))
     assert not any(problem.held_out for problem in train)
@@ -103,11 +130,11 @@ def test_no_problem_of_the_test_split_comes_up_in_training() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("<Think>\n</Think>\n3441", id="wrong number"),
-        pytest.param("<Think>\n</Think>\n34401", id="longer number"),
-        pytest.param("<Think>\n3440", id="never stopped thinking"),
-        pytest.param("3440", id="no thinking at all"),
-        pytest.param("<Think>\n</Think>\n3440 or 3441", id="two answers"),
+        pytest.param("<Think>\n</Think>\n2876", id="wrong number"),
+        pytest.param("<Think>\n</Think>\n28751", id="longer number"),
+        pytest.param("<Think>\n2875", id="never stopped thinking"),
+        pytest.param("2875", id="no thinking at all"),
+        pytest.param("<Think>\n</Think>\n2875 or 2876", id="two answers"),
         pytest.param("<Think>\n</Think>\n", id="no answer"),
     ],
 )
@@ -116,7 +143,7 @@ def test_the_grader_refuses(text: str) -> None:
 
 
 def test_the_grader_takes_the_answer_with_any_whitespace_around() -> None:
-    assert grade("<Think>\nanything\n</Think>\n 3440\n", EXAMPLE)
+    assert grade("<Think>\nanything\n</Think>\n 2875\n", EXAMPLE)
 
 
 def test_bad_problems_say_what_was_expected() -> None:

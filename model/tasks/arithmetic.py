@@ -1,16 +1,16 @@
 """Sums of products, worked out digit by digit: one path for each term, nested where a product splits again.
 
-A problem reads `Compute 47*38 + 125*6 + 904.` Its terms are products, sums in brackets and plain numbers. The written
-work goes as a person does it on paper, least significant digit first, one line a digit:
+A problem reads `Compute 47*38 + (125+60) + 904.` Its terms are products, sums in brackets and plain numbers. The
+written work goes as a person does it on paper, least significant digit first, one line a digit:
 
-    4*8+5=37 -> 376       a digit times a digit plus the carry = both digits -> the result so far
-    7+1+0=8 -> 86         a column plus the carry = its sum -> the result so far
+    4*8+5=37 -> 376           a digit times a digit plus the carry = both digits -> the result so far
+    8+5=13+0=13+1=14 -> 40    a column, one number after the other and the carry -> the result so far
 
-Every addition has five columns, so that a column stands at the same place of each number.
-
-In the parallel trace every product and every bracket has a path of its own. A product whose second factor has several
-digits other than 0 splits again into one partial product for each. The conclusions add up what the paths found. The
-sequential trace is the same work, one term after the other, without tags inside its `<Think>`.
+In the parallel trace every term has a path of its own, and a product whose second factor has several digits other than
+0 splits again into one partial product for each. A path ends with its result under its own index, `1.2=01410`; the
+conclusion writes these lines again and adds them up. Numbers to be added have five digits, so that a column stands at
+the same place in each. The sequential trace is the same work, one step after the other, without tags inside its
+`<Think>`.
 
 The end of the prompt says which of the two is asked for, as in arXiv 2506.09991: PARALLEL_ENDING, SEQUENTIAL_ENDING.
 """
@@ -59,7 +59,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Bracket:
-    """`(a+b+c)`."""
+    """`(a+b)`, or more numbers."""
 
     parts: tuple[int, ...]
 
@@ -82,6 +82,8 @@ class Number:
 
 
 Term: TypeAlias = Product | Bracket | Number
+#: Terms under their indices.
+Steps: TypeAlias = list[tuple[str, Term]]
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,10 @@ def grade(text: str, problem: Problem) -> bool:
     return bool(closed) and match is not None and match[1] == str(problem.answer)
 
 
-def generate(seed: int | str, split: str = "train") -> Iterator[Problem]:
+def generate(seed: int | str, split: str = "train", chances: Sequence[float] = (1, 1, 1, 1)) -> Iterator[Problem]:
     """Endless fresh problems of one split, the same for the same seed.
 
+    chances: relative, of 2, 3, 4 and 5 terms.
     No problem of the "test" split can come up in the "train" split, whatever the seeds: the hash of its text decides.
     Raises ValueError for another split.
     """
@@ -155,14 +158,16 @@ def generate(seed: int | str, split: str = "train") -> Iterator[Problem]:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     rng = random.Random(f"{split} {seed}")
     while True:
-        problem = _draw(rng)
+        problem = _draw(rng, chances)
         if problem.held_out == (split == "test"):
             yield problem
 
 
-def _draw(rng: random.Random) -> Problem:
+def _draw(rng: random.Random, chances: Sequence[float]) -> Problem:
+    low, high = TERMS
     while True:
-        terms = tuple(_draw_term(rng) for _ in range(rng.randint(*TERMS)))
+        (count,) = rng.choices(range(low, high + 1), chances)
+        terms = tuple(_draw_term(rng) for _ in range(count))
         if sum(not isinstance(term, Number) for term in terms) >= 2:
             return Problem(terms)
 
@@ -173,7 +178,7 @@ def _draw_term(rng: random.Random) -> Term:
         right = _number(rng, 2) if rng.random() < 0.75 else rng.randint(2, 9)
         return Product(_number(rng, rng.choice((2, 3))), right)
     if kind < 0.85:
-        return Bracket(tuple(_number(rng, rng.choice((2, 3, 4))) for _ in range(rng.choice((2, 3)))))
+        return Bracket(tuple(_number(rng, rng.choice((2, 3))) for _ in range(2)))
     return Number(_number(rng, rng.choice((1, 2, 3, 4))))
 
 
@@ -183,44 +188,66 @@ def _number(rng: random.Random, digits: int) -> int:
 
 
 def _parallel(problem: Problem) -> list[str]:
-    worked = [term for term in problem.terms if not isinstance(term, Number)]
-    return _block("", worked, [term.value for term in problem.terms])
+    return _block(_numbered("", problem.terms))
 
 
-def _block(prefix: str, terms: Sequence[Term], addends: Sequence[int]) -> list[str]:
-    """A block with a path for each term, whose conclusion adds up. prefix: of its indices, `2.` inside path 2."""
+def _block(steps: Steps) -> list[str]:
+    """A block with a path for each step, whose conclusion adds up their results."""
     lines = ["<Parallel>", "<Goal>"]
-    for i, term in enumerate(terms, 1):
-        lines += ["<Outline>", f"{prefix}{i}: {term}", "</Outline>"]
+    for index, term in steps:
+        lines += ["<Outline>", f"{index}: {term}", "</Outline>"]
     lines.append("</Goal>")
-    for i, term in enumerate(terms, 1):
-        lines += ["<Path>", f"{prefix}{i}: {term}", *_work(term, f"{prefix}{i}."), "</Path>"]
-    return [*lines, "<Conclusion>", *_addition(addends), "</Conclusion>", "</Parallel>"]
-
-
-def _work(term: Term, prefix: str) -> list[str]:
-    if isinstance(term, Product):
-        partial = term.partial_products()
-        if len(partial) > 1:
-            return _block(prefix, partial, [product.value for product in partial])
-        return _multiplication(term)
-    return _addition(term.parts) if isinstance(term, Bracket) else []
+    for index, term in steps:
+        parts = _parts(index, term)
+        work = _block(parts) if parts else _digits(term)
+        lines += ["<Path>", f"{index}: {term}", *work, _result(index, term), "</Path>"]
+    return [*lines, "<Conclusion>", *_sum(steps), "</Conclusion>", "</Parallel>"]
 
 
 def _sequential(problem: Problem) -> list[str]:
+    return _chain(_numbered("", problem.terms))
+
+
+def _chain(steps: Steps) -> list[str]:
+    """The same as `_block`, without tags."""
     lines: list[str] = []
-    for term in problem.terms:
-        if isinstance(term, Product):
-            partial = term.partial_products()
-            if len(partial) > 1:
-                lines.append(f"{term} = " + " + ".join(map(str, partial)))
-                for product in partial:
-                    lines += [str(product), *_multiplication(product)]
-                lines += _addition([product.value for product in partial])
-                continue
-        if not isinstance(term, Number):
-            lines += [str(term), *_work(term, "")]
-    return lines + _addition([term.value for term in problem.terms])
+    for index, term in steps:
+        parts = _parts(index, term)
+        work = _chain(parts) if parts else _digits(term)
+        lines += [f"{index}: {term}", *work, _result(index, term)]
+    return [*lines, *_sum(steps)]
+
+
+def _numbered(prefix: str, terms: Sequence[Term]) -> Steps:
+    return [(f"{prefix}{i}", term) for i, term in enumerate(terms, 1)]
+
+
+def _parts(index: str, term: Term) -> Steps:
+    """The steps into which a term splits, none for one that is worked out at once."""
+    partial = term.partial_products() if isinstance(term, Product) else []
+    return _numbered(f"{index}.", partial) if len(partial) > 1 else []
+
+
+def _digits(term: Term) -> list[str]:
+    """A term that does not split, worked out digit by digit."""
+    if isinstance(term, Product):
+        return _multiplication(term)
+    if isinstance(term, Bracket):
+        return ["+".join(map(_filled, term.parts)), *_columns(term.parts)]
+    return []
+
+
+def _filled(number: int) -> str:
+    return str(number).zfill(WIDTH)
+
+
+def _result(index: str, term: Term) -> str:
+    return f"{index}={_filled(term.value)}"
+
+
+def _sum(steps: Steps) -> list[str]:
+    """The results of the steps once more, and their sum."""
+    return [*(_result(*step) for step in steps), *_columns([term.value for _, term in steps])]
 
 
 def _multiplication(product: Product) -> list[str]:
@@ -233,19 +260,22 @@ def _multiplication(product: Product) -> list[str]:
     for place, digit in enumerate(digits):
         total = int(digit) * int(factor) + carry
         done = str(total if place == len(digits) - 1 else total % 10) + done
-        lines.append(f"{digit}*{factor}" + (f"+{carry}" if place else "") + f"={total} -> {done}")
+        lines.append(f"{digit}*{factor}" + (f"+{carry}" if carry else "") + f"={total} -> {done}")
         carry = total // 10
     return lines
 
 
-def _addition(addends: Sequence[int]) -> list[str]:
-    """Numbers one beside the other, filled with zeros to the same width: then one line a column."""
-    rows = [str(number).zfill(WIDTH) for number in addends]
-    lines, done, carry = ["+".join(rows)], "", 0
+def _columns(addends: Sequence[int]) -> list[str]:
+    """A sum, one line a column, units first; within a column one number after the other, and the carry last."""
+    rows = [_filled(number) for number in addends]
+    lines, done, carry = [], "", 0
     for place in range(WIDTH):
-        column = [int(row[-1 - place]) for row in rows] + ([carry] if place else [])
-        total = sum(column)
+        first, *others = [int(row[-1 - place]) for row in rows] + ([carry] if carry else [])
+        line, total = str(first), first
+        for digit in others:
+            total += digit
+            line += f"+{digit}={total}"
         done = str(total if place == WIDTH - 1 else total % 10) + done
-        lines.append("+".join(map(str, column)) + f"={total} -> {done}")
+        lines.append(f"{line} -> {done}")
         carry = total // 10
     return lines

@@ -30,7 +30,7 @@ class Recipe:
     Raises ValueError when a value is out of range.
     """
 
-    steps: int = 3000
+    steps: int = 2600
     tokens_per_step: int = 2560
     learning_rate: float = 6e-3
     embedding_learning_rate: float = 3e-3
