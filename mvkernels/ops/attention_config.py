@@ -71,6 +71,7 @@ _SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 # Largest head dim -> forward, dq, dkdv for two-byte inputs: of the sizes tried, the largest that spill nothing.
 _AMPERE = {
+    32: AttentionConfig(KernelConfig(64, 64, 4, 3), KernelConfig(64, 64, 8, 3), KernelConfig(32, 128, 8, 2)),
     64: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(64, 64, 8, 3), KernelConfig(32, 128, 8, 2)),
     128: AttentionConfig(KernelConfig(64, 64, 8, 3), KernelConfig(64, 64, 8, 3), KernelConfig(32, 64, 8, 2)),
     256: AttentionConfig(KernelConfig(64, 32, 8, 2), KernelConfig(32, 32, 8, 2), KernelConfig(32, 32, 8, 2)),
