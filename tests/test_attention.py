@@ -89,7 +89,7 @@ def test_the_reference_backend_is_the_reference(case):
     assert torch.equal(lse, expected_lse)
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
     st.lists(trees(max_length=6), min_size=1, max_size=3),
     st.sampled_from([(1, 1), (4, 2), (3, 1)]),

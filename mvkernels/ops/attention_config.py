@@ -90,5 +90,5 @@ _BLACKWELL = {
 
 def _fp32(head_dim: int) -> AttentionConfig:
     """Products in full fp32 run on the scalar units, which keep whole rows of a tile in registers: small tiles."""
-    kernel = KernelConfig(16, 16, 4 if head_dim <= 128 else 8, 1)
-    return AttentionConfig(kernel, kernel, kernel)
+    backward = KernelConfig(16, 16, 4 if head_dim <= 128 else 8, 1)
+    return AttentionConfig(KernelConfig(16, 16, 4, 1), backward, backward)
