@@ -35,7 +35,7 @@ It holds no tensor, no token and no text. Each branch of a request (the trunk, a
 
 A `<Parallel>` below the deepest level is kept as text (!), an `<Outline>` beyond the widest block is #. The end of a
 branch (`stop`: end of text, a stop string, a budget) ends an open block as # does; then the trunk finishes, and a path
-is closed by a forced `</Path>`. Every kind costs bounded work, and a fork into n paths needs 2n + 3 kinds before it.
+is closed by a forced `</Path>`. Every kind costs bounded work, and a fork into n paths takes 2n + 3 tags.
 Grammar: DESIGN.md, section 1.1; Multiverse, arXiv 2506.09991, section 4.
 """
 
@@ -257,8 +257,8 @@ class Interpreter:
         if state is State.OPENING:
             return [Warn(branch, f"{_where(b)}: expected <Path>, found {found}")]
         fate = "kept as text" if state in _UNMERGED else "its paths stay merged"
-        expected = _expected(b, state, self.max_width)
-        return [Warn(branch, f"{_where(b)}: block ended by {found} ({expected} expected); {fate}")]
+        wanted = _expected(b, state, self.max_width)
+        return [Warn(branch, f"{_where(b)}: block ended by {found} ({wanted} expected); {fate}")]
 
     def _fork(self, branch: int, b: _Branch) -> list[Action]:
         first = len(self._branches)

@@ -11,9 +11,10 @@ from lossless import Recorder, check_lossless, compare, packed_logits, recorded_
 from tiny_model import END, scripted, tiny_model, tiny_tokenizer
 
 from mvkernels import BranchLayout
-from mvkernels.grammar import TAGS
+from mvkernels.grammar import TAGS, Kind
 from mvkernels.model import Engine
 from mvkernels.model.engine import FinishEvent, ForkEvent, MergeEvent, TokenEvent
+from mvkernels.model.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,17 @@ def test_seeds_decide_and_nothing_else(engine: Engine) -> None:
     assert paths[0].removeprefix("1:").split("</Path>")[0] != paths[1].removeprefix("2:").split("</Path>")[0]
     other = Engine(engine.model, engine.tokenizer, seed=1)
     assert other.generate("the", config, follow(engine, case))[0].text != texts[0]
+
+
+def test_every_branch_draws_its_own_numbers(engine: Engine) -> None:
+    """With equal probabilities everywhere, branches give the same tokens only when their numbers are the same."""
+    paths = {"1": "~~~~~~</Path>~~~~~~</Path>", "2": "~~~~~~</Path>~~~~~~</Path>"}
+    case = {"": f"{goal('1:', '2:')}{CONCLUDE}{goal('1:', '2:')}{CONCLUDE}{END}"} | paths
+    flat = plain(engine, lambda views, logits: sample(views, torch.zeros_like(logits)))
+    config = config_for(engine, temperature=1.0)
+    [out] = engine.generate("the", config, follow(engine, case, flat))
+    ends = [i for i, kind in enumerate(engine.tags.kinds(out.token_ids)) if kind == Kind.PATH_END]
+    assert len({tuple(out.token_ids[end - 6 : end]) for end in ends}) == len(ends) == 4
 
 
 def transcript_sampler(engine: Engine, out):
