@@ -103,9 +103,12 @@ class ReferenceBranch:
 
 
 def place(items: list[Token | list[ReferenceBranch]], position: int) -> int:
-    """The next free position after `items`, of which the first token has `position`."""
+    """The next free position after `items`, of which the first token has `position`. A block given up whole adds none."""
     for item in items:
-        position = position + 1 if isinstance(item, Token) else max(place(path.items, position) for path in _kept(item))
+        if isinstance(item, Token):
+            position += 1
+        else:
+            position = max((place(path.items, position) for path in _kept(item)), default=position)
     return position
 
 
