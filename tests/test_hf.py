@@ -150,7 +150,7 @@ def test_the_backend_is_the_one_asked_for() -> None:
         patch_model(model, "fastest")(ids, branch_layout=layout)
 
 
-def test_under_autocast_the_attention_runs_in_its_dtype() -> None:
+def test_under_autocast_queries_keys_and_values_get_one_dtype() -> None:
     """Rotation leaves queries and keys in fp32 there, beside values in bf16."""
     layout = BranchLayout.from_tree(TREE)
     ids = ids_of(layout.total_tokens)
