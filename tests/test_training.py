@@ -141,7 +141,7 @@ def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, int]) -> N
         ({"learning_rate": float("nan")}, r"learning_rate: expected a finite number > 0, got nan"),
         ({"sequential_share": 1.5}, r"sequential_share: expected a number in \[0, 1\], got 1.5"),
         ({"hidden_size": 100}, r"hidden_size: expected a multiple of 32, got 100"),
-        ({"warmup_steps": 9999}, r"warmup_steps: expected 0 to 2600 \(the steps\), got 9999"),
+        ({"warmup_steps": 9999}, r"warmup_steps: expected 0 to 3000 \(the steps\), got 9999"),
         ({"save_every": 30}, r"save_every: expected a multiple of log_every, 20, got 30"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

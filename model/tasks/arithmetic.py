@@ -3,7 +3,7 @@
 A problem reads `Compute 47*38 + (125+60) + 904.` Its terms are products, sums in brackets and plain numbers. The
 written work goes as a person does it on paper, least significant digit first, one line a digit:
 
-    4*8+5=37 -> 376           a digit times a digit plus the carry = both digits -> the result so far
+    4*8=32+5=37 -> 376        a digit times a digit, and the carry -> the result so far
     8+5=13+0=13+1=14 -> 40    a column, one number after the other and the carry -> the result so far
 
 In the parallel trace every term has a path of its own, and a product whose second factor has several digits other than
@@ -258,9 +258,11 @@ def _multiplication(product: Product) -> list[str]:
     carry = 0
     digits = str(product.left)[::-1]
     for place, digit in enumerate(digits):
-        total = int(digit) * int(factor) + carry
+        line, total = f"{digit}*{factor}={int(digit) * int(factor)}", int(digit) * int(factor) + carry
+        if carry:
+            line += f"+{carry}={total}"
         done = str(total if place == len(digits) - 1 else total % 10) + done
-        lines.append(f"{digit}*{factor}" + (f"+{carry}" if carry else "") + f"={total} -> {done}")
+        lines.append(f"{line} -> {done}")
         carry = total // 10
     return lines
 

@@ -24,13 +24,14 @@ class Recipe:
     sequential_share         share of the problems that are written as one chain, without blocks
     bare_share               share of the parallel problems whose prompt ends with the question
     hidden_size, layers, intermediate_size    sizes of the model; heads have 32 channels
+    bf16                     matrix products in bf16 (autocast); the weights and the attention are in fp32 on a CPU
     seed                     of the initial weights and of the problems
     log_every, save_every    steps between two logged losses, and between two checkpoints to resume from
 
     Raises ValueError when a value is out of range.
     """
 
-    steps: int = 2600
+    steps: int = 3000
     tokens_per_step: int = 2560
     learning_rate: float = 6e-3
     embedding_learning_rate: float = 3e-3
@@ -41,6 +42,7 @@ class Recipe:
     hidden_size: int = 128
     layers: int = 5
     intermediate_size: int = 512
+    bf16: bool = True
     seed: int = 0
     log_every: int = 20
     save_every: int = 200

@@ -156,6 +156,8 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         max_steps=recipe.steps,
         per_device_train_batch_size=1,
         seed=recipe.seed,
+        bf16=recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         max_grad_norm=1.0,
         logging_steps=recipe.log_every,
         save_strategy="steps",
