@@ -80,11 +80,9 @@ def add_tags(
 
 def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
     """The weight tables with one row per token: input embeddings, and the output layer where it has its own."""
-    tables = [model.get_input_embeddings().weight]
-    output = model.get_output_embeddings()
-    if output is not None and output.weight is not tables[0]:
-        tables.append(output.weight)
-    return tables
+    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [module.weight for module in modules if module is not None]
+    return weights[:1] if weights[-1] is weights[0] else weights
 
 
 def add_tags_to_checkpoint(source: str | Path, target: str | Path, seed: int = 0) -> TagTokens:

@@ -54,7 +54,8 @@ def tree_runs(tree: Tree) -> Runs:
     """Canonical runs of a tree. Raises ValueError where the tree is malformed. No recursion: depth has no limit."""
     runs = Runs()
     items = _items(tree)
-    position, predecessor, gaps = 0, -1, ()
+    position, predecessor = 0, -1
+    gaps = Gaps()
     forks: list[_Fork] = []
     while True:
         item = next(items, None)

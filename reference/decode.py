@@ -103,7 +103,7 @@ class ReferenceBranch:
 
 
 def place(items: list[Token | list[ReferenceBranch]], position: int) -> int:
-    """The next free position after `items`, of which the first token has `position`. A block given up whole adds none."""
+    """The next free position after `items`, the first token having `position`. A block given up whole adds none."""
     for item in items:
         if isinstance(item, Token):
             position += 1
