@@ -26,7 +26,8 @@ PROBLEMS = list(islice(generate(1), 200))
 def test_the_example_is_worked_out_as_documented() -> None:
     assert EXAMPLE.prompt() == f"Compute 47*38 + (125+60) + 904.{PARALLEL_ENDING}\n"
     assert EXAMPLE.prompt(parallel=False) == f"Compute 47*38 + (125+60) + 904.{SEQUENTIAL_ENDING}\n"
-    product = ["7*8=56 -> 6", "4*8=32+5=37 -> 376", "1.1=00376"], ["-> 0", "7*3=21 -> 10", "4*3=12+2=14 -> 1410", "1.2=01410"]
+    eight = ["7*8=56 -> 6", "4*8=32+5=37 -> 376", "1.1=00376"]
+    thirty = ["-> 0", "7*3=21 -> 10", "4*3=12+2=14 -> 1410", "1.2=01410"]
     partial_sum = ["6+0=6 -> 6", "7+1=8 -> 86", "3+4=7 -> 786", "0+1=1 -> 1786", "0+0=0 -> 01786"]
     bracket = ["00125+00060", "5+0=5 -> 5", "2+6=8 -> 85", "1+0=1 -> 185", "0+0=0 -> 0185", "0+0=0 -> 00185"]
     results = ["1=01786", "2=00185", "3=00904"]
@@ -39,7 +40,7 @@ def test_the_example_is_worked_out_as_documented() -> None:
     ]
     assert EXAMPLE.sequential_trace.splitlines() == [
         *("<Think>", "1: 47*38"),
-        *("1.1: 47*8", *product[0], "1.2: 47*30", *product[1], "1.1=00376", "1.2=01410", *partial_sum, "1=01786"),
+        *("1.1: 47*8", *eight, "1.2: 47*30", *thirty, "1.1=00376", "1.2=01410", *partial_sum, "1=01786"),
         *("2: (125+60)", *bracket, "2=00185"),
         *("3: 904", "3=00904"),
         *(*results, *total, "</Think>", "2875"),
@@ -51,7 +52,7 @@ def test_the_example_is_worked_out_as_documented() -> None:
         *("<Outline>", "3: 904", "</Outline>", "</Goal>"),
         *("<Path>", "1: 47*38", *goal),
         *("<Outline>", "1.1: 47*8", "</Outline>", "<Outline>", "1.2: 47*30", "</Outline>", "</Goal>"),
-        *("<Path>", "1.1: 47*8", *product[0], "</Path>", "<Path>", "1.2: 47*30", *product[1], "</Path>"),
+        *("<Path>", "1.1: 47*8", *eight, "</Path>", "<Path>", "1.2: 47*30", *thirty, "</Path>"),
         *("<Conclusion>", "1.1=00376", "1.2=01410", *partial_sum, "</Conclusion>", "</Parallel>", "1=01786", "</Path>"),
         *("<Path>", "2: (125+60)", *bracket, "2=00185", "</Path>"),
         *("<Path>", "3: 904", "3=00904", "</Path>"),
