@@ -259,8 +259,11 @@ def sampled_tokens(kinds: bytes, trace: Trace) -> npt.NDArray[np.bool_]:
                 sampled[path.start : _index_end(kinds, _space_end(kinds, path.open + 1))] = False
                 pending.append(path.blocks)
             if block.conclusion is not None:
-                tag = _space_end(kinds, block.conclusion)
-                sampled[block.conclusion : _space_end(kinds, tag + 1)] = False
+                behind = _space_end(kinds, block.conclusion) + 1
+                # One newline is the engine's; further whitespace is the model's own.
+                if behind < len(kinds) and kinds[behind] == Kind.SPACE:
+                    behind += 1
+                sampled[block.conclusion : behind] = False
     return sampled
 
 

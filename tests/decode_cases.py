@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from cache_world import World
 
 from mvkernels.reference.decode import attend
+from tests.cache_world import World
 
 
 def one_token(w: World):

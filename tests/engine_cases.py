@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tiny_model import END
-
 from mvkernels.grammar import TAGS
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.model.sampling import sample
+from tests.tiny_model import END
 
 # fp32 on logits of magnitude 10; two computations with another order of summation were seen to differ by 5e-6.
 TOLERANCE = 1e-4

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_world import World, may_grow, poisoned_cache
-from decode_cases import CASES, assert_decodes, expected, queries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +15,8 @@ from mvkernels.errors import BackendError, StaleStep
 from mvkernels.ops import decode_cpu
 from mvkernels.ops.backends import choose_backend
 from mvkernels.ops.decode_tasks import EntryView, NodeView, build_tasks
+from tests.cache_world import World, may_grow, poisoned_cache
+from tests.decode_cases import CASES, assert_decodes, expected, queries
 
 BACKENDS = ["cpu", "reference"]
 

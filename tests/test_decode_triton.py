@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_world import NAN, World, poisoned_cache
-from decode_cases import CASES, assert_decodes, queries
 
 from mvkernels.decode import tree_decode
 from mvkernels.ops import decode_tiles
+from tests.cache_world import NAN, World, poisoned_cache
+from tests.decode_cases import CASES, assert_decodes, queries
 
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

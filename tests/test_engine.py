@@ -6,15 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import CASES, CONCLUDE, TOLERANCE, by_request, check_pages, config_for, follow, goal, plain, script
-from lossless import Recorder, check_lossless, compare, packed_logits, recorded_logits
-from tiny_model import END, scripted, tiny_model, tiny_tokenizer
 
 from mvkernels import BranchLayout
 from mvkernels.grammar import TAGS, Kind
 from mvkernels.model import Engine
 from mvkernels.model.engine import FinishEvent, ForkEvent, MergeEvent, TokenEvent
 from mvkernels.model.sampling import sample
+from tests.engine_cases import (
+    CASES,
+    CONCLUDE,
+    TOLERANCE,
+    by_request,
+    check_pages,
+    config_for,
+    follow,
+    goal,
+    plain,
+    script,
+)
+from tests.lossless import Recorder, check_lossless, compare, packed_logits, recorded_logits
+from tests.tiny_model import END, scripted, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

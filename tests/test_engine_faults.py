@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from engine_cases import CASES, CONCLUDE, check_pages, config_for, follow, goal, plain
-from tiny_model import END, tiny_model, tiny_tokenizer
 
 from mvkernels import OutOfPages
 from mvkernels.model import Engine, Generation, GenerationConfig
 from mvkernels.model.engine import FinishEvent
 from mvkernels.model.text import TextStream
+from tests.engine_cases import CASES, CONCLUDE, check_pages, config_for, follow, goal, plain
+from tests.tiny_model import END, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import CASES, CONCLUDE, TOLERANCE, check_pages, config_for, follow, goal, plain, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lossless import Recorder, compare, packed_logits, recorded_logits
-from tiny_model import END, scripted, tiny_model, tiny_tokenizer
 
 from mvkernels import BranchLayout, GrammarError
 from mvkernels.grammar import TAGS, Kind
 from mvkernels.model import Engine, Generation, GenerationConfig
+from tests.engine_cases import CASES, CONCLUDE, TOLERANCE, check_pages, config_for, follow, goal, plain, script
+from tests.lossless import Recorder, compare, packed_logits, recorded_logits
+from tests.tiny_model import END, scripted, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

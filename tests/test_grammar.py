@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 from hypothesis import given
-from trees import TEST_TAGS, traces
 
 from mvkernels.errors import GrammarError
 from mvkernels.grammar import Kind, parse, parse_text
+from tests.trees import TEST_TAGS, traces
 
 TRACE = """Before
 <Parallel>

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_world import World, poisoned_cache
 
 from mvkernels.errors import BranchError, CacheError, OutOfPages, StaleStep
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_nodes import FreePages
+from tests.cache_world import World, poisoned_cache
 
 
 def world(num_pages: int = 64, page_size: int = 3) -> World:

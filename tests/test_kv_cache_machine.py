@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_world import World, may_grow, poisoned_cache
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mvkernels.errors import BranchError, OutOfPages, StaleStep
+from tests.cache_world import World, may_grow, poisoned_cache
 
 
 class CacheMachine(RuleBasedStateMachine):

@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from trees import TEST_TAGS, traces, trees
 
 from mvkernels import BranchLayout, TagTokens
 from mvkernels.errors import GrammarError
 from mvkernels.grammar import parse
 from mvkernels.reference import layout as reference
+from tests.trees import TEST_TAGS, traces, trees
 
 REAL = sorted(["1", "2", "3", "4", "5", "7", "8", "9", "10", "11", "12", "14", "15", "17", "19", "20"], key=int)
 
@@ -86,7 +86,7 @@ def test_packs_keep_documents_apart(documents: list) -> None:
 PARALLEL, GOAL, OUTLINE, PATH, CONCLUSION = 2, 4, 6, 8, 10
 GOAL_PART = [GOAL, OUTLINE, 14, 16, OUTLINE + 1, OUTLINE, 14, 16, OUTLINE + 1, GOAL + 1]
 PATHS_PART = [12, PATH, 12, 14, 16, 21, PATH + 1, 12, PATH, 12, 14, 22, PATH + 1]
-TAGGED = [20, PARALLEL, 12, *GOAL_PART, *PATHS_PART, 12, CONCLUSION, 12, 23, CONCLUSION + 1, 12, PARALLEL + 1, 24]
+TAGGED = [20, PARALLEL, 12, *GOAL_PART, *PATHS_PART, 12, CONCLUSION, 12, 13, 23, CONCLUSION + 1, 12, PARALLEL + 1, 24]
 
 
 def test_labels_leave_out_what_the_engine_writes() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import config_for, plain
-from tiny_model import tiny_model, tiny_tokenizer
 
 from mvkernels.grammar import TAGS
 from mvkernels.model import Engine
 from mvkernels.model.tokens import multiverse_entry
+from tests.engine_cases import config_for, plain
+from tests.tiny_model import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from test_cli import TRACE
-from tiny_model import tiny_model, tiny_tokenizer
+
+from tests.tiny_model import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

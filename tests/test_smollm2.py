@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lossless import Recorder, check_lossless, packed_logits, unpatched
-from tiny_model import scripted
 
 from mvkernels import BranchLayout, patch_model, unpatch_model
 from mvkernels.grammar import TAGS
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.model.loading import load_checkpoint
 from mvkernels.model.tokens import add_tags
+from tests.lossless import Recorder, check_lossless, packed_logits, unpatched
+from tests.tiny_model import scripted
 
 NEW_TOKENS = 64
 # Logits of these weights have a magnitude of 30; eager and sdpa were seen to differ by 1.3e-4 at 2000 tokens.
