@@ -10,13 +10,13 @@ import warnings
 from pathlib import Path
 
 import pytest
-from test_cli import ROOT, assert_one_line_error, invoke
 
 from mvkernels import TagTokens
 from mvkernels.commands.generate import EMBEDDED
 from mvkernels.grammar import TAGS
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.model.tasks import arithmetic
+from tests.test_cli import ROOT, assert_one_line_error, invoke
 from tests.tiny_model import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 # The model has random weights and would never write a block: this prompt ends where two paths begin.

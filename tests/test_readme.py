@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import TRACE
 
+from tests.test_cli import TRACE
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
