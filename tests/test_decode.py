@@ -102,6 +102,16 @@ def test_layers_and_scale_are_kept_apart():
         assert_decodes(w, step, q, out, lse, layer, scale=0.7)
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("case", ["prefill_on_prefix", "siblings"])
+def test_a_scale_of_either_sign(case, scale):
+    w = make_world()
+    step = w.write(CASES[case](w))
+    q = queries(w, step.total_rows, 4)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, scale, "cpu", return_lse=True)
+    assert_decodes(w, step, q, out, lse, scale=scale)
+
+
 def test_auto_is_the_cpu_backend_here_and_is_bitwise_reproducible():
     w = make_world(page_size=3)
     step = w.write(CASES["nested"](w))

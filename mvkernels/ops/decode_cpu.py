@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mvkernels.ops.attention_cpu import accumulator_dtype, positive_scale
 from mvkernels.ops.decode_tasks import DecodeTask, Int32Array, Int64Array, StepViews, page_slots
 
 # Runs of consecutive slots shorter than this are copied together instead of being attended to one by one: a call costs
@@ -38,9 +39,10 @@ def decode_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [N, Hq, D] in q's dtype and lse [Hq, N] float32 (float64 for float64), natural log."""
     pieces = views.cached("cpu pieces", lambda: [piece for task in views.tasks() for piece in plan_pieces(task, views)])
-    q = q.contiguous()
+    sign, scale = positive_scale(scale)
+    q = q.contiguous() if sign == 1 else q.contiguous() * sign
     keys, values = (cache.view(-1, *cache.shape[2:]) for cache in (k_cache, v_cache))
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    accumulate = accumulator_dtype(q.dtype)
     out = torch.zeros(q.shape, dtype=accumulate)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=accumulate)
     for piece in pieces:
