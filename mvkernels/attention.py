@@ -15,12 +15,11 @@ import torch
 
 from mvkernels.layout import BranchLayout
 from mvkernels.ops.attention_config import HEAD_DIMS, attention_config
-from mvkernels.ops.backends import choose_backend, triton_interpreted, triton_reason
+from mvkernels.ops.backends import choose_backend, dtype_names, triton_interpreted, triton_reason
 from mvkernels.reference.attention import attention as reference_attention
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MIN_CAPABILITY = (8, 0)
 
 
 @overload
@@ -96,35 +95,19 @@ def _prepared(name: str, q: torch.Tensor, layout: BranchLayout) -> tuple[Sequenc
 
 def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:
     """Backend, best first -> None where it can work on tensors of q's device, dtype and head dim, else why not."""
-    triton = triton_reason(q.device.type)
+    triton = triton_reason(q.device)
     if triton is None and q.dtype not in TRITON_DTYPES:
-        triton = f"expected dtype {_names(TRITON_DTYPES)}, got {q.dtype}"
+        triton = f"expected dtype {dtype_names(TRITON_DTYPES)}, got {q.dtype}"
     if triton is None and q.dtype == torch.bfloat16 and triton_interpreted():
         triton = "Triton's interpreter has no bfloat16 dot product"
     if triton is None and q.shape[2] not in HEAD_DIMS:
         triton = f"expected a head dim among {', '.join(map(str, HEAD_DIMS))}, got {q.shape[2]}"
-    if triton is None and q.device.type == "cuda":
-        triton = _capability_reason(q.device)
     cpu = None
     if q.device.type != "cpu":
         cpu = f"expected tensors on the CPU, got {q.device}"
     elif q.dtype not in CPU_DTYPES:
-        cpu = f"expected dtype {_names(CPU_DTYPES)}, got {q.dtype}"
+        cpu = f"expected dtype {dtype_names(CPU_DTYPES)}, got {q.dtype}"
     return {"triton": triton, "cpu": cpu, "reference": None}
-
-
-def _capability_reason(device: torch.device) -> str | None:
-    if torch.version.hip is not None:
-        return "the kernels are checked on NVIDIA GPUs only, this is a ROCm build of PyTorch"
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= MIN_CAPABILITY:
-        return None
-    expected, got = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
-    return f"expected compute capability {expected} or higher, got {got}"
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BranchLayout) -> None:

@@ -14,7 +14,7 @@ from typing import Literal, overload
 import torch
 
 from mvkernels.kv_step import Step
-from mvkernels.ops.backends import choose_backend, triton_interpreted, triton_reason
+from mvkernels.ops.backends import choose_backend, dtype_names, triton_interpreted, triton_reason
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_DTYPES = (*TRITON_DTYPES, torch.float64)
@@ -108,19 +108,15 @@ def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:
     device = q.device.type
     cpu = None if device == "cpu" else f"expected tensors on cpu, got {device}"
     if cpu is None and q.dtype not in CPU_DTYPES:
-        cpu = f"expected dtype {_names(CPU_DTYPES)}, got {q.dtype}"
-    triton = triton_reason(device)
+        cpu = f"expected dtype {dtype_names(CPU_DTYPES)}, got {q.dtype}"
+    triton = triton_reason(q.device)
     if triton is None and q.dtype not in TRITON_DTYPES:
-        triton = f"expected dtype {_names(TRITON_DTYPES)}, got {q.dtype}"
+        triton = f"expected dtype {dtype_names(TRITON_DTYPES)}, got {q.dtype}"
     if triton is None and q.dtype == torch.bfloat16 and triton_interpreted():
         triton = "Triton's interpreter has no bfloat16 dot product"
     if triton is None and q.shape[2] > MAX_HEAD_DIM:
         triton = f"expected a head dimension of at most {MAX_HEAD_DIM}, got {q.shape[2]}"
     return {"cpu": cpu, "triton": triton, "reference": None}
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _decode_reference(

@@ -9,6 +9,7 @@ from mvkernels import attention
 from mvkernels.attention import backend_reasons, multiverse_attention
 from mvkernels.errors import BackendError
 from mvkernels.layout import BranchLayout
+from mvkernels.ops import backends
 from mvkernels.ops.attention_config import HEAD_DIMS, AttentionConfig, attention_config
 
 LAYOUT = BranchLayout.causal(6)
@@ -84,7 +85,7 @@ def test_auto_never_takes_the_reference():
 )
 def test_why_triton_cannot(q, reason, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(attention, "triton_reason", lambda device_type: None)
+    monkeypatch.setattr(attention, "triton_reason", lambda device: None)
     found = backend_reasons(q)
     assert list(found) == ["triton", "cpu", "reference"]
     assert found["triton"] is None if reason is None else reason in found["triton"]
@@ -92,8 +93,14 @@ def test_why_triton_cannot(q, reason, monkeypatch):
 
 
 def test_an_old_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(backends, "_triton_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert attention._capability_reason(torch.device("cuda")) == "expected compute capability 8.0 or higher, got 7.5"
+    reason = backends.triton_reason(torch.device("cuda"))
+    assert reason == "expected compute capability 8.0 or higher, got 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backends.triton_reason(torch.device("cuda")) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in backends.triton_reason(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("capability", [None, (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])

@@ -34,7 +34,7 @@ def append_rows(
     device = k_cache.device.type
     reasons = {
         "cpu": None if device == "cpu" else f"expected tensors on cpu, got {device}",
-        "triton": triton_reason(device),
+        "triton": triton_reason(k_cache.device),
         "reference": None,
     }
     if choose_backend(backend, reasons, auto=("cpu", "triton")) == "triton":

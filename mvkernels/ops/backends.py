@@ -7,7 +7,11 @@ import os
 from collections.abc import Mapping
 from functools import cache
 
+import torch
+
 from mvkernels.errors import BackendError
+
+MIN_CAPABILITY = (8, 0)
 
 
 def choose_backend(requested: str, reasons: Mapping[str, str | None], auto: tuple[str, ...] | None = None) -> str:
@@ -42,12 +46,27 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
-def triton_reason(device_type: str) -> str | None:
-    """Why Triton kernels cannot run on tensors of this device type, or None. Does not import Triton."""
+def triton_reason(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors on this device, or None. Does not import Triton."""
     if not _triton_installed():
         return "Triton is not installed"
-    if device_type == "cuda" or (device_type == "cpu" and triton_interpreted()):
+    if device.type == "cuda":
+        return _gpu_reason(device)
+    if device.type != "cpu":
+        return f"expected tensors on cuda, got {device.type}"
+    return None if triton_interpreted() else "tensors are on the CPU, where Triton runs with TRITON_INTERPRET=1 only"
+
+
+def _gpu_reason(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are checked on NVIDIA GPUs only, this is a ROCm build of PyTorch"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= MIN_CAPABILITY:
         return None
-    if device_type == "cpu":
-        return "tensors are on the CPU, where Triton runs with TRITON_INTERPRET=1 only"
-    return f"expected tensors on cuda, got {device_type}"
+    expected, got = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
+    return f"expected compute capability {expected} or higher, got {got}"
+
+
+def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
+    """For messages: "float32, bfloat16"."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
