@@ -194,12 +194,16 @@ def attention_forward(
     _refuse_variants(kwargs, dropout)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, H, D]
     if branch_layout is not None:
-        _check_window(sliding_window, branch_layout.longest_document)
+        if sliding_window is not None:
+            _check_window(sliding_window, branch_layout.longest_document)
         q, k, v = _as_autocast(q, k, v)
         out = multiverse_attention(q, k, v, branch_layout, scale=scaling, backend=branch_backend)
     else:
         cache, step = _unpack(paged_kv)
-        _check_window(sliding_window, step.longest_context)
+        if sliding_window is not None:
+            _check_window(sliding_window, step.longest_context)
+        if torch.is_autocast_enabled(q.device.type):  # its dtype is not the cache's, and q and k have a third
+            q, k, v = (tensor.to(cache.dtype) for tensor in (q, k, v))
         layer: int = module.layer_idx  # type: ignore[assignment]
         cache.append(layer, k, v, step, backend=branch_backend)
         out = tree_decode(q, cache.k[layer], cache.v[layer], step, scale=scaling, backend=branch_backend)
@@ -227,8 +231,8 @@ def _refuse_variants(kwargs: dict[str, Any], dropout: float) -> None:
         raise BackendError(f"branch attention: expected no attention dropout, got {dropout}")
 
 
-def _check_window(window: int | None, tokens: int) -> None:
-    if window is not None and tokens > window:
+def _check_window(window: int, tokens: int) -> None:
+    if tokens > window:
         raise BackendError(
             f"branch attention: expected a sequence within the sliding window of {window} tokens, got {tokens} tokens"
         )

@@ -180,7 +180,11 @@ class BranchLayout:
     @property
     def longest_document(self) -> int:
         """Tokens of the longest document."""
-        return self.cached("longest_document", lambda: int(self.cu_seqlens.diff().max()))
+        # From the mask, not cu_seqlens, which may be on a GPU: reading it there would wait for the GPU.
+        return self.cached(
+            "longest_document",
+            lambda: int(np.diff(np.unique(np.append(self.mask.first_key, self.total_tokens))).max(initial=0)),
+        )
 
     @property
     def has_branches(self) -> bool:

@@ -163,6 +163,19 @@ def test_under_autocast_queries_keys_and_values_get_one_dtype() -> None:
     assert (found.float() - exact).abs().max() <= 2 * (expected.float() - exact).abs().max() + 1e-3
 
 
+def test_paged_decoding_under_autocast_keeps_the_dtype_of_the_cache() -> None:
+    model = patch_model(make("qwen2"))
+    config = model.config
+    heads, depth = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    cache = PagedKVCache(4, 16, config.num_hidden_layers, heads, depth)
+    ids = ids_of(20)
+    step = cache.plan([(cache.new(), 20)])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(ids, paged_kv=(cache, step)).logits
+        expected = model(ids, branch_layout=BranchLayout.causal(20)).logits
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model = patch_model(make("qwen2")).train()

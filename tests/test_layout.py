@@ -73,6 +73,7 @@ def test_packs_keep_documents_apart(documents: list) -> None:
     assert same(pack.dense_mask(), reference.pack_masks([reference.tree_mask(tree) for tree in documents]))
     assert same(pack.position_ids, torch.cat([reference.tree_positions(tree) for tree in documents]))
     assert pack.cu_seqlens.tolist() == np.cumsum([0] + [layout.total_tokens for layout in layouts]).tolist()
+    assert pack.longest_document == max(layout.total_tokens for layout in layouts)
     assert pack.critical_path == sum(layout.critical_path for layout in layouts)
     ids = list(range(pack.total_tokens))
     rows, targets = pack.targets(ids)
