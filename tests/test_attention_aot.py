@@ -89,6 +89,15 @@ def test_fits_and_spills_nothing(name, head_dim, capability, tmp_path):
     assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
 
 
+@pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
+@pytest.mark.parametrize(("head_dim", "itemsize"), [(80, 2), (256, 2), (128, 4)])
+def test_other_head_dims_and_fp32_fit(name, head_dim, itemsize):
+    capability = (9, 0)
+    config = getattr(attention_config(head_dim, itemsize, capability), name)
+    compiled = compile_ahead(kernels()[name], head_dim, itemsize, config, capability)
+    assert compiled.metadata.shared <= shared_memory_limit(capability)
+
+
 def test_a_configuration_that_is_too_large_is_found_out(tmp_path):
     """The two checks above can fail."""
     capability = (8, 0)
