@@ -13,9 +13,7 @@ Nothing about a layout is a compile-time constant: a kernel is compiled once per
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -160,7 +158,7 @@ def forward(
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     plan = unflatten(tables)
     tiles, runs = plan.forward
-    with on_device_of(q):
+    with torch.cuda.device_of(q):  # Triton launches on the current device
         forward_kernel[heads, len(tiles)](
             q, k, v, out, lse, tiles, runs, plan.rows, plan.gaps,
             *strides(q), *strides(k), *strides(v), total, heads // k.shape[1], scale * LOG2E.value,
@@ -188,8 +186,3 @@ def dense_last(x: torch.Tensor) -> torch.Tensor:
 def strides(x: torch.Tensor) -> tuple[int, int]:
     """Of tokens and heads."""
     return x.stride(0), x.stride(1)
-
-
-def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -25,7 +25,6 @@ from mvkernels.ops.attention_triton import (
     hide,
     load_intervals,
     load_tile,
-    on_device_of,
     store_tile,
     strides,
 )
@@ -190,7 +189,7 @@ def backward(
     chosen = AttentionConfig.from_flat(config)
     plan = unflatten(tables)
     shared = (*strides(q), *strides(k), *strides(v), total, heads // kv_heads, scale, scale * LOG2E.value)
-    with on_device_of(q):
+    with torch.cuda.device_of(q):  # Triton launches on the current device
         delta_kernel[heads, triton.cdiv(total, DELTA_ROWS)](
             out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, total,
             D=depth, BLOCK_D=triton.next_power_of_2(depth), BLOCK_M=DELTA_ROWS, HAS_GRAD_LSE=grad_lse is not None,
