@@ -46,6 +46,8 @@ def skip_reasons() -> dict[str, str]:
     triton = importlib.util.find_spec("triton") is not None
     if not cuda:
         reasons["gpu"] = "needs a CUDA device: torch.cuda.is_available() is False"
+    elif interpreting():
+        reasons["gpu"] = "TRITON_INTERPRET is set, with which no kernel runs on the GPU: runs in a process without it"
     if not data_folder().is_dir():
         reasons["real_data"] = f"needs the real inputs: no folder {data_folder()} (set MVKERNELS_DATA)"
     if not triton:

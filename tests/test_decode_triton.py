@@ -11,10 +11,11 @@ import torch
 from mvkernels.decode import tree_decode
 from mvkernels.ops import decode_tiles
 from tests.cache_world import NAN, World, poisoned_cache
+from tests.conftest import interpreting
 from tests.decode_cases import CASES, assert_decodes, queries
 
 pytestmark = pytest.mark.triton
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 
 
 @pytest.fixture(autouse=True)
