@@ -15,6 +15,7 @@ pytestmark = pytest.mark.gpu
 
 # fp32 logits of magnitude 10; matrix products on the GPU sum in another order than on the CPU.
 TOLERANCE = 5e-4
+HEAD_DIM = 32  # the smallest that the Triton attention takes
 TREE = [40, [[70, [[33], [129]], 5], [64], [1], []], 80]
 
 
@@ -29,9 +30,8 @@ def loss_and_gradients(model, backend: str, device: str) -> tuple[torch.Tensor, 
 
 
 def test_training_forward_and_gradients_equal_the_reference_on_the_cpu() -> None:
-    """With 32 channels a head, the fewest that the Triton attention takes."""
-    wanted, wanted_grads = loss_and_gradients(tiny_model(head_dim=32), "reference", "cpu")
-    got, got_grads = loss_and_gradients(tiny_model(head_dim=32), "triton", "cuda")
+    wanted, wanted_grads = loss_and_gradients(tiny_model(head_dim=HEAD_DIM), "reference", "cpu")
+    got, got_grads = loss_and_gradients(tiny_model(head_dim=HEAD_DIM), "triton", "cuda")
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     for mine, theirs in zip(got_grads, wanted_grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4 * float(theirs.abs().max() + 1))
@@ -40,7 +40,7 @@ def test_training_forward_and_gradients_equal_the_reference_on_the_cpu() -> None
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("name", CASES)
 def test_the_engine_is_lossless(name: str, page_size: int) -> None:
-    engine = Engine(tiny_model().to("cuda"), tiny_tokenizer(), backend="triton", page_size=page_size)
+    engine = Engine(tiny_model(head_dim=HEAD_DIM).to("cuda"), tiny_tokenizer(), backend="triton", page_size=page_size)
     recorder = Recorder(follow(engine, CASES[name]))
     [out] = engine.generate("the product", config_for(engine), recorder)
     assert check_lossless(engine, recorder, out, TOLERANCE) == len(recorder.seen)
