@@ -66,7 +66,8 @@ def multiverse_attention(
     "auto", no backend can ("reference" is never chosen: it builds T x T scores).
     """
     _check(q, k, v, layout)
-    name = choose_backend(backend, backend_reasons(q), auto=("triton", "cpu"))
+    # Both can run on CPU tensors only where Triton is interpreted, which is for tests and slow.
+    name = choose_backend(backend, backend_reasons(q), auto=("cpu", "triton"))
     factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     if name == "reference":
         out, lse = reference_attention(q, k, v, layout.dense_mask().to(q.device), factor)

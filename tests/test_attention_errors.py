@@ -92,6 +92,17 @@ def test_why_triton_cannot(q, reason, monkeypatch):
     assert found["cpu"] is None
 
 
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_auto_on_the_cpu_is_the_cpu_backend(interpret, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(backends, "_triton_installed", lambda: True)
+    chosen = []
+    prepared = attention._prepared
+    monkeypatch.setattr(attention, "_prepared", lambda name, *rest: chosen.append(name) or prepared(name, *rest))
+    multiverse_attention(*tensors(), LAYOUT)
+    assert chosen == ["cpu"]
+
+
 def test_an_old_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(backends, "_triton_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
