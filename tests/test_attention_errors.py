@@ -62,7 +62,7 @@ def test_a_named_backend_does_not_fall_back(monkeypatch):
 
 def test_auto_gives_every_reason_when_none_fits():
     inputs = [x.to("meta") for x in tensors()]
-    with pytest.raises(BackendError, match=r"no backend fits: triton: .*; cpu: expected tensors on the CPU, got meta"):
+    with pytest.raises(BackendError, match="no backend fits: cpu: expected tensors on the CPU, got meta; triton: "):
         multiverse_attention(*inputs, LAYOUT)
 
 
