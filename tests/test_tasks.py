@@ -39,7 +39,8 @@ def test_the_example_is_worked_out_as_documented() -> None:
         "0+0=0+0=0 -> 02875",
     ]
     assert EXAMPLE.sequential_trace.splitlines() == [
-        *("<Think>", "1: 47*38"),
+        *("<Think>", "1: 47*38", "2: (125+60)", "3: 904"),
+        *("1: 47*38", "1.1: 47*8", "1.2: 47*30"),
         *("1.1: 47*8", *eight, "1.2: 47*30", *thirty, "1.1=00376", "1.2=01410", *partial_sum, "1=01786"),
         *("2: (125+60)", *bracket, "2=00185"),
         *("3: 904", "3=00904"),

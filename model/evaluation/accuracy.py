@@ -21,9 +21,10 @@ from mvkernels.model.events import Generation
 from mvkernels.model.tasks.arithmetic import Problem, generate, grade
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
-#: Tokens that an answer may have; the longest right one has under 1400.
+#: Tokens that an answer may have; the longest right one has under 1600.
 MAX_NEW_TOKENS = 2048
 _BATCH = 25
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def evaluate_embedded(n: int = 200, seed: int = 0, folder: str | Path = EMBEDDED
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints both lines, and the problems that were not solved."""
+    """Prints a line for each mode, and under it the first problems that were not solved."""
     parser = argparse.ArgumentParser(prog="python -m mvkernels.model.evaluation.accuracy", description=__doc__)
     parser.add_argument("folder", nargs="?", default=EMBEDDED, help="a trained model; default: the embedded one")
     parser.add_argument("--problems", type=int, default=200)
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for accuracy in evaluate_embedded(options.problems, options.seed, options.folder):
         print(accuracy)
-        for problem, generation in accuracy.wrong:
+        for problem, generation in accuracy.wrong[:_SHOWN]:
             answer = generation.text.rpartition("</Think>")[2].strip()
             print(f"  {problem.expression} = {problem.answer}, got {answer!r} ({generation.finish_reason})")
 

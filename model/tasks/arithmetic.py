@@ -209,8 +209,8 @@ def _sequential(problem: Problem) -> list[str]:
 
 
 def _chain(steps: Steps) -> list[str]:
-    """The same as `_block`, without tags."""
-    lines: list[str] = []
+    """The same as `_block`, without tags: what is to be done, each step, the sum."""
+    lines = [f"{index}: {term}" for index, term in steps]
     for index, term in steps:
         parts = _parts(index, term)
         work = _chain(parts) if parts else _digits(term)

@@ -14,8 +14,8 @@ from mvkernels import BranchLayout, TagTokens
 from mvkernels.model.tasks.arithmetic import Problem, generate
 from mvkernels.model.training.recipe import Recipe
 
-#: Of 2, 3, 4 and 5 terms: a short problem teaches the same steps in fewer tokens.
-TERM_CHANCES = (4, 3, 2, 2)
+#: Of 2, 3, 4 and 5 terms: to find the last of many terms is learned last.
+TERM_CHANCES = (2, 2, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Document:
 
     ids: list[int]
     prompt_length: int
+
+    def cut(self, length: int) -> Document:
+        """The first `length` tokens."""
+        return Document(self.ids[:length], min(self.prompt_length, length))
 
 
 def document_text(problem: Problem, parallel: bool, ending: bool = True) -> tuple[str, str]:
@@ -44,7 +48,8 @@ def encode_document(prompt: str, answer: str, tags: TagTokens, end_of_text: int)
 class PackedProblems(Dataset[dict[str, Any]]):
     """Row i of the stream is a function of the recipe and i alone, so that a resumed run sees the same rows.
 
-    A row: input_ids, labels [1, T] int64, position_ids [1, T], branch_layout. T varies.
+    A row: input_ids, labels [1, T] int64, position_ids [1, T], branch_layout. T is always tokens_per_step: the last
+    document is cut there, so that nothing is padded and every step has the same shapes.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -63,9 +68,10 @@ class PackedProblems(Dataset[dict[str, Any]]):
             parallel = style.random() >= self.recipe.sequential_share
             ending = not parallel or style.random() >= self.recipe.bare_share
             prompt, answer = document_text(problem, parallel, ending)
-            documents.append(encode_document(prompt, answer, self.tags, self.end_of_text))
+            document = encode_document(prompt, answer, self.tags, self.end_of_text)
+            documents.append(document.cut(self.recipe.tokens_per_step - total))
             total += len(documents[-1].ids)
-            if total >= self.recipe.tokens_per_step:
+            if total == self.recipe.tokens_per_step:
                 break
         return pack_documents(documents, self.tags)
 
@@ -73,7 +79,10 @@ class PackedProblems(Dataset[dict[str, Any]]):
 def pack_documents(documents: list[Document], tags: TagTokens) -> dict[str, Any]:
     """The documents one after the other, as arguments of a patched model."""
     layout = BranchLayout.pack(
-        [BranchLayout.from_token_ids(doc.ids, tags, prompt_length=doc.prompt_length) for doc in documents]
+        [
+            BranchLayout.from_token_ids(doc.ids, tags, prompt_length=doc.prompt_length, allow_open=True)
+            for doc in documents
+        ]
     )
     ids = torch.tensor([token for doc in documents for token in doc.ids])
     return {

@@ -16,7 +16,7 @@ class Recipe:
     """How a model is made from nothing. The defaults make the embedded model.
 
     steps                    optimizer steps, one packed row of documents each
-    tokens_per_step          a row is filled with fresh problems until it has at least so many tokens
+    tokens_per_step          a row is filled with fresh problems; the last is cut where the row is full
     learning_rate            peak, of the layers' matrices (Muon); it falls to 0 along a straight line
     embedding_learning_rate  peak, of all other parameters (AdamW)
     weight_decay             of the layers' matrices
@@ -31,13 +31,13 @@ class Recipe:
     Raises ValueError when a value is out of range.
     """
 
-    steps: int = 3000
-    tokens_per_step: int = 2560
+    steps: int = 3600
+    tokens_per_step: int = 3072
     learning_rate: float = 6e-3
     embedding_learning_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup_steps: int = 100
-    sequential_share: float = 0.3
+    sequential_share: float = 0.4
     bare_share: float = 0.1
     hidden_size: int = 128
     layers: int = 5

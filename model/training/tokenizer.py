@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mvkernels.grammar import TAGS
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Every digit and sign is a piece of its own; a space goes with the word or the sign after it.
-_PIECES = r" (?:->|[+=]) | ?\p{L}+|\s|[^\s\p{L}]"
+# Qwen2's pieces, because transformers gives every Qwen2 checkpoint Qwen2's pieces, whatever its tokenizer.json says.
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def build_tokenizer(texts: Iterable[str], chat_ending: str = "") -> PreTrainedTokenizerFast:
-    """A byte-level BPE vocabulary of the words in `texts`, with the twelve control tags and an end-of-text token.
+def build_tokenizer(words: Iterable[str], chat_ending: str = "") -> PreTrainedTokenizerFast:
+    """A byte-level BPE vocabulary of `words`, with the twelve control tags and an end-of-text token.
 
-    Any text comes back exactly from `decode(encode(text))`. chat_ending: what the chat template puts after the last
-    message. The same texts give the same tokenizer.
+    words: each becomes one token; none may span two of Qwen2's pieces. Any text in Unicode normal form C comes back
+    exactly from `decode(encode(text))`. chat_ending: what the chat template puts after the last message. The same words
+    give the same tokenizer.
     """
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
@@ -29,14 +33,13 @@ def build_tokenizer(texts: Iterable[str], chat_ending: str = "") -> PreTrainedTo
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in (END_OF_TEXT, *TAGS)]
     trainer = trainers.BpeTrainer(
-        special_tokens=special,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in (END_OF_TEXT, *TAGS)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         vocab_size=1024,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(words, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
