@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.run --help`. Each case is checked for correctness before it is timed."""
