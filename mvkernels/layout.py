@@ -9,7 +9,7 @@ section 1.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -99,11 +99,12 @@ class BranchLayout:
         return cls.from_tree([length])
 
     @classmethod
-    def pack(cls, layouts: Sequence[BranchLayout]) -> BranchLayout:
+    def pack(cls, layouts: Iterable[BranchLayout]) -> BranchLayout:
         """One layout of all documents, one after the other, without padding. Each may itself be a pack.
 
         Raises ValueError for an empty list.
         """
+        layouts = list(layouts)
         if not layouts:
             raise ValueError("pack: expected at least one layout, got none")
         offsets = np.cumsum([0] + [layout.total_tokens for layout in layouts], dtype=np.int64)
@@ -238,7 +239,9 @@ class BranchLayout:
     def cached(self, key: Hashable, build: Callable[[], Value]) -> Value:
         """`build()` once per key, remembered as long as the layout lives. Keys of device data must name the device."""
         if key not in self._cache:
-            self._cache[key] = build()
+            # Autograd refuses tensors made in inference mode, and a layout may be evaluated first and trained on later.
+            with torch.inference_mode(False):
+                self._cache[key] = build()
         value: Value = self._cache[key]
         return value
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from mvkernels.grammar import FIRST_TAG, Kind, Tree
 
+MAX_TOKENS = 2**31 - 1  # positions and offsets are int32
 Gaps = tuple[tuple[int, int], ...]
 
 
@@ -28,6 +30,8 @@ class Runs:
     total_tokens: int = 0
 
     def add(self, length: int, position: int, gaps: Gaps, predecessor: int) -> None:
+        if self.total_tokens + length > MAX_TOKENS:
+            raise ValueError(f"expected at most {MAX_TOKENS} tokens, got {self.total_tokens + length} or more")
         if length:
             self.starts.append(self.total_tokens)
             self.positions.append(position)
@@ -59,9 +63,10 @@ def tree_runs(tree: Tree) -> Runs:
     forks: list[_Fork] = []
     while True:
         item = next(items, None)
-        if isinstance(item, int):
+        if isinstance(item, (int, Integral)):  # numpy's integers are no int
             if item < 0 or isinstance(item, bool):
                 raise ValueError(f"tree: expected a text length >= 0, got {item!r}")
+            item = int(item)
             runs.add(item, position, gaps, predecessor)
             position += item
             predecessor = runs.total_tokens - 1 if item else predecessor

@@ -234,3 +234,13 @@ def test_the_plan_is_made_once_per_layout(monkeypatch):
     for _ in range(3):
         multiverse_attention(*case.inputs(), layout)
     assert len(calls) == 1
+
+
+def test_a_layout_first_used_in_inference_mode_trains():
+    layout = BranchLayout.from_tree([5, [[3], [2]], 4])
+    q, k, v = torch.randn(3, 14, 2, 8)
+    with torch.inference_mode():
+        before = multiverse_attention(q, k, v, layout)
+    out = multiverse_attention(q.requires_grad_(), k, v, layout)
+    out.sum().backward()
+    assert torch.equal(out, before) and q.grad.isfinite().all()

@@ -203,3 +203,19 @@ def test_published_traces(name: str, data_dir: Path, qwen_tags: TagTokens) -> No
     encoded = qwen_tags.encode(text)
     assert qwen_tags.tokenizer.decode(encoded) == text
     assert BranchLayout.from_token_ids(encoded, qwen_tags).critical_path == canonical.critical_path
+
+
+def test_lengths_from_numpy():
+    tree = [np.int64(3), [[np.int32(2)], [np.uint8(4)]], np.int64(1)]
+    layout = BranchLayout.from_tree(tree)
+    assert layout.position_ids.tolist() == BranchLayout.from_tree([3, [[2], [4]], 1]).position_ids.tolist()
+    assert BranchLayout.causal(np.int64(3)).total_tokens == 3
+
+
+def test_more_tokens_than_int32_counts():
+    with pytest.raises(ValueError, match=f"expected at most {2**31 - 1} tokens, got {2**31}"):
+        BranchLayout.from_tree([5, [[2**31 - 5], [1]]])
+
+
+def test_a_pack_of_what_is_no_list():
+    assert BranchLayout.pack(BranchLayout.causal(n) for n in (2, 3)).cu_seqlens.tolist() == [0, 2, 5]
