@@ -8,6 +8,7 @@ Token i sees token j iff j <= i, both are in the same document, and no block has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -65,10 +66,14 @@ def multiverse_attention(
     Raises ValueError for inputs that do not fit together; BackendError where the named backend cannot do it, or, for
     "auto", no backend can ("reference" is never chosen: it builds T x T scores).
     """
+    if not isinstance(layout, BranchLayout):
+        raise ValueError(f"layout: expected a BranchLayout, got {type(layout).__name__}")
     _check(q, k, v, layout)
     # Both can run on CPU tensors only where Triton is interpreted, which is for tests and slow.
     name = choose_backend(backend, backend_reasons(q), auto=("cpu", "triton"))
     factor = float(q.shape[2] ** -0.5 if scale is None else scale)
+    if not math.isfinite(factor):
+        raise ValueError(f"scale: expected a finite number, got {factor}")
     if name == "reference":
         out, lse = reference_attention(q, k, v, layout.dense_mask().to(q.device), factor)
     else:

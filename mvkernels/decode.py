@@ -65,6 +65,8 @@ def tree_decode(
     """
     check_arguments(q, k_layer, v_layer, step)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     chosen = choose_backend(backend, backend_reasons(q), auto=("cpu", "triton"))
     with torch.no_grad():
         if chosen == "triton":
@@ -88,10 +90,14 @@ def check_arguments(q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tenso
     if k_layer.dim() != 4 or k_layer.shape[1] != step.views.page_size or k_layer.shape[3] != q.shape[2]:
         expected = f"[num_pages, {step.views.page_size}, Hkv, {q.shape[2]}]"
         raise ValueError(f"k_layer: expected shape {expected}, got {list(k_layer.shape)}")
+    pages = step.entries[0][0].cache.num_pages
+    if k_layer.shape[0] != pages:  # where there are fewer, a kernel would read whatever memory follows
+        raise ValueError(f"k_layer: expected the {pages} pages of the step's cache, got {k_layer.shape[0]}")
     if v_layer.shape != k_layer.shape:
         raise ValueError(f"v_layer: expected k_layer's shape {list(k_layer.shape)}, got {list(v_layer.shape)}")
-    if q.shape[1] % k_layer.shape[2]:
-        raise ValueError(f"q: expected a multiple of {k_layer.shape[2]} key-value heads, got {q.shape[1]} heads")
+    if q.shape[1] == 0 or q.shape[1] % k_layer.shape[2]:
+        expected = f"a positive multiple of {k_layer.shape[2]} key-value heads"
+        raise ValueError(f"q: expected {expected}, got {q.shape[1]} heads")
     for name, tensor in (("k_layer", k_layer), ("v_layer", v_layer)):
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {tensor.dtype}")

@@ -123,3 +123,15 @@ def test_a_configuration_for_every_head_dim(head_dim, itemsize, capability):
     for kernel in (config.forward, config.dq, config.dkdv):
         assert kernel.block_m in (16, 32, 64, 128)  # tl.dot takes 16 and more
         assert kernel.block_n in (16, 32, 64, 128)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_scale_that_is_not_finite(scale, backend):
+    with pytest.raises(ValueError, match=f"scale: expected a finite number, got {scale}"):
+        multiverse_attention(*tensors(), LAYOUT, scale, backend)
+
+
+def test_a_layout_that_is_none():
+    with pytest.raises(ValueError, match="layout: expected a BranchLayout, got Tensor"):
+        multiverse_attention(*tensors(), LAYOUT.position_ids)

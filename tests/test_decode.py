@@ -259,3 +259,22 @@ def test_auto_gives_every_reason():
         choose_backend("auto", reasons, auto=("fast", "other"))
     with pytest.raises(BackendError, match="'other' cannot do this: no such device"):
         choose_backend("other", reasons)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_scale_that_is_not_finite(scale, backend):
+    w = make_world()
+    step = w.write(CASES["siblings"](w))
+    q = queries(w, step.total_rows, 4)
+    with pytest.raises(ValueError, match=f"scale: expected a finite number, got {scale}"):
+        tree_decode(q, w.cache.k[0], w.cache.v[0], step, scale, backend)
+
+
+def test_storage_with_other_pages_than_the_cache():
+    w = make_world()
+    step = w.write(CASES["siblings"](w))
+    q, pages = queries(w, step.total_rows, 4), w.cache.num_pages
+    short = w.cache.k[0][:1]
+    with pytest.raises(ValueError, match=f"k_layer: expected the {pages} pages of the step's cache, got 1"):
+        tree_decode(q, short, short, step)
