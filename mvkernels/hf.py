@@ -18,6 +18,7 @@ for packed documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -74,11 +75,9 @@ def patch_model(model: Model, backend: str = "auto") -> Model:
             "whose attention implementation cannot be set"
         )
 
-    def prepare(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _prepare(module, args, kwargs, backend)
-
-    # The base model, so that both `model(...)` and `model.model(...)` pass through it, and once only.
-    hook = model.base_model.register_forward_pre_hook(prepare, with_kwargs=True)
+    # The base model, so that both `model(...)` and `model.model(...)` pass through it, and once only. A partial and no
+    # closure, so that a patched model can be pickled.
+    hook = model.base_model.register_forward_pre_hook(partial(_prepare, backend=backend), with_kwargs=True)
     setattr(model, _STATE, _Patch(before, hook))
     return model
 

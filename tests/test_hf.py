@@ -5,6 +5,7 @@ changes.
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -246,3 +247,14 @@ def test_a_sliding_window_is_accepted_until_it_is_exceeded() -> None:
     step = cache.plan([(cache.new(), 7)])
     with pytest.raises(BackendError, match="sliding window of 6 tokens, got 7"):
         model(ids_of(7), paged_kv=(cache, step))
+
+
+def test_a_patched_model_can_be_pickled():
+    model = patch_model(Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval())
+    layout = BranchLayout.from_tree([3, [[4], [2]], 2])
+    ids = torch.arange(11)[None]
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(again(ids, branch_layout=layout).logits, model(ids, branch_layout=layout).logits)
+    unpatch_model(again)
+    assert is_patched(model) and not is_patched(again)
