@@ -54,7 +54,7 @@ class Engine:
     the control tags it generates sequentially, and says so once. backend: of the attention. page_size: in tokens.
     num_pages: pages for all requests of a call; None: as many as they can need. seed: part of all randomness.
     Raises ValueError for a model on several devices and for weights trained with other tags or semantics than
-    canonical; otherwise what `patch_model` raises.
+    canonical, and for a page_size or num_pages below 1; otherwise what `patch_model` raises.
     """
 
     def __init__(
@@ -66,6 +66,9 @@ class Engine:
         num_pages: int | None = None,
         seed: int = 0,
     ) -> None:
+        if page_size < 1 or (num_pages is not None and num_pages < 1):
+            expected = "page_size of at least 1 and num_pages of at least 1, or None"
+            raise ValueError(f"expected {expected}, got {page_size} and {num_pages}")
         devices = sorted({str(p.device) for p in model.parameters()})
         if len(devices) != 1 or devices == ["meta"]:
             raise ValueError(f"expected a model on one device, got {', '.join(devices) or 'no parameters'}")
@@ -109,7 +112,8 @@ class Engine:
 
         prompts: a text, a chat (list of messages), token ids, or a list of these. config: one for all, or one each.
         sampler: takes the branches and their logits, gives their next tokens. Raises ValueError for a bad prompt,
-        before anything runs, and OutOfPages when a prompt alone does not fit into `num_pages`.
+        before anything runs, and OutOfPages when a prompt alone does not fit into `num_pages`, or these not into
+        memory.
         """
         return [event.generation for event in self._sorted_ends(self._events(prompts, config, sampler))]
 
@@ -149,15 +153,23 @@ class Engine:
                 raise OutOfPages(f"prompt {task.index}: expected at most {num_pages} pages to be needed, got {needed}")
         config = self.model.config.get_text_config()
         heads = config.num_attention_heads
-        return PagedKVCache(
-            num_pages=num_pages,
-            page_size=self.page_size,
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            dtype=self.model.dtype,
-            device=self.model.device,
-        )
+        try:
+            return PagedKVCache(
+                num_pages=num_pages,
+                page_size=self.page_size,
+                num_layers=config.num_hidden_layers,
+                num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+                head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+                dtype=self.model.dtype,
+                device=self.model.device,
+            )
+        except RuntimeError as error:  # on a GPU a subclass of it; PyTorch has no type of its own for the CPU
+            if "memory" not in str(error):
+                raise
+            raise OutOfPages(
+                f"expected a cache that fits into memory, got {num_pages} pages of {self.page_size} tokens: lower "
+                "max_new_tokens, or set num_pages"
+            ) from error
 
     # ---- the run
 

@@ -232,3 +232,21 @@ def test_text_of_bytes_that_are_no_character() -> None:
     # Never waits for ever: leading bytes alone come out as what the tokenizer makes of them.
     stream = TextStream(tokenizer)
     assert "".join(stream.push(euro[0]) for _ in range(40)).count("\N{REPLACEMENT CHARACTER}") >= 30
+
+
+# ---- pages
+
+
+@pytest.mark.parametrize(("page_size", "num_pages"), [(0, None), (-4, None), (4, 0), (4, -1)])
+def test_pages_out_of_range(page_size: int, num_pages: int | None) -> None:
+    with pytest.raises(ValueError, match=f"at least 1.*got {page_size} and {num_pages}"):
+        Engine(tiny_model(), tiny_tokenizer(), page_size=page_size, num_pages=num_pages)
+
+
+def test_pages_that_do_not_fit_into_memory(engine: Engine, monkeypatch) -> None:
+    def refuse(shape, **options):
+        raise RuntimeError(f"[enforce fail] DefaultCPUAllocator: can't allocate memory for {shape}")
+
+    monkeypatch.setattr("mvkernels.kv_cache.torch.empty", refuse)
+    with pytest.raises(OutOfPages, match=r"that fits into memory, got .* pages of 4 tokens: lower max_new_tokens"):
+        engine.generate("the", GenerationConfig(max_new_tokens=10_000))
