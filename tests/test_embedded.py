@@ -1,0 +1,69 @@
+"""The embedded model: its size, what it says of itself, and that it solves problems it has never seen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import islice
+
+import pytest
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config
+
+from mvkernels import TagTokens
+from mvkernels.grammar import parse_text
+from mvkernels.model import Engine
+from mvkernels.model.evaluation.accuracy import EMBEDDED, Accuracy, evaluate
+from mvkernels.model.tasks.arithmetic import generate, grade
+from mvkernels.model.tokens import read_entry
+from mvkernels.model.training import Recipe
+
+MAX_BYTES = 8 * 10**6
+MAX_PARAMETERS = 2 * 10**6
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.from_pretrained(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def in_parallel(engine: Engine) -> Accuracy:
+    return evaluate(engine, list(islice(generate(2, "test"), 40)), parallel=True, batch=40)
+
+
+def test_it_is_small(engine: Engine) -> None:
+    assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) <= MAX_BYTES
+    assert engine.model.num_parameters() <= MAX_PARAMETERS
+
+
+def test_it_names_its_tags_and_its_end_of_text() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    assert read_entry(Qwen2Config.from_pretrained(EMBEDDED)) == "canonical"
+    assert GenerationConfig.from_pretrained(EMBEDDED).eos_token_id == tokenizer.eos_token_id
+    TagTokens.from_tokenizer(tokenizer)
+
+
+def test_it_was_made_by_the_default_recipe() -> None:
+    assert json.loads((EMBEDDED / "recipe.json").read_text()) == asdict(Recipe())
+
+
+def test_it_solves_unseen_problems_in_parallel_decoding(in_parallel: Accuracy) -> None:
+    wrong = [problem.expression for problem, _ in in_parallel.wrong]
+    assert in_parallel.right >= 38, f"wrong: {wrong}"
+    assert in_parallel.mean_parallelism > 1.5
+
+
+def test_it_solves_unseen_problems_as_one_chain(engine: Engine) -> None:
+    accuracy = evaluate(engine, list(islice(generate(3, "test"), 20)), parallel=False, batch=20)
+    assert accuracy.right >= 18
+    assert accuracy.mean_parallelism == 1
+
+
+@pytest.mark.parametrize("newline", ["", "\n"], ids=["no newline", "newline"])
+def test_a_bare_question_is_answered_in_parallel(engine: Engine, newline: str) -> None:
+    problem = next(problem for problem in generate(4, "test") if len(problem.terms) == 2)
+    (result,) = engine.generate(problem.question + newline)
+    assert grade(result.text, problem)
+    assert not result.warnings
+    trace, _ = parse_text(result.text)
+    assert len(trace.blocks[0].paths) == 2
