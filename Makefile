@@ -19,7 +19,7 @@ help:
 install: $(STAMPS)/installed
 
 demo: $(STAMPS)/installed
-	@$(PYTHON) -m mvkernels generate --compare
+	@$(PYTHON) -m mvkernels generate --compare --seed 5
 
 # Two processes: the Triton interpreter spoils ahead-of-time compilation in its own process.
 # Where there is a GPU, the kernels run on it instead of in the interpreter.

@@ -12,13 +12,17 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2Config
 from mvkernels import TagTokens
 from mvkernels.grammar import parse_text
 from mvkernels.model import Engine
-from mvkernels.model.evaluation.accuracy import EMBEDDED, Accuracy, evaluate
+from mvkernels.model import GenerationConfig as Config
+from mvkernels.model.evaluation.accuracy import EMBEDDED, MAX_NEW_TOKENS, Accuracy, evaluate
 from mvkernels.model.tasks.arithmetic import generate, grade
 from mvkernels.model.tokens import read_entry
 from mvkernels.model.training import Recipe
+from tests.lossless import Recorder, check_lossless
 
 MAX_BYTES = 8 * 10**6
 MAX_PARAMETERS = 2 * 10**6
+# Logits of these weights have a magnitude of 20, and fp32 sums in another order were seen to differ by 5e-5.
+TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +71,17 @@ def test_a_bare_question_is_answered_in_parallel(engine: Engine, newline: str) -
     assert not result.warnings
     trace, _ = parse_text(result.text)
     assert len(trace.blocks[0].paths) == 2
+
+
+@pytest.mark.parametrize("first", [0, 10, 20, 30, 40])
+def test_lossless_on_fifty_problems(engine: Engine, first: int) -> None:
+    """Every greedy token is the argmax of the packed forward, and of its path decoded alone with a plain cache."""
+    problems = list(islice(generate(5, "test"), first, first + 10))
+    recorder = Recorder()
+    results = engine.generate(
+        [problem.prompt() for problem in problems], Config(max_new_tokens=MAX_NEW_TOKENS), recorder
+    )
+    for request, result in enumerate(results):
+        assert not result.warnings and result.finish_reason == "stop"
+        compared = check_lossless(engine, recorder, result, TOLERANCE, request, chunk=64)
+        assert compared == result.layout.sampled.sum() > 200

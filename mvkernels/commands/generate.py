@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,6 +71,9 @@ def load_engine(path: str | None, placement: Mapping[str, str | None]) -> tuple[
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if device is not None:
         check_device(device)
+    if path is None and "OMP_NUM_THREADS" not in os.environ:
+        # Its layers are too small to share among threads, which on a busy machine wait for one another a hundredfold.
+        torch.set_num_threads(1)
     transformers_logging: Any = import_for("mvkernels generate", "transformers.utils.logging")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
