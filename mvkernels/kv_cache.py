@@ -114,6 +114,8 @@ class PagedKVCache:
         state.children.clear()
         for child in joined:
             child.merged, child.parent, child.tail.merged_branch = True, None, child.id
+            if child.tail.frozen:  # by tokens of branches that outlived their parent: the handle can take no more
+                self._forget_merged(child.tail)
         for nodes in old:
             self._release(nodes)
 
@@ -174,9 +176,7 @@ class PagedKVCache:
         self._open = make_step(tuple(entries), planned, self.page_size, self.device)
         return self._open
 
-    def append(
-        self, layer: int, k_new: torch.Tensor, v_new: torch.Tensor, step: Step, backend: str = "auto"
-    ) -> None:
+    def append(self, layer: int, k_new: torch.Tensor, v_new: torch.Tensor, step: Step, backend: str = "auto") -> None:
         """Writes the keys and values of a step's rows, [total_rows, num_kv_heads, head_dim], into their slots.
 
         backend: "auto", "cpu", "triton" or "reference". Raises StaleStep, ValueError for a wrong layer, shape, dtype
@@ -196,9 +196,7 @@ class PagedKVCache:
                 node.start = planned.start
                 for seen in node.visible:
                     seen.frozen += 1
-                    if seen.merged_branch is not None:
-                        del self._branches[seen.merged_branch]
-                        seen.merged_branch = None
+                    self._forget_merged(seen)
             node.length += planned.num_tokens
             node.pages.extend(planned.pages)
         self._open, step.state.closed = None, "committed"
@@ -270,6 +268,12 @@ class PagedKVCache:
         self._acquire(state.nodes)
         return Branch(self, state.id)
 
+    def _forget_merged(self, node: Node) -> None:
+        """The node takes no more tokens: the merged handle that may write it, if any, is dead."""
+        if node.merged_branch is not None:
+            del self._branches[node.merged_branch]
+            node.merged_branch = None
+
     @staticmethod
     def _acquire(nodes: Sequence[Node]) -> None:
         for node in nodes:
@@ -281,8 +285,7 @@ class PagedKVCache:
             if node.refs == 0:
                 self._free.give_back(node.pages)
                 del self._nodes[node.id]
-                if node.merged_branch is not None:
-                    del self._branches[node.merged_branch]
+                self._forget_merged(node)
                 if node.length:
                     for seen in node.visible:
                         seen.frozen -= 1

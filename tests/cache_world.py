@@ -71,6 +71,7 @@ class World:
         self.live[parent].merge()
         for child in children:
             self.merged[child] = self.live.pop(child)
+        self.bury()
 
     def free(self, branch: Branch) -> None:
         self.cache.free(branch)

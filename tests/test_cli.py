@@ -235,8 +235,9 @@ def test_inspect_of_every_real_trace(data_dir: Path, monkeypatch: pytest.MonkeyP
         assert words["unit"] == "words" and tokens["unit"] == "tokens"
         for figures in (words, tokens):
             assert figures["critical_path"] < figures["tokens"]
-            assert figures["critical_path"] + sum(b["saved"] for b in figures["blocks"] if b["depth"] == 1) == (
-                figures["tokens"]
+            assert (
+                figures["critical_path"] + sum(b["saved"] for b in figures["blocks"] if b["depth"] == 1)
+                == (figures["tokens"])
             )
         released = json.loads(
             invoke("inspect", file, "--json", "--tokenizer", tokenizer, "--semantics", "released").stdout

@@ -49,9 +49,7 @@ def test_generate_is_what_the_engine_generates(checkpoint: Path):
     """Every option reaches the engine: the same config by hand gives the same text and figures."""
     options = ("--max-critical-path", 40, "--temperature", 0.8, "--top-k", 20, "--top-p", 0.9, "--seed", 3)
     [run] = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-tokens", 120, *options)["runs"]
-    config = GenerationConfig(
-        max_new_tokens=120, max_critical_path=40, temperature=0.8, top_k=20, top_p=0.9, seed=3
-    )
+    config = GenerationConfig(max_new_tokens=120, max_critical_path=40, temperature=0.8, top_k=20, top_p=0.9, seed=3)
     [expected] = Engine.from_pretrained(checkpoint).generate([BLOCK], config)
     assert run["text"] == expected.text and run["text"].count("</Path>") == 2
     assert (run["tokens"], run["critical_path"]) == (expected.total_tokens, expected.critical_path)

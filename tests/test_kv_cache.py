@@ -178,6 +178,23 @@ def test_a_parent_may_grow_again_once_the_children_with_tokens_are_freed():
     w.check()
 
 
+def test_a_merged_branch_that_a_grandchild_without_parent_follows_is_dead_at_once():
+    w = world()
+    trunk = w.new()
+    [child] = w.fork(trunk, 1)
+    w.step((trunk, 2), (child, 3))
+    [middle] = w.fork(child, 1)
+    [orphan] = w.fork(middle, 1)
+    w.step((orphan, 1))  # its token comes after the child's: the child may not grow any more
+    w.free(middle)
+    w.merge(trunk)
+    w.check()
+    with Unchanged(w.cache, BranchError, "expected a live branch"):
+        w.cache.plan([(child, 1)])
+    w.step((trunk, 1), (orphan, 1))
+    w.check()
+
+
 def test_a_long_chain_of_empty_merges_needs_no_recursion():
     w = world()
     root = w.new()

@@ -109,6 +109,7 @@ class CacheMachine(RuleBasedStateMachine):
         parent = data.draw(st.sampled_from(ready))
         ending = [child for child in children[parent] if data.draw(st.booleans())]
         self.world.merge(parent)
+        ending = [child for child in ending if child in self.world.merged]
         self.try_plan(list(zip([*ending, parent], counts, strict=False)), commit=data.draw(st.booleans()))
 
     def try_plan(self, entries, commit):
