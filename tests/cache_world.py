@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from mvkernels.kv_cache import PagedKVCache
@@ -172,3 +173,27 @@ def sees(viewer: ReferenceBranch, path: ReferenceBranch) -> bool:
         return any(p is path or holds(p.items) for block in blocks for p in block if not p.freed)
 
     return viewer is path or holds(viewer._before())
+
+
+def snapshot(cache: PagedKVCache) -> tuple[object, ...]:
+    """All host state that an operation could change."""
+    fields = ("length", "start", "refs", "frozen", "merged_branch")
+    nodes = {n.id: (*n.pages, *(getattr(n, field) for field in fields)) for n in cache._nodes.values()}
+    branches = {b.id: (b.tail.id, b.parent, tuple(b.children), b.merged) for b in cache._branches.values()}
+    return nodes, branches, cache._free.pages(), cache._open, cache._open and cache._open.state.closed
+
+
+class Unchanged:
+    """The error that is expected, with what it says; afterwards the cache is as it was."""
+
+    def __init__(self, cache: PagedKVCache, error: type[Exception], message: str) -> None:
+        self.cache, self.raises, self.before = cache, pytest.raises(error, match=message), snapshot(cache)
+
+    def __enter__(self) -> None:
+        self.raises.__enter__()
+
+    def __exit__(self, *error: object) -> bool:
+        caught = self.raises.__exit__(*error)
+        assert snapshot(self.cache) == self.before
+        self.cache.check()
+        return bool(caught)

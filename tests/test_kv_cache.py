@@ -8,35 +8,11 @@ import torch
 from mvkernels.errors import BranchError, CacheError, OutOfPages, StaleStep
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_nodes import FreePages
-from tests.cache_world import World, poisoned_cache
+from tests.cache_world import Unchanged, World, poisoned_cache
 
 
 def world(num_pages: int = 64, page_size: int = 3) -> World:
     return World(poisoned_cache(num_pages, page_size, layers=2), sequential=True)
-
-
-def snapshot(cache: PagedKVCache) -> tuple[object, ...]:
-    """All host state that an operation could change."""
-    fields = ("length", "start", "refs", "frozen", "merged_branch")
-    nodes = {n.id: (*n.pages, *(getattr(n, field) for field in fields)) for n in cache._nodes.values()}
-    branches = {b.id: (b.tail.id, b.parent, tuple(b.children), b.merged) for b in cache._branches.values()}
-    return nodes, branches, cache._free.pages(), cache._open, cache._open and cache._open.state.closed
-
-
-class Unchanged:
-    """The error that is expected, with what it says; afterwards the cache is as it was."""
-
-    def __init__(self, cache: PagedKVCache, error: type[Exception], message: str) -> None:
-        self.cache, self.raises, self.before = cache, pytest.raises(error, match=message), snapshot(cache)
-
-    def __enter__(self) -> None:
-        self.raises.__enter__()
-
-    def __exit__(self, *error: object) -> bool:
-        caught = self.raises.__exit__(*error)
-        assert snapshot(self.cache) == self.before
-        self.cache.check()
-        return bool(caught)
 
 
 # -- positions and visibility ------------------------------------------------------------------------------------
