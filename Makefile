@@ -32,6 +32,7 @@ test: $(STAMPS)/installed $(STAMPS)/test-weights
 
 check: $(STAMPS)/installed
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
 $(STAMPS)/venv:
