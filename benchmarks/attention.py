@@ -127,8 +127,8 @@ def flex(layout: BranchLayout, device: str) -> Attention:
     mask = layout.mask
     segment = torch.from_numpy(mask.segment_of_rows()).to(device)
     first, pointers = (torch.from_numpy(x).to(device) for x in (mask.first_key, mask.gap_ptr))
-    gaps = torch.from_numpy(mask.gaps if len(mask.gaps) else mask.gaps.reshape(0, 2)).to(device)
-    gaps = torch.cat([gaps, gaps.new_zeros(1, 2)])
+    gaps = torch.from_numpy(mask.gaps).to(device)
+    gaps = torch.cat([gaps, gaps.new_zeros(1, 2)])  # one for tokens that have fewer than the most
     most = int((mask.gap_ptr[1:] - mask.gap_ptr[:-1]).max())
 
     def visible(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -152,9 +152,7 @@ def flex(layout: BranchLayout, device: str) -> Attention:
     return attend
 
 
-def peers(
-    name: str, layout: BranchLayout, shape: Shape, dense_limit: int
-) -> Iterator[tuple[str, Callable[[], Attention]]]:
+def peers(layout: BranchLayout, shape: Shape, dense_limit: int) -> Iterator[tuple[str, Callable[[], Attention]]]:
     """Name of each contender and a function that makes it; what that takes is the set-up time."""
     yield "ours", lambda: ours(layout)
     if layout.total_tokens <= dense_limit:
@@ -195,8 +193,7 @@ def run(shape: Shape, repeats: int, dense_limit: int, cases: list[str] | None = 
     for name, layout in layouts(shape.tokens):
         if cases and name not in cases:
             continue
-        contenders = list(peers(name, layout, shape, dense_limit))
-        for peer, make in contenders:
+        for peer, make in peers(layout, shape, dense_limit):
             yield from _rows(name, peer, make, layout, shape, repeats)
         if name == "shared-prompt":
             other = apart(shape.tokens)
