@@ -9,13 +9,13 @@ Token i sees token j iff j <= i, both are in the same document, and no block has
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 
 from mvkernels.layout import BranchLayout
-from mvkernels.ops.attention_config import HEAD_DIMS, attention_config
+from mvkernels.ops import attention_flash
+from mvkernels.ops.attention_config import HEAD_DIMS
 from mvkernels.ops.backends import choose_backend, dtype_names, triton_interpreted, triton_reason
 from mvkernels.reference.attention import attention as reference_attention
 
@@ -56,7 +56,8 @@ def multiverse_attention(
     """Attention under the mask of a layout, with gradients.
 
     q: [T, Hq, D]; k, v: [T, Hkv, D], of one dtype, on one device; Hq a multiple of Hkv; any strides. T is
-    layout.total_tokens. scale: default 1 / sqrt(D). backend: "auto", "triton", "cpu" or "reference".
+    layout.total_tokens. scale: default 1 / sqrt(D). backend: "auto", "triton", "cpu", "flash" (for layouts without
+    branches, where flash-attn is installed) or "reference".
 
     Returns out [T, Hq, D] in q's dtype; with return_lse also the log-sum-exp of the scaled scores, [Hq, T], natural
     logarithm, fp32 (fp64 for fp64 inputs), which has a gradient too. The backends differ in rounding only. A NaN or
@@ -70,37 +71,27 @@ def multiverse_attention(
         raise ValueError(f"layout: expected a BranchLayout, got {type(layout).__name__}")
     _check(q, k, v, layout)
     # Both can run on CPU tensors only where Triton is interpreted, which is for tests and slow.
-    name = choose_backend(backend, backend_reasons(q), auto=("cpu", "triton"))
+    auto = ("cpu", "flash", "triton") if _prefer_flash(q) else ("cpu", "triton")
+    name = choose_backend(backend, backend_reasons(q, layout, return_lse), auto)
     factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     if not math.isfinite(factor):
         raise ValueError(f"scale: expected a finite number, got {factor}")
     if name == "reference":
         out, lse = reference_attention(q, k, v, layout.dense_mask().to(q.device), factor)
+    elif name == "flash":
+        return attention_flash.attend(q, k, v, layout.cu_seqlens.to(q.device), layout.longest_document, factor)
     else:
-        tables, config = _prepared(name, q, layout)
         # Imported late: the ops are registered with PyTorch when they are first used.
         from mvkernels.ops.attention_schema import OPS
 
-        out, lse = OPS[name][0](q, k, v, tables, config, factor)
+        out, lse = OPS[name][0](q, k, v, layout.mask_table, factor)
     return (out, lse) if return_lse else out
 
 
-def _prepared(name: str, q: torch.Tensor, layout: BranchLayout) -> tuple[Sequence[torch.Tensor], list[int]]:
-    """Tables and tile sizes of a layout for one backend, made once per layout."""
-    if name == "cpu":
-        from mvkernels.ops import attention_cpu
-
-        return layout.cached(("attention", "cpu"), lambda: attention_cpu.tables(layout.mask)), []
-    from mvkernels.ops.attention_tables import tables
-
-    capability = None if triton_interpreted() else torch.cuda.get_device_capability(q.device)
-    config = attention_config(q.shape[2], q.dtype.itemsize, capability)
-    key = ("attention", "triton", config.blocks, str(q.device))
-    return layout.cached(key, lambda: tables(layout.mask, config, q.device)), config.flat
-
-
-def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:
-    """Backend, best first -> None where it can work on tensors of q's device, dtype and head dim, else why not."""
+def backend_reasons(
+    q: torch.Tensor, layout: BranchLayout | None = None, return_lse: bool = False
+) -> dict[str, str | None]:
+    """Backend -> None where it can work on tensors of q's device, dtype and head dim, and this layout; else why not."""
     triton = triton_reason(q.device)
     if triton is None and q.dtype not in TRITON_DTYPES:
         triton = f"expected dtype {dtype_names(TRITON_DTYPES)}, got {q.dtype}"
@@ -113,7 +104,30 @@ def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:
         cpu = f"expected tensors on the CPU, got {q.device}"
     elif q.dtype not in CPU_DTYPES:
         cpu = f"expected dtype {dtype_names(CPU_DTYPES)}, got {q.dtype}"
-    return {"triton": triton, "cpu": cpu, "reference": None}
+    return {"triton": triton, "cpu": cpu, "flash": _flash_reason(q, layout, return_lse), "reference": None}
+
+
+def _prefer_flash(q: torch.Tensor) -> bool:
+    installed = len(attention_flash.INSTALLED) > 0 and q.device.type == "cuda"
+    return installed and attention_flash.is_faster(torch.cuda.get_device_capability(q.device))
+
+
+def _flash_reason(q: torch.Tensor, layout: BranchLayout | None, return_lse: bool) -> str | None:
+    if not attention_flash.INSTALLED:
+        return "flash-attn is not installed"
+    if q.device.type != "cuda":
+        return f"expected tensors on cuda, got {q.device.type}"
+    if attention_flash.module_for(torch.cuda.get_device_capability(q.device)) is None:
+        return "FlashAttention-3 runs on Hopper GPUs only"
+    if q.dtype not in attention_flash.DTYPES:
+        return f"expected dtype {dtype_names(attention_flash.DTYPES)}, got {q.dtype}"
+    if q.shape[2] > attention_flash.MAX_HEAD_DIM or q.shape[2] % 8:
+        return f"expected a head dim of a multiple of 8 up to {attention_flash.MAX_HEAD_DIM}, got {q.shape[2]}"
+    if return_lse:
+        return "flash-attn has no gradient of the log-sum-exp"
+    if layout is not None and layout.has_branches:
+        return "expected a layout without branches, got one with branches"
+    return None
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BranchLayout) -> None:

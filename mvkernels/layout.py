@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import torch
 from mvkernels.grammar import Block, Kind, Trace, Tree, parse
 from mvkernels.layout_build import Runs, released_runs, tree_runs
 from mvkernels.ops.mask import IntervalMask
+from mvkernels.ops.mask_table import MaskTable
 from mvkernels.tags import TagTokens, as_id_list
 
 Value = TypeVar("Value")
@@ -34,7 +35,8 @@ class BranchLayout:
     position_ids: [T] int32. cu_seqlens: [documents + 1] int32, the first row of every document and T. mask: the
     visible keys of every row as intervals, on the host. critical_path: highest position + 1, summed over documents.
     sampled: [T] bool on the host, False where the model did not sample the token itself. predecessor: [T] int32 on the
-    host, the row that predicts the token, -1 where there is none or more than one.
+    host, the row that predicts the token, -1 where there is none or more than one. has_branches: whether any token is
+    hidden from a later one of its document. longest_document: tokens of the longest document.
     """
 
     position_ids: torch.Tensor
@@ -43,7 +45,19 @@ class BranchLayout:
     critical_path: int
     sampled: npt.NDArray[np.bool_] = field(repr=False)
     predecessor: npt.NDArray[np.int32] = field(repr=False)
-    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    has_branches: bool = field(init=False)
+    longest_document: int = field(init=False)
+    _table: MaskTable = field(init=False, repr=False)
+    _made: MaskTable | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        # All that an attention call reads is made here: torch.compile can trace attributes, but not NumPy on the host.
+        starts = np.append(self.mask.first_key, np.int32(self.mask.total_tokens))
+        documents = np.diff(starts[np.diff(starts, prepend=-1) > 0])
+        object.__setattr__(self, "longest_document", int(documents.max(initial=0)))
+        object.__setattr__(self, "has_branches", len(self.mask.gaps) > 0)
+        table = MaskTable(self.mask, self.position_ids.device) if self._made is None else self._made
+        object.__setattr__(self, "_table", table)
 
     # ---- construction
 
@@ -168,7 +182,12 @@ class BranchLayout:
 
     @property
     def total_tokens(self) -> int:
-        return self.mask.total_tokens
+        return self.position_ids.shape[0]  # and not the mask's number, for which torch.compile would compile again
+
+    @property
+    def mask_table(self) -> torch.Tensor:
+        """[N] int32 on the layout's device: the mask as the attention ops take it (`mvkernels.ops.mask_table`)."""
+        return self._table.tensor
 
     @property
     def device(self) -> torch.device:
@@ -177,20 +196,6 @@ class BranchLayout:
     @property
     def num_documents(self) -> int:
         return len(self.cu_seqlens) - 1
-
-    @property
-    def longest_document(self) -> int:
-        """Tokens of the longest document."""
-        # From the mask, not cu_seqlens, which may be on a GPU: reading it there would wait for the GPU.
-        return self.cached(
-            "longest_document",
-            lambda: int(np.diff(np.unique(np.append(self.mask.first_key, self.total_tokens))).max(initial=0)),
-        )
-
-    @property
-    def has_branches(self) -> bool:
-        """Whether any token is hidden from a later one of its document."""
-        return len(self.mask.gaps) > 0
 
     @property
     def parallelism(self) -> float:
@@ -234,16 +239,16 @@ class BranchLayout:
 
     def to(self, device: torch.device | str) -> BranchLayout:
         """The same layout with its tensors on `device`. Derived data are kept."""
-        return replace(self, position_ids=self.position_ids.to(device), cu_seqlens=self.cu_seqlens.to(device))
+        return replace(
+            self,
+            position_ids=self.position_ids.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            _made=self._table.to(device),
+        )
 
     def cached(self, key: Hashable, build: Callable[[], Value]) -> Value:
         """`build()` once per key, remembered as long as the layout lives. Keys of device data must name the device."""
-        if key not in self._cache:
-            # Autograd refuses tensors made in inference mode, and a layout may be evaluated first and trained on later.
-            with torch.inference_mode(False):
-                self._cache[key] = build()
-        value: Value = self._cache[key]
-        return value
+        return self._table.cached(key, build)
 
     def _ids_tensor(self, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         values = torch.as_tensor(ids, dtype=torch.int64, device=self.device)

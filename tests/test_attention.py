@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mvkernels.attention import multiverse_attention
+from mvkernels.errors import BackendError
 from mvkernels.layout import BranchLayout
 from mvkernels.ops import attention_cpu, cpu_plan
 from mvkernels.ops.attention_schema import OPS
@@ -34,8 +35,11 @@ def check_against_reference(case, inputs, layout, visible, backend, scale=None):
     exact = reference(case, inputs, visible, grads, torch.float64, scale)
     eager = reference(case, inputs, visible, grads, inputs[0].dtype, scale)
     got = results(case, inputs, layout, backend, scale)
+    # PyTorch's flash kernel for the CPU takes a fast exponential in two-byte dtypes: lse is off by 5.3e-5.
+    rough = backend == "cpu" and inputs[0].dtype.itemsize == 2
     for name, g, a, e in zip(NAMES, got, eager, exact, strict=True):
-        assert_as_good_as_eager(g, a, e, f"{case.id} {backend} {name}")
+        least = 1e-4 if rough and name == "lse" else 0.0
+        assert_as_good_as_eager(g, a, e, f"{case.id} {backend} {name}", least=least)
 
 
 @pytest.fixture
@@ -138,13 +142,14 @@ def test_lse_alone_has_a_gradient():
 def test_opcheck(dtype):
     case = AttentionCase("opcheck", (NESTED,), heads=4, kv_heads=2, head_dim=8)
     q, k, v = (x.to(dtype) for x in case.inputs())
-    tables = attention_cpu.tables(case.layout().mask)
+    layout = case.layout()
+    table = layout.mask_table
     forward, backward = OPS["cpu"]
-    torch.library.opcheck(forward, (*(x.requires_grad_() for x in (q, k, v)), tables, [], 0.3))
-    out, lse = forward(q, k, v, tables, [], 0.3)
+    torch.library.opcheck(forward, (*(x.requires_grad_() for x in (q, k, v)), table, 0.3))
+    out, lse = forward(q, k, v, table, 0.3)
     fixed = [x.detach() for x in (q, k, v, out, lse)]
     for grad_lse in (torch.randn_like(fixed[4]), None):
-        torch.library.opcheck(backward, (torch.randn_like(fixed[3]), grad_lse, *fixed, tables, [], 0.3))
+        torch.library.opcheck(backward, (torch.randn_like(fixed[3]), grad_lse, *fixed, table, 0.3))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -244,3 +249,12 @@ def test_a_layout_first_used_in_inference_mode_trains():
     out = multiverse_attention(q.requires_grad_(), k, v, layout)
     out.sum().backward()
     assert torch.equal(out, before) and q.grad.isfinite().all()
+
+
+def test_a_second_derivative_is_refused():
+    case = SMALL[2]
+    q, k, v = (x.requires_grad_() for x in case.inputs())
+    out = multiverse_attention(q, k, v, case.layout())
+    [grad] = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(BackendError, match=r"no second derivative; backend=.reference. has"):
+        grad.sum().backward()

@@ -10,7 +10,7 @@ from mvkernels.attention import backend_reasons, multiverse_attention
 from mvkernels.errors import BackendError
 from mvkernels.layout import BranchLayout
 from mvkernels.ops import backends
-from mvkernels.ops.attention_config import HEAD_DIMS, AttentionConfig, attention_config
+from mvkernels.ops.attention_config import HEAD_DIMS, attention_config
 
 LAYOUT = BranchLayout.causal(6)
 
@@ -48,7 +48,7 @@ def test_inputs_on_two_devices():
 
 
 def test_an_unknown_backend():
-    with pytest.raises(ValueError, match="expected one of 'auto', 'triton', 'cpu', 'reference', got 'cuda'"):
+    with pytest.raises(ValueError, match="expected one of 'auto', 'triton', 'cpu', 'flash', 'reference', got 'cuda'"):
         multiverse_attention(*tensors(), LAYOUT, backend="cuda")
 
 
@@ -87,7 +87,7 @@ def test_why_triton_cannot(q, reason, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(attention, "triton_reason", lambda device: None)
     found = backend_reasons(q)
-    assert list(found) == ["triton", "cpu", "reference"]
+    assert list(found) == ["triton", "cpu", "flash", "reference"]
     assert found["triton"] is None if reason is None else reason in found["triton"]
     assert found["cpu"] is None
 
@@ -95,16 +95,16 @@ def test_why_triton_cannot(q, reason, monkeypatch):
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_auto_on_the_cpu_is_the_cpu_backend(interpret, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
-    monkeypatch.setattr(backends, "_triton_installed", lambda: True)
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", True)
     chosen = []
-    prepared = attention._prepared
-    monkeypatch.setattr(attention, "_prepared", lambda name, *rest: chosen.append(name) or prepared(name, *rest))
+    choose = attention.choose_backend
+    monkeypatch.setattr(attention, "choose_backend", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1])
     multiverse_attention(*tensors(), LAYOUT)
     assert chosen == ["cpu"]
 
 
 def test_an_old_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(backends, "_triton_installed", lambda: True)
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     reason = backends.triton_reason(torch.device("cuda"))
     assert reason == "expected compute capability 8.0 or higher, got 7.5"
@@ -119,7 +119,6 @@ def test_an_old_gpu_is_refused(monkeypatch):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_a_configuration_for_every_head_dim(head_dim, itemsize, capability):
     config = attention_config(head_dim, itemsize, capability)
-    assert AttentionConfig.from_flat(config.flat) == config
     for kernel in (config.forward, config.dq, config.dkdv):
         assert kernel.block_m in (16, 32, 64, 128)  # tl.dot takes 16 and more
         assert kernel.block_n in (16, 32, 64, 128)

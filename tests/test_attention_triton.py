@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from mvkernels.attention import multiverse_attention
 from mvkernels.layout import BranchLayout
+from mvkernels.ops import attention_triton, attention_triton_backward
+from mvkernels.ops.attention_schema import OPS
+from mvkernels.ops.mask import IntervalMask
+from mvkernels.ops.mask_table import MaskTable
 from tests.attention_cases import MEDIUM, NESTED, SMALL, AttentionCase, ids
 from tests.conftest import interpreting
 from tests.test_attention import check_against_reference, poisoned, results
+from tests.trees import random_tree
 
 pytestmark = pytest.mark.triton
 
@@ -89,6 +95,83 @@ def test_hardly_any_tokens(total):
     torch.testing.assert_close(v.grad, torch.full_like(v, 2.0))
 
 
+@pytest.mark.skipif(not interpreting(), reason="on a GPU the compilations themselves are counted")
+def test_no_layout_is_a_new_specialization(monkeypatch):
+    """What Triton compiles anew for: types, pointers on 16 bytes, and of the other integers 1 and multiples of 16."""
+    seen = {}
+
+    def recording(kernel):
+        fixed = {kernel.arg_names.index("total")}  # do_not_specialize
+
+        def key(index, x):
+            if isinstance(x, torch.Tensor):
+                return x.dtype, x.data_ptr() % 16
+            if isinstance(x, int):
+                return abs(x) < 2**31 if index in fixed else (abs(x) < 2**31, x == 1, x % 16 == 0)
+            return type(x)
+
+        class Recording:
+            def __getitem__(self, grid):
+                def launch(*args, **constants):
+                    keys = tuple(key(i, x) for i, x in enumerate(args))
+                    seen.setdefault(kernel.__name__, set()).add((keys, tuple(constants.items())))
+
+                return launch
+
+        return Recording()
+
+    for module, names in ((attention_triton, ["forward"]), (attention_triton_backward, ["delta", "dq", "dkdv"])):
+        for name in names:
+            kernel = getattr(module, f"{name}_kernel")
+            monkeypatch.setattr(module, f"{name}_kernel", recording(kernel))
+    for tree in [[1], [16], [64, [[64]] * 3, 32], *(random_tree(seed, depth=2) for seed in range(20))]:
+        case = AttentionCase("any", (tree,), heads=4, kv_heads=2)
+        results(case, case.inputs(), case.layout(), "triton")
+    assert {name: len(keys) for name, keys in seen.items()} == dict.fromkeys(seen, 1) and len(seen) == 4
+
+
+def test_offsets_beyond_32_bits_in_the_interpreter():
+    """Tokens so far apart that the last ones lie beyond 2**31 elements. The memory between them is never touched."""
+    total, stride, depth = 70, 2**25 + 32, 32
+    try:
+        store = torch.empty(total * stride, dtype=torch.float16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("cannot reserve 4.7 GB of addresses")
+    assert (total - 1) * stride > 2**31
+    inputs = [store.as_strided((total, 1, depth), (stride, depth, 1), i * depth) for i in range(3)]
+    for x in inputs:
+        x.copy_(torch.randn(total, 1, depth))
+    case = AttentionCase("far", ([30, [[9], [11]], 20],), heads=1, kv_heads=1, dtype="float16")
+    wanted = results(case, [x.contiguous() for x in inputs], case.layout(), "triton")
+    for got, want in zip(results(case, inputs, case.layout(), "triton"), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_row_that_sees_nothing_is_zero():
+    """No layout has one; a mask made by hand may."""
+    starts, gap_ptr = np.array([0, 20, 50], np.int32), np.zeros(3, np.int32)
+    blind = IntervalMask(starts, np.array([20, 20], np.int32), gap_ptr, np.zeros((0, 2), np.int32), 50)
+    table = MaskTable(blind, torch.device(DEVICE))
+    q, k, v = torch.randn(3, 50, 2, 32, device=DEVICE).requires_grad_().unbind()
+    out, lse = OPS["triton"][0](q, k, v, table.tensor, 0.2)
+    assert torch.equal(out[:20], torch.zeros_like(out[:20])) and (lse[:, :20] == -float("inf")).all()
+    assert out.isfinite().all() and lse[:, 20:].isfinite().all()
+    grads = torch.autograd.grad(out.sum() + lse[:, 20:].sum(), (q, k, v))
+    assert all(grad.isfinite().all() and not grad[:20].any() for grad in grads)
+
+
+@pytest.mark.parametrize("grad_lse", [True, False])
+def test_opcheck(grad_lse):
+    case = AttentionCase("opcheck", (NESTED,), heads=4, kv_heads=2)
+    (q, k, v), layout, _ = on_device(case)
+    forward, backward = OPS["triton"]
+    table = layout.to(DEVICE).mask_table
+    torch.library.opcheck(forward, (*(x.requires_grad_() for x in (q, k, v)), table, 0.3))
+    fixed = [x.detach() for x in (q, k, v, *forward(q, k, v, table, 0.3))]
+    grads = torch.randn_like(fixed[3]), torch.randn_like(fixed[4]) if grad_lse else None
+    torch.library.opcheck(backward, (*grads, *fixed, table, 0.3))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -131,7 +214,7 @@ def test_no_layout_compiles_anything_again():
 
     run(MEDIUM[0])
     before = compiled()
-    for trees in (([1],), ([128],), (NESTED, [13]), ([64, [[64]] * 9, 2048],)):
+    for trees in (([1],), ([128],), (NESTED, [13]), ([64, [[64]] * 9, 2048],), *((random_tree(i),) for i in range(20))):
         run(AttentionCase("again", trees, heads=4, kv_heads=2, head_dim=64))
     assert compiled() == before
 

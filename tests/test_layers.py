@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "grammar": set(),
     "tags": {"grammar"},
     "ops": set(),
-    "layout": {"grammar", "tags", "ops.mask"},
+    "layout": {"grammar", "tags", "ops.mask", "ops.mask_table"},
     "reference": {"grammar"},
     "attention": {"layout", "ops", "reference"},
     "kv_cache": {"ops"},

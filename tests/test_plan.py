@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mvkernels.layout import BranchLayout
 from mvkernels.ops import cpu_plan as cpu
 from mvkernels.ops.attention_config import attention_config
-from mvkernels.ops.attention_tables import tables, unflatten
+from mvkernels.ops.attention_tables import build_tables
 from mvkernels.ops.mask import IntervalMask
 from mvkernels.ops.plan import EMPTY, FULL, PARTIAL, TileRuns, tile_plan
 from tests.trees import trees
@@ -85,7 +85,7 @@ def test_tile_sizes_must_be_positive():
 @given(layouts)
 def test_device_tables_say_what_the_plan_says(layout):
     config = attention_config(64, 4, None)
-    named = unflatten(tables(layout.mask, config, torch.device("cpu")))
+    named = build_tables(layout.mask, config, torch.device("cpu"))
     expected = {
         "forward": tile_plan(layout.mask, config.forward.block_m, config.forward.block_n).rows,
         "dq": tile_plan(layout.mask, config.dq.block_m, config.dq.block_n).rows,
@@ -121,17 +121,18 @@ def test_cpu_plan_covers_each_visible_pair_once(layout, sizes):
     dense = layout.dense_mask().numpy()
     covered = np.zeros(dense.shape, int)
     begun = np.zeros(len(dense), bool)
-    for c, (first, last, kind, fresh) in enumerate(plan.calls.tolist()):
+    for first, last, kind, fresh, spans in plan:
         assert 0 < last - first <= sizes[0]
         assert (begun[first:last] == (not fresh)).all()
         begun[first:last] = True
-        spans = plan.spans[plan.span_ptr[c] : plan.span_ptr[c + 1]].tolist()
         keys = np.concatenate([np.arange(a, b) for a, b in spans])
         rows = np.arange(first, last)
         block = dense[np.ix_(rows, keys)]
         if kind == cpu.CAUSAL:
-            assert spans == [[first, last]]
+            assert spans == [(first, last)]
             np.testing.assert_array_equal(block, np.tri(last - first, dtype=bool))
+        elif kind == cpu.CAUSAL_MASKED:
+            assert spans == [(first, last)]
         elif kind == cpu.DENSE:
             assert block.all()
             assert len(keys) <= sizes[3]
@@ -143,7 +144,7 @@ def test_cpu_plan_covers_each_visible_pair_once(layout, sizes):
 
 def test_long_segments_need_no_mask():
     layout = BranchLayout.from_tree([500, [[700], [900], [64]], 300])
-    assert cpu.MASKED not in cpu.cpu_plan(layout.mask).calls[:, 2]
+    assert all(call.kind in (cpu.DENSE, cpu.CAUSAL) for call in cpu.cpu_plan(layout.mask))
 
 
 @pytest.mark.parametrize(

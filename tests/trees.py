@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 from hypothesis import strategies as st
 
 from mvkernels.grammar import FIRST_TAG, TAGS, Kind
@@ -30,6 +33,19 @@ def trees(max_depth: int = 3, max_paths: int = 4, max_length: int = 9) -> st.Sea
         return st.lists(st.one_of(lengths, block), max_size=4)
 
     return sequence(max_depth)
+
+
+def random_tree(seed: int, depth: int = 3) -> list[Any]:
+    """A tree outside of hypothesis, with a few hundred tokens at most."""
+    chosen = random.Random(seed)
+
+    def sequence(depth: int) -> list[Any]:
+        parts: list[Any] = [chosen.randint(0, 40)]
+        for _ in range(chosen.randint(0, 2) if depth else 0):
+            parts += [[sequence(depth - 1) for _ in range(chosen.randint(1, 4))], chosen.randint(1, 9)]
+        return parts
+
+    return [1, *sequence(depth)]
 
 
 @st.composite

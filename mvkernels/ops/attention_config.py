@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 
@@ -27,26 +26,17 @@ class AttentionConfig:
     dkdv: KernelConfig
 
     @property
-    def flat(self) -> list[int]:
-        """The twelve integers that the ops take."""
-        return [*astuple(self.forward), *astuple(self.dq), *astuple(self.dkdv)]
-
-    @property
     def blocks(self) -> tuple[int, ...]:
         """What the tile plans depend on."""
         kernels = (self.forward, self.dq, self.dkdv)
         return tuple(size for kernel in kernels for size in (kernel.block_m, kernel.block_n))
 
-    @classmethod
-    def from_flat(cls, values: Sequence[int]) -> AttentionConfig:
-        return cls(*(KernelConfig(*values[i : i + 4]) for i in (0, 4, 8)))
-
 
 def attention_config(head_dim: int, itemsize: int, capability: tuple[int, int] | None) -> AttentionConfig:
     """The configuration shipped for a head dim, bytes per element, and compute capability (None: the interpreter).
 
-    Chosen so that each kernel fits the GPU's shared memory and, in two-byte dtypes, spills nothing, which ahead-of-time
-    tests check. In fp32 a few spill some bytes, other ones under every version of Triton.
+    Each kernel fits the GPU's shared memory, uses no local memory and, in two-byte dtypes, the tensor cores: ahead-of-time
+    tests check that for compute capability 8.0, 9.0 and 10.0, and `python -m benchmarks.resources` lists it.
     """
     if capability is None:
         # Small, and unlike each other, so that short inputs have several tiles and swapped sizes show.
@@ -54,11 +44,9 @@ def attention_config(head_dim: int, itemsize: int, capability: tuple[int, int] |
     if itemsize == 4:
         return _fp32(head_dim)
     chosen = _HOPPER if capability[0] == 9 else _BLACKWELL if capability[0] == 10 else _AMPERE
-    config = chosen[next(size for size in chosen if head_dim <= size)]
     if capability in _SMALL_SHARED_MEMORY:
-        kernels = (config.forward, config.dq, config.dkdv)
-        return AttentionConfig(*(replace(kernel, num_stages=min(kernel.num_stages, 2)) for kernel in kernels))
-    return config
+        chosen = _ADA
+    return chosen[next(size for size in chosen if head_dim <= size)]
 
 
 def shared_memory_limit(capability: tuple[int, int]) -> int:
@@ -70,23 +58,29 @@ def shared_memory_limit(capability: tuple[int, int]) -> int:
 
 _SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 
-# Largest head dim -> forward, dq, dkdv for two-byte inputs: of the sizes tried, the largest that spill nothing
-# under Triton 3.6 and 3.9.
+# Largest head dim -> forward, dq, dkdv for two-byte inputs: of the sizes tried, the largest that are clean under both
+# Triton 3.6 and Triton 3.9, with two or more stages, chosen by reading the compiled code; not timed on a GPU.
 _AMPERE = {
-    32: AttentionConfig(KernelConfig(64, 64, 4, 3), KernelConfig(64, 64, 8, 3), KernelConfig(32, 128, 8, 2)),
-    64: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(64, 64, 8, 3), KernelConfig(16, 128, 8, 2)),
-    128: AttentionConfig(KernelConfig(64, 64, 8, 3), KernelConfig(64, 64, 8, 3), KernelConfig(32, 64, 8, 2)),
+    32: AttentionConfig(KernelConfig(128, 128, 8, 3), KernelConfig(128, 128, 8, 2), KernelConfig(64, 128, 8, 3)),
+    64: AttentionConfig(KernelConfig(128, 128, 8, 3), KernelConfig(128, 128, 8, 3), KernelConfig(64, 128, 8, 3)),
+    128: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 2), KernelConfig(64, 64, 8, 2)),
+    256: AttentionConfig(KernelConfig(64, 64, 8, 2), KernelConfig(64, 64, 8, 2), KernelConfig(64, 32, 8, 2)),
+}
+# Ampere and later with less shared memory, compiled for 8.9.
+_ADA = {
+    64: AttentionConfig(KernelConfig(128, 128, 8, 3), KernelConfig(128, 128, 8, 3), KernelConfig(64, 128, 8, 3)),
+    128: AttentionConfig(KernelConfig(128, 64, 8, 2), KernelConfig(128, 64, 8, 2), KernelConfig(64, 64, 8, 2)),
     256: AttentionConfig(KernelConfig(64, 32, 8, 2), KernelConfig(32, 32, 8, 2), KernelConfig(32, 32, 8, 2)),
 }
 _HOPPER = {
-    64: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 2), KernelConfig(64, 128, 8, 2)),
-    128: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 2), KernelConfig(32, 128, 8, 3)),
-    256: AttentionConfig(KernelConfig(64, 32, 8, 2), KernelConfig(32, 32, 8, 2), KernelConfig(32, 32, 8, 2)),
+    64: AttentionConfig(KernelConfig(128, 128, 8, 3), KernelConfig(128, 128, 8, 3), KernelConfig(64, 128, 8, 3)),
+    128: AttentionConfig(KernelConfig(128, 128, 8, 2), KernelConfig(128, 128, 8, 2), KernelConfig(64, 128, 8, 2)),
+    256: AttentionConfig(KernelConfig(128, 64, 8, 2), KernelConfig(128, 32, 8, 2), KernelConfig(32, 64, 8, 2)),
 }
 _BLACKWELL = {
-    64: AttentionConfig(KernelConfig(128, 128, 8, 2), KernelConfig(64, 64, 8, 3), KernelConfig(64, 128, 8, 2)),
-    128: AttentionConfig(KernelConfig(128, 64, 8, 3), KernelConfig(64, 64, 8, 3), KernelConfig(32, 64, 8, 2)),
-    256: AttentionConfig(KernelConfig(64, 32, 8, 2), KernelConfig(32, 32, 8, 2), KernelConfig(32, 32, 8, 2)),
+    64: AttentionConfig(KernelConfig(128, 128, 8, 3), KernelConfig(128, 128, 8, 3), KernelConfig(128, 128, 8, 2)),
+    128: AttentionConfig(KernelConfig(128, 128, 8, 2), KernelConfig(128, 128, 8, 2), KernelConfig(64, 128, 8, 2)),
+    256: AttentionConfig(KernelConfig(64, 64, 8, 2), KernelConfig(128, 32, 8, 2), KernelConfig(32, 64, 8, 2)),
 }
 
 

@@ -11,23 +11,16 @@ Memory is O(T H D): the largest mask is one block of rows by the keys of its own
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
+import numpy as np
 import torch
 
-from mvkernels.ops.cpu_plan import CAUSAL, MASKED, Spans, cpu_plan
+from mvkernels.ops.cpu_plan import CAUSAL, CAUSAL_MASKED, DENSE, MASKED, Call, Spans, cpu_plan
 from mvkernels.ops.mask import IntervalMask
-
-
-def tables(mask: IntervalMask) -> list[torch.Tensor]:
-    """What the op is given for a mask, all int32: calls, span_ptr, spans, row_segment, first_key, gap_ptr, gaps."""
-    plan = cpu_plan(mask)
-    arrays = (plan.calls, plan.span_ptr, plan.spans, mask.segment_of_rows(), mask.first_key, mask.gap_ptr, mask.gaps)
-    return [torch.from_numpy(array) for array in arrays]
+from mvkernels.ops.mask_table import MaskTable
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Sequence[torch.Tensor], scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: MaskTable, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [T, Hq, D], k and v [T, Hkv, D] -> out [T, Hq, D], lse [Hq, T] (fp32; fp64 for fp64 inputs)."""
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
@@ -36,17 +29,18 @@ def forward(
     wide = accumulator_dtype(q.dtype)
     out = torch.empty(q.shape, dtype=wide)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=wide)
-    for first, last, kind, fresh, spans in _calls(tables):
+    for call in _plan(table):
+        first, last, spans = call.first, call.last, call.spans
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _heads_first(q[first:last]),
             _heads_first(gather(k, spans)),
             _heads_first(gather(v, spans)),
             0.0,
-            kind == CAUSAL,
-            attn_mask=block_mask(tables, first, last, spans, q.dtype) if kind == MASKED else None,
+            call.kind in (CAUSAL, CAUSAL_MASKED),
+            attn_mask=call_mask(table.mask, call, q.dtype),
             scale=scale,
         )
-        merge(out[first:last], lse[:, first:last], part[0].transpose(0, 1), part_lse[0], fresh)
+        merge(out[first:last], lse[:, first:last], part[0].transpose(0, 1), part_lse[0], call.fresh)
     return out.to(q.dtype), lse
 
 
@@ -58,7 +52,7 @@ def backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    tables: Sequence[torch.Tensor],
+    table: MaskTable,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v; grad_lse [Hq, T] may be None."""
@@ -70,7 +64,8 @@ def backward(
         q, k, v, out, grad_out = _with_lse_column(q, k, v, out, grad_out, grad_lse)
     wide = accumulator_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q, k, v))
-    for first, last, kind, _, spans in _calls(tables):
+    for call in _plan(table):
+        first, last, spans = call.first, call.last, call.spans
         part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _heads_first(grad_out[first:last]),
             _heads_first(q[first:last]),
@@ -79,8 +74,8 @@ def backward(
             _heads_first(out[first:last]),
             lse[None, :, first:last],
             0.0,
-            kind == CAUSAL,
-            attn_mask=block_mask(tables, first, last, spans, q.dtype) if kind == MASKED else None,
+            call.kind in (CAUSAL, CAUSAL_MASKED),
+            attn_mask=call_mask(table.mask, call, q.dtype),
             scale=scale,
         )
         dq[first:last] += part_q[0].transpose(0, 1)
@@ -118,20 +113,28 @@ def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: to
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-def block_mask(tables: Sequence[torch.Tensor], first: int, last: int, spans: Spans, dtype: torch.dtype) -> torch.Tensor:
-    """[rows, keys] of 0 where the row sees the key and -inf where it does not."""
-    _, _, _, row_segment, first_key, gap_ptr, gaps = tables
-    segment = row_segment[first:last].long()
-    rows = torch.arange(first, last)[:, None]
-    keys = torch.cat([torch.arange(start, stop) for start, stop in spans])[None, :]
-    visible = (keys <= rows) & (keys >= first_key[segment][:, None])
-    begin, end = gap_ptr[segment].long(), gap_ptr[segment + 1].long()
-    for g in range(int((end - begin).max())):
-        live = begin + g < end
-        gap = gaps[torch.where(live, begin + g, 0)]
-        outside = (keys < gap[:, :1]) | (keys >= gap[:, 1:])
-        visible &= outside | ~live[:, None]
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+def call_mask(mask: IntervalMask, call: Call, dtype: torch.dtype) -> torch.Tensor | None:
+    """[rows, keys] of 0 where a row sees a key and -inf where it does not; None where the call needs no mask.
+
+    Of CAUSAL_MASKED calls only what is hidden below the diagonal: the flash kernels see to the rest.
+    """
+    if call.kind in (DENSE, CAUSAL):
+        return None
+    rows = np.arange(call.first, call.last)[:, None]
+    keys = np.concatenate([np.arange(start, stop) for start, stop in call.spans])
+    bias = torch.zeros((len(rows), len(keys)), dtype=dtype)
+    if call.kind == MASKED:
+        bias.masked_fill_(torch.from_numpy(keys > rows), float("-inf"))
+    segment = int(np.searchsorted(mask.segment_starts, call.first, side="right")) - 1
+    start = call.first
+    while start < call.last:
+        stop = min(int(mask.segment_starts[segment + 1]), call.last)
+        hidden = [[0, mask.first_key[segment]], *mask.gaps[mask.gap_ptr[segment] : mask.gap_ptr[segment + 1]]]
+        # Keys ascend, so that what lies between two of them stands side by side.
+        for first, last in np.searchsorted(keys, hidden).tolist():
+            bias[start - call.first : stop - call.first, first:last] = float("-inf")
+        segment, start = segment + 1, stop
+    return bias
 
 
 def gather(x: torch.Tensor, spans: Spans) -> torch.Tensor:
@@ -153,10 +156,8 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
-def _calls(tables: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, int, bool, Spans]]:
-    calls, span_ptr, spans = (table.tolist() for table in tables[:3])
-    for c, (first, last, kind, fresh) in enumerate(calls):
-        yield first, last, kind, bool(fresh), [(a, b) for a, b in spans[span_ptr[c] : span_ptr[c + 1]]]
+def _plan(table: MaskTable) -> list[Call]:
+    return table.cached("attention cpu", lambda: cpu_plan(table.mask))
 
 
 def _with_lse_column(

@@ -1,32 +1,31 @@
 """The attention ops as PyTorch sees them: schema, fake (shape-only) twin, gradient. The launchers stand elsewhere.
 
     mvkernels::attention_cpu, mvkernels::attention_triton
-        (q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D], tables, config, scale) -> (out [T, Hq, D], lse [Hq, T])
+        (q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D], mask_table, scale) -> (out [T, Hq, D], lse [Hq, T])
     mvkernels::attention_cpu_backward, mvkernels::attention_triton_backward
-        (grad_out, grad_lse or None, q, k, v, out, lse, tables, config, scale) -> (grad_q, grad_k, grad_v)
+        (grad_out, grad_lse or None, q, k, v, out, lse, mask_table, scale) -> (grad_q, grad_k, grad_v)
 
-tables: int32 tensors made from the layout's mask by the backend (`tables` of its module). config: its tile sizes, flat.
+mask_table: [N] int32, the layout's mask (see `mask_table`); what a backend derives from it is made in the op, once.
 lse is the natural logarithm, fp32 (fp64 for fp64 inputs), and has a gradient of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mvkernels.errors import BackendError
 from mvkernels.ops import attention_cpu
+from mvkernels.ops.mask_table import find_mask_table
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("mvkernels::attention_cpu", mutates_args=(), device_types="cpu")
-def attention_cpu_op(
-    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], config: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor]:
-    return attention_cpu.forward(q, k, v, tables, scale)
+def attention_cpu_op(q: Tensor, k: Tensor, v: Tensor, mask_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return attention_cpu.forward(q, k, v, find_mask_table(mask_table), scale)
 
 
 @torch.library.custom_op("mvkernels::attention_cpu_backward", mutates_args=(), device_types="cpu")
@@ -38,20 +37,17 @@ def attention_cpu_backward_op(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    tables: Sequence[Tensor],
-    config: Sequence[int],
+    mask_table: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_cpu.backward(grad_out, grad_lse, q, k, v, out, lse, tables, scale)
+    return attention_cpu.backward(grad_out, grad_lse, q, k, v, out, lse, find_mask_table(mask_table), scale)
 
 
 @torch.library.custom_op("mvkernels::attention_triton", mutates_args=())
-def attention_triton_op(
-    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], config: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor]:
+def attention_triton_op(q: Tensor, k: Tensor, v: Tensor, mask_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from mvkernels.ops import attention_triton
 
-    return attention_triton.forward(q, k, v, tables, config, scale)
+    return attention_triton.forward(q, k, v, find_mask_table(mask_table), scale)
 
 
 @torch.library.custom_op("mvkernels::attention_triton_backward", mutates_args=())
@@ -63,13 +59,13 @@ def attention_triton_backward_op(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    tables: Sequence[Tensor],
-    config: Sequence[int],
+    mask_table: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mvkernels.ops import attention_triton_backward
 
-    return attention_triton_backward.backward(grad_out, grad_lse, q, k, v, out, lse, tables, config, scale)
+    table = find_mask_table(mask_table)
+    return attention_triton_backward.backward(grad_out, grad_lse, q, k, v, out, lse, table, scale)
 
 
 OPS = {
@@ -78,9 +74,7 @@ OPS = {
 }
 
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], config: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, mask_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=attention_cpu.accumulator_dtype(q.dtype))
     return q.new_empty(q.shape), lse
 
@@ -93,8 +87,7 @@ def _fake_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    tables: Sequence[Tensor],
-    config: Sequence[int],
+    mask_table: Tensor,
     scale: float,
 ) -> Grads:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -104,22 +97,24 @@ def _register(name: str) -> None:
     forward, backward = OPS[name]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, tables, config, scale = inputs
+        q, k, v, mask_table, scale = inputs
         # An lse that nobody uses then has no gradient at all, rather than zeros that cost a pass.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, *output, *tables)
-        ctx.config, ctx.scale = config, scale
+        ctx.save_for_backward(q, k, v, *output, mask_table)
+        ctx.scale = scale
 
     def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse, *tables = ctx.saved_tensors
+        q, k, v, out, lse, mask_table = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grads = backward(grad_out, grad_lse, q, k, v, out, lse, tables, ctx.config, ctx.scale)
-        # PyTorch takes an empty list for a list of tensors and wants one back.
-        return *grads, [None] * len(tables), None if ctx.config else [], None
+        return *backward(grad_out, grad_lse, q, k, v, out, lse, mask_table, ctx.scale), None, None
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise BackendError('multiverse_attention has no second derivative; backend="reference" has')
 
     forward.register_fake(_fake_forward)
     backward.register_fake(_fake_backward)
+    backward.register_autograd(refuse)
     forward.register_autograd(differentiate, setup_context=setup_context)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from mvkernels.ops.attention_config import AttentionConfig
 from mvkernels.ops.mask import Int32Array, IntervalMask
+from mvkernels.ops.mask_table import MaskTable
 from mvkernels.ops.plan import TileRuns, key_intervals, tile_plan
 
 _ALIGN = 4  # int32 values: every table begins on 16 bytes, so that no layout changes how a kernel is compiled
@@ -42,8 +42,22 @@ class AttentionTables(NamedTuple):
     key_gaps: torch.Tensor
 
 
-def tables(mask: IntervalMask, config: AttentionConfig, device: torch.device) -> list[torch.Tensor]:
-    """All tables of a mask, flat and in order; one copy to the device. `unflatten` gives them their names again."""
+def attention_tables(table: MaskTable, config: AttentionConfig, device: torch.device) -> AttentionTables:
+    """The tables of a mask on a device, made once and kept with it."""
+    key = ("attention triton", config.blocks, str(device))
+    return table.cached(key, lambda: _make_tables(table, config, device))
+
+
+def _make_tables(table: MaskTable, config: AttentionConfig, device: torch.device) -> AttentionTables:
+    if table.is_on_device_only and table.tensor.device == device:
+        from mvkernels.ops.plan_triton import device_tables
+
+        return device_tables(table.tensor, config)
+    return build_tables(table.mask, config, device)
+
+
+def build_tables(mask: IntervalMask, config: AttentionConfig, device: torch.device) -> AttentionTables:
+    """All tables of a mask; one copy to the device."""
     plans = {
         blocks: tile_plan(mask, *blocks)
         for blocks in {(kernel.block_m, kernel.block_n) for kernel in (config.forward, config.dq, config.dkdv)}
@@ -61,13 +75,10 @@ def tables(mask: IntervalMask, config: AttentionConfig, device: torch.device) ->
     for start, array in zip(starts, arrays, strict=False):
         packed[start : start + array.size] = array.reshape(-1)
     on_device = torch.from_numpy(packed).to(device)
-    return [
+    flat = [
         on_device[int(start) : int(start) + array.size].view(array.shape)
         for start, array in zip(starts, arrays, strict=False)
     ]
-
-
-def unflatten(flat: Sequence[torch.Tensor]) -> AttentionTables:
     return AttentionTables(RunTables(*flat[0:2]), RunTables(*flat[2:4]), RunTables(*flat[4:6]), *flat[6:])
 
 

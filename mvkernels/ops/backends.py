@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 
 from mvkernels.errors import BackendError
 
 MIN_CAPABILITY = (8, 0)
+# Found out here, once: torch.compile can trace a name, but not the search for a package.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(requested: str, reasons: Mapping[str, str | None], auto: tuple[str, ...] | None = None) -> str:
@@ -36,11 +37,6 @@ def choose_backend(requested: str, reasons: Mapping[str, str | None], auto: tupl
     return requested
 
 
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
@@ -48,7 +44,7 @@ def triton_interpreted() -> bool:
 
 def triton_reason(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors on this device, or None. Does not import Triton."""
-    if not _triton_installed():
+    if not TRITON_INSTALLED:
         return "Triton is not installed"
     if device.type == "cuda":
         return _gpu_reason(device)

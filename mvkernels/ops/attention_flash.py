@@ -1,0 +1,49 @@
+"""Packed causal attention by the flash-attn packages, where they are installed: for layouts without branches only.
+
+FlashAttention-3 (module flash_attn_interface, Hopper) is taken before FlashAttention-2 (module flash_attn).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+
+MODULES = ("flash_attn_interface", "flash_attn")
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+# Found out here, once: torch.compile can trace a name, but not the search for a package.
+INSTALLED = tuple(name for name in MODULES if importlib.util.find_spec(name) is not None)
+
+
+def module_for(capability: tuple[int, int]) -> str | None:
+    """The installed module that runs on a GPU of this compute capability."""
+    return next((name for name in INSTALLED if name != "flash_attn_interface" or capability[0] == 9), None)
+
+
+def is_faster(capability: tuple[int, int]) -> bool:
+    """Whether flash-attn is to be preferred to the Triton kernels on a causal layout, by published measurements.
+
+    FlashAttention-2 on Ampere: 1.3 to 2.5 times as fast as FlashAttention written in Triton (arXiv 2307.08691, section
+    4.1, A100). FlashAttention-3 on Hopper (arXiv 2407.08608, section 4.1, H100). FlashAttention-2 does
+    not use what is new in Hopper, and is not preferred there.
+    """
+    module = module_for(capability)
+    return module == "flash_attn_interface" or (module == "flash_attn" and capability[0] == 8)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens [documents + 1] int32 -> out [T, Hq, D]; deterministic backward."""
+    name = module_for(torch.cuda.get_device_capability(q.device))
+    assert name is not None, "the caller checked that a module is installed"
+    function = importlib.import_module(name).flash_attn_varlen_func
+    result = function(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True, deterministic=True
+    )
+    # Some releases of FlashAttention-3 return (out, lse) always.
+    out: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return out
