@@ -1,56 +1,40 @@
-"""The attention suite: `multiverse_attention` against what users have today, forward and backward, in one run.
+"""The attention suite: `multiverse_attention` against what users have today (see `peers`), forward and backward.
 
-    ours           multiverse_attention, backend "auto"
-    sdpa-dense     scaled_dot_product_attention with the dense mask: what a user writes without this library
-    sdpa-causal    the same, causal, one document after the other: a bound that computes more than the mask asks for
-    flex           FlexAttention, compiled; its mask is built outside of the timing, and timed apart (CUDA only)
-    apart          `shared-prompt` only: ours on the responses packed with a prompt each
-
-TFLOP/s count 4 D operations forward and 10 D backward for every visible (row, key) pair and query head.
+TFLOP/s count 4 D operations forward and 10 D backward for every query head and (row, key) pair that the peer's own
+mask leaves visible. Ratios are medians over the rounds, in each of which everybody is called once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks.cases import SYNTHETIC, apart, real
-from benchmarks.timing import Timing, measure
-from mvkernels import BranchLayout, multiverse_attention
-from mvkernels.reference.attention import attention as reference_attention
+from benchmarks import gate
+from benchmarks.cases import builders
+from benchmarks.peers import Peer, Shape, causal_pairs, flex_attention, not_installed, ours, peers
+from benchmarks.timing import Contender, Spread, measure, measure_rounds, synchronize
+from mvkernels import BranchLayout
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Heads, head dim and dtype of a run, and its number of tokens."""
-
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-    device: str
-
-    def inputs(self, tokens: int, seed: int = 0) -> Tensors:
-        """q [T, Hq, D], k and v [T, Hkv, D], normal, asking for gradients."""
-        generator = torch.Generator().manual_seed(seed)
-        heads = (self.heads, self.kv_heads, self.kv_heads)
-        made = (torch.randn(tokens, h, self.head_dim, generator=generator) for h in heads)
-        q, k, v = (x.to(self.device, getattr(torch, self.dtype)).requires_grad_() for x in made)
-        return q, k, v
+PRODUCTS = {"forward": 4, "backward": 10, "forward+backward": 14}
+MASK_BUILD = "mask build"
+FLEX_CPU_TOKENS = 4096  # on a CPU FlexAttention's mask is T squared
+MASK_REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV."""
+    """One line of the CSV.
+
+    direction: forward, backward, both together, or the building of what a peer needs of the mask. visible_share: of the
+    layout's causal pairs. pairs: visible ones under the peer's own mask. rounds: timed calls. peak_mb: memory beyond
+    what was there before. ratio: time over that of ours, by round. pair_ratio: ours per visible pair over the peer per
+    pair of its own. setup_ms: from nothing to the end of the first forward and backward; mask_ms of that for the mask,
+    compile_ms for what is left when the timed forward and backward are taken off.
+    """
 
     case: str
     peer: str
@@ -61,165 +45,205 @@ class Row:
     head_dim: int
     dtype: str
     visible_share: float
+    pairs: int
+    rounds: int
     median_ms: float
     p20_ms: float
     p80_ms: float
-    peak_mb: float | None
-    tflops: float
+    peak_mb: float | None = None
+    tflops: float | None = None
+    ratio: float | None = None
+    ratio_p20: float | None = None
+    ratio_p80: float | None = None
+    pair_ratio: float | None = None
+    setup_ms: float | None = None
+    mask_ms: float | None = None
+    compile_ms: float | None = None
+
+
+@dataclass
+class Entry:
+    """A peer that is set up."""
+
+    peer: Peer
+    contender: Contender
     setup_ms: float
+    mask: list[float] | None
 
 
-def layouts(tokens: int) -> Iterator[tuple[str, BranchLayout]]:
-    """The cases that can be made here."""
-    published = real(tokens)
-    if published is not None:
-        yield "real", published
-    for name, make in SYNTHETIC.items():
-        yield name, make(tokens)
+@dataclass(frozen=True)
+class Effort:
+    """rounds: at most so many. seconds: of timed calls, for each peer of a case. quick: leave out what is slow."""
+
+    rounds: int
+    seconds: float
+    quick: bool = False
 
 
-def check(shape: Shape, tokens: int = 700) -> None:
-    """Refuse to time what is wrong: every case, short, against the reference in fp64. Raises AssertionError."""
-    for name, make in SYNTHETIC.items():
-        layout = make(tokens)
-        inputs = replace(shape, tokens=tokens).inputs(layout.total_tokens, seed=1)
-        wide = [x.detach().double().cpu().requires_grad_() for x in inputs]
-        out = multiverse_attention(*inputs, layout)
-        exact, _ = reference_attention(*wide, layout.dense_mask())
-        grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        got = torch.autograd.grad(out, inputs, grad.to(out.device, out.dtype))
-        want = torch.autograd.grad(exact, wide, grad)
-        limit = 1e-4 if shape.dtype == "float32" else 4e-2
-        for mine, theirs in zip((out, *got), (exact, *want), strict=True):
-            error = float((mine.detach().double().cpu() - theirs.detach()).norm() / theirs.detach().norm())
-            assert error < limit, f"{name}: relative error {error:.1e}, expected below {limit:.0e}; nothing was timed"
-
-
-def ours(layout: BranchLayout) -> Attention:
-    return lambda q, k, v: multiverse_attention(q, k, v, layout)
-
-
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
-    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads_first, enable_gqa=q.shape[1] != k.shape[1], **options)
-    return out[0].transpose(0, 1)
-
-
-def sdpa_dense(layout: BranchLayout, device: str) -> Attention:
-    mask = layout.dense_mask().to(device)[None, None]
-    return lambda q, k, v: sdpa(q, k, v, attn_mask=mask)
-
-
-def sdpa_causal(layout: BranchLayout) -> Attention:
-    """Document by document: causal SDPA has no notion of a pack."""
-    bounds = layout.cu_seqlens.tolist()
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        parts = [sdpa(q[a:b], k[a:b], v[a:b], is_causal=True) for a, b in pairwise(bounds)]
-        return torch.cat(parts)
-
-    return attend
-
-
-def flex(layout: BranchLayout, device: str) -> Attention:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    mask = layout.mask
-    segment = torch.from_numpy(mask.segment_of_rows()).to(device)
-    first, pointers = (torch.from_numpy(x).to(device) for x in (mask.first_key, mask.gap_ptr))
-    gaps = torch.from_numpy(mask.gaps).to(device)
-    gaps = torch.cat([gaps, gaps.new_zeros(1, 2)])  # one for tokens that have fewer than the most
-    most = int((mask.gap_ptr[1:] - mask.gap_ptr[:-1]).max())
-
-    def visible(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        s = segment[i]
-        seen = (j <= i) & (j >= first[s])
-        for g in range(most):
-            at = pointers[s] + g
-            live = at < pointers[s + 1]
-            gap = torch.where(live, at, len(gaps) - 1)
-            seen = seen & ~(live & (j >= gaps[gap, 0]) & (j < gaps[gap, 1]))
-        return seen
-
-    total = layout.total_tokens
-    blocks = torch.compile(create_block_mask)(visible, None, None, total, total, device=device)
-    compiled = torch.compile(flex_attention)
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return compiled(*heads_first, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
-
-    return attend
-
-
-def peers(layout: BranchLayout, shape: Shape, dense_limit: int) -> Iterator[tuple[str, Callable[[], Attention]]]:
-    """Name of each contender and a function that makes it; what that takes is the set-up time."""
-    yield "ours", lambda: ours(layout)
-    if layout.total_tokens <= dense_limit:
-        yield "sdpa-dense", lambda: sdpa_dense(layout, shape.device)
-    yield "sdpa-causal", lambda: sdpa_causal(layout)
-    if shape.device == "cuda":
-        yield "flex", lambda: flex(layout, shape.device)
-
-
-def time_peer(
-    make: Callable[[], Attention], inputs: Tensors, device: str, repeats: int
-) -> tuple[Timing, Timing, float]:
-    """(forward, backward, set-up in ms). The set-up includes the first call: tables, and compilation where there is
-    any.
+def run(
+    shape: Shape,
+    effort: Effort,
+    emit: Callable[[Row], None],
+    note: Callable[[str], None],
+    only: list[str] | None = None,
+) -> None:
+    """Check every case, then time it. emit: takes each row as soon as it is known, also when stopped. note: takes the
+    reason when a peer is left out. only: names of cases; default all. Raises WrongResultError when ours is wrong.
     """
-    start = time.perf_counter()
-    attend = make()
-    out = attend(*inputs)
-    grad = torch.randn_like(out)
-    torch.autograd.grad(out, inputs, grad, retain_graph=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    setup = (time.perf_counter() - start) * 1e3
+    chosen = [name for name in builders(shape.tokens) if not only or name in only]
+    refused = {name: gate.check_case(name, builders(gate.SHORT)[name](), shape) for name in chosen}
+    for name in not_installed(shape.device):
+        note(f"{name}: not installed")
+    for name in chosen:
+        layout = builders(shape.tokens)[name]()
+        _run_case(name, layout, shape, effort, refused[name], emit, note)
+        if shape.device == "cpu" and not effort.quick:
+            short = builders(min(shape.tokens, FLEX_CPU_TOKENS))[name]()
+            _flex_mask_on_cpu(name, short, layout.total_tokens, shape, emit)
 
-    def forward() -> None:
-        with torch.no_grad():
-            attend(*inputs)
+
+def _run_case(
+    case: str,
+    layout: BranchLayout,
+    shape: Shape,
+    effort: Effort,
+    refused: dict[str, str],
+    emit: Callable[[Row], None],
+    note: Callable[[str], None],
+) -> None:
+    entries: list[Entry] = []
+    inputs = shape.inputs(layout.total_tokens)
+    grad = torch.randn_like(inputs[0])
+    reference: list[torch.Tensor] | None = None
+    for peer in peers(case, layout, shape):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                if peer.name in refused:
+                    raise gate.WrongResultError(refused[peer.name])
+                own = peer.layout is not layout
+                entry, found = _set_up(peer, shape, *(_own_inputs(peer, shape) if own else (inputs, grad)))
+                if peer.name == "ours":
+                    reference = found
+                elif reference is not None and peer.exact and not own:
+                    gate.agree(peer.name, found, reference, shape.dtype, factor=2)
+                entries.append(entry)
+            except Exception as error:
+                note(f"{case}: {peer.name} left out: {gate.reason(error, [str(w.message) for w in warned])}")
+    del reference
+    try:
+        measure_rounds([entry.contender for entry in entries], shape.device, effort.rounds, effort.seconds)
+    finally:  # also for what was measured before Ctrl-C
+        for entry in entries:
+            if entry.contender.error is not None:
+                note(f"{case}: {entry.peer.name} failed: {gate.reason(entry.contender.error)}")
+            for row in _rows(case, entry, entries[0], layout, shape):
+                emit(row)
+
+
+def _own_inputs(peer: Peer, shape: Shape) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    inputs = shape.inputs(peer.layout.total_tokens)
+    return inputs, torch.randn_like(inputs[0])
+
+
+def _set_up(
+    peer: Peer, shape: Shape, inputs: tuple[torch.Tensor, ...], grad: torch.Tensor
+) -> tuple[Entry, list[torch.Tensor]]:
+    """The peer, warm, with one graph kept for its backward; and out and gradients of its first call."""
+    synchronize(shape.device)
+    start = time.perf_counter()
+    attend = peer.make()
+    out = attend(*inputs)
+    grads = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    synchronize(shape.device)
+    setup = (time.perf_counter() - start) * 1e3
+    mask = None if peer.mask is None else measure(peer.mask, shape.device, MASK_REPEATS)
+
+    def forward() -> None:  # with gradients on, as in training: without, what is compiled would be compiled again
+        attend(*inputs)
 
     def backward() -> None:
         torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
-    return measure(forward, device, repeats), measure(backward, device, repeats), setup
+    contender = Contender(peer.name, {"forward": forward, "backward": backward})
+    return Entry(peer, contender, setup, mask), [out.detach(), *grads]
 
 
-def run(shape: Shape, repeats: int, dense_limit: int, cases: list[str] | None = None) -> Iterator[Row]:
-    """Check, then time every case and peer. dense_limit: most tokens for which a dense mask is built."""
-    check(shape)
-    for name, layout in layouts(shape.tokens):
-        if cases and name not in cases:
-            continue
-        for peer, make in peers(layout, shape, dense_limit):
-            yield from _rows(name, peer, make, layout, shape, repeats)
-        if name == "shared-prompt":
-            other = apart(shape.tokens)
-            yield from _rows(name, "apart", lambda other=other: ours(other), other, shape, repeats)
-
-
-def _rows(
-    case: str, peer: str, make: Callable[[], Attention], layout: BranchLayout, shape: Shape, repeats: int
-) -> Iterator[Row]:
-    pairs = layout.mask.visible_pairs()
-    documents = layout.cu_seqlens.diff().double()
-    causal_pairs = float((documents * (documents + 1) / 2).sum())
-    forward, backward, setup = time_peer(make, shape.inputs(layout.total_tokens), shape.device, repeats)
-    for direction, timing, products in (("forward", forward, 4), ("backward", backward, 10)):
-        operations = products * pairs * shape.heads * shape.head_dim
-        yield Row(
-            case=case,
-            peer=peer,
-            direction=direction,
-            tokens=layout.total_tokens,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            visible_share=pairs / causal_pairs,
-            **asdict(timing),
-            tflops=operations / timing.median_ms / 1e9,
-            setup_ms=setup,
+def _rows(case: str, entry: Entry, first: Entry, layout: BranchLayout, shape: Shape) -> list[Row]:
+    """first: ours, unless it failed."""
+    peer, contender = entry.peer, entry.contender
+    times = {**contender.times, "forward+backward": contender.both()}
+    mine = {**first.contender.times, "forward+backward": first.contender.both()}
+    if not times["forward+backward"]:
+        return []
+    mask = None if entry.mask is None else Spread.of(entry.mask).median
+    steady = Spread.of(times["forward+backward"]).median
+    rows = []
+    for direction, values in times.items():
+        spread = Spread.of(values)
+        ratios = [a / b for a, b in zip(values, mine[direction], strict=False)] if first.peer.name == "ours" else []
+        ratio = Spread.of(ratios) if ratios else None
+        peaks = [contender.peaks.get(d) for d in contender.times if d in direction]
+        rows.append(
+            _row(
+                case,
+                peer,
+                direction,
+                layout,
+                shape,
+                values,
+                peak_mb=max((x for x in peaks if x is not None), default=None),
+                tflops=PRODUCTS[direction] * peer.pairs * shape.heads * shape.head_dim / spread.median / 1e9,
+                ratio=ratio and ratio.median,
+                ratio_p20=ratio and ratio.p20,
+                ratio_p80=ratio and ratio.p80,
+                pair_ratio=ratio and peer.pairs / first.peer.pairs / ratio.median,
+                setup_ms=entry.setup_ms,
+                mask_ms=mask,
+                compile_ms=max(0.0, entry.setup_ms - steady - (mask or 0.0)),
+            )
         )
+    if entry.mask is not None:
+        rows.append(_row(case, peer, MASK_BUILD, layout, shape, entry.mask))
+    return rows
+
+
+def _row(
+    case: str,
+    peer: Peer,
+    direction: str,
+    layout: BranchLayout,
+    shape: Shape,
+    times: list[float],
+    **more: float | None,
+) -> Row:
+    spread = Spread.of(times)
+    return Row(
+        case=case,
+        peer=peer.name,
+        direction=direction,
+        tokens=peer.layout.total_tokens,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        visible_share=layout.mask.visible_pairs() / causal_pairs(layout),
+        pairs=peer.pairs,
+        rounds=len(times),
+        median_ms=spread.median,
+        p20_ms=spread.p20,
+        p80_ms=spread.p80,
+        **more,
+    )
+
+
+def _flex_mask_on_cpu(
+    case: str, layout: BranchLayout, timed_tokens: int, shape: Shape, emit: Callable[[Row], None]
+) -> None:
+    """FlexAttention has no backward on a CPU; the building of its mask is compared with that of our tables."""
+    gate.check_flex_mask(layout, "cpu")
+    contenders = [flex_attention(layout, "cpu")]
+    if layout.total_tokens != timed_tokens:
+        contenders.append(ours("ours", layout, shape))
+    for peer in contenders:
+        emit(_row(case, peer, MASK_BUILD, layout, shape, measure(peer.mask, "cpu", MASK_REPEATS)))

@@ -1,65 +1,93 @@
-"""The branch layouts that attention is timed on, as functions of the number of tokens."""
+"""The branch layouts that attention is timed on, as functions of the number of tokens. Tests use the same ones.
+
+real            published traces, packed; only where the data and transformers are (see `data_folder`)
+causal          one document without branches
+narrow          blocks of three short paths: nearly all of the causal area is visible
+wide            one block of 16 equal paths
+nested          four paths, each of which splits into four
+shared-prompt   a prompt with 16 responses of half its length that never join; 18432 tokens: 2048 and 16 x 1024
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mvkernels import BranchLayout, TagTokens
 
 Tree = list[Any]
+Build = Callable[[], BranchLayout]
 
 
-def causal(tokens: int) -> BranchLayout:
-    """One document without branches."""
-    return BranchLayout.causal(tokens)
+def causal(tokens: int) -> Tree:
+    return [tokens]
 
 
-def narrow(tokens: int) -> BranchLayout:
-    """Blocks of three paths of 100 tokens, as in published traces: nearly all of the causal area is visible."""
+def narrow(tokens: int) -> Tree:
+    """Paths of 100 tokens, as in published traces."""
     block: Tree = [140, [[100], [90], [110]], 60]
-    tree = block * (tokens // 500)
-    return BranchLayout.from_tree([*tree, tokens % 500])
+    return [*(block * (tokens // 500)), tokens % 500]
 
 
-def wide(tokens: int, paths: int = 16) -> BranchLayout:
-    """One block of 16 equal paths between a prompt and an answer of one sixteenth each."""
+def wide(tokens: int, paths: int = 16) -> Tree:
+    """The prompt and the answer take one sixteenth each."""
     ends = tokens // 16
     inside = tokens - 2 * ends
     lengths = [inside // paths + (i < inside % paths) for i in range(paths)]
-    return BranchLayout.from_tree([ends, [[length] for length in lengths], ends])
+    return [ends, [[length] for length in lengths], ends]
 
 
-def nested(tokens: int) -> BranchLayout:
-    """A block of four paths; each splits into four again."""
+def nested(tokens: int) -> Tree:
     unit = tokens // 32
     inner: Tree = [unit, [[unit], [unit], [unit], [unit]], unit]
     rest = tokens - 4 * 6 * unit
-    return BranchLayout.from_tree([rest // 2, [inner, inner, inner, inner], rest - rest // 2])
+    return [rest // 2, [inner, inner, inner, inner], rest - rest // 2]
 
 
-def shared_prompt(tokens: int, responses: int = 16) -> BranchLayout:
-    """A prompt with 16 responses of half its length that never join; `apart` is the same without sharing."""
+def shared_prompt(tokens: int, responses: int = 16) -> Tree:
+    prompt, response = prompt_and_response(tokens, responses)
+    return [prompt, [[response]] * responses]
+
+
+def prompt_and_response(tokens: int, responses: int = 16) -> tuple[int, int]:
+    """Lengths of which the responses are half the prompt, as nearly as `tokens` allows."""
     response = tokens // (responses + 2)
-    return BranchLayout.from_tree([tokens - responses * response, [[response]] * responses])
+    return tokens - responses * response, response
 
 
-def apart(tokens: int, responses: int = 16) -> BranchLayout:
-    """What `shared_prompt` replaces: every response packed with a prompt of its own."""
-    response = tokens // (responses + 2)
-    return BranchLayout.pack([BranchLayout.causal(tokens - responses * response + response)] * responses)
-
-
-SYNTHETIC: dict[str, Callable[[int], BranchLayout]] = {
+TREES: dict[str, Callable[[int], Tree]] = {
     "causal": causal,
     "narrow": narrow,
     "wide": wide,
     "nested": nested,
     "shared-prompt": shared_prompt,
 }
+
+
+def synthetic(name: str, tokens: int) -> BranchLayout:
+    """A case of TREES as a layout."""
+    return BranchLayout.from_tree(TREES[name](tokens))
+
+
+def apart(tokens: int, responses: int = 16) -> BranchLayout:
+    """What `shared-prompt` replaces: every response packed with a prompt of its own."""
+    prompt, response = prompt_and_response(tokens, responses)
+    return BranchLayout.pack([BranchLayout.causal(prompt + response)] * responses)
+
+
+def builders(tokens: int) -> dict[str, Build]:
+    """Case -> what makes its layout anew, for every case that can be made here; `real` from token ids."""
+    found: dict[str, Build] = {}
+    published = real(tokens)
+    if published is not None:
+        found["real"] = published
+    for name in TREES:
+        found[name] = lambda name=name: synthetic(name, tokens)
+    return found
 
 
 def data_folder() -> Path | None:
@@ -69,20 +97,28 @@ def data_folder() -> Path | None:
     return folder if (folder / "released_layout").is_dir() else None
 
 
-def real(tokens: int) -> BranchLayout | None:
-    """Published traces packed up to `tokens`, at least one; None where the data or transformers is missing."""
+def real(tokens: int) -> Build | None:
+    """Published traces that fit into `tokens` together, else the shortest alone; None where something is missing."""
     folder = data_folder()
-    if folder is None:
+    loaded = None if folder is None else _published(folder)
+    if loaded is None:
         return None
+    tags, traces = loaded
+    chosen: list[list[int]] = []
+    for ids in traces:
+        if sum(map(len, chosen)) + len(ids) <= tokens:
+            chosen.append(ids)
+    chosen = chosen or [min(traces, key=len)]
+    return lambda: BranchLayout.pack([BranchLayout.from_token_ids(ids, tags) for ids in chosen])
+
+
+@cache
+def _published(folder: Path) -> tuple[TagTokens, list[list[int]]] | None:
     try:
         from transformers import PreTrainedTokenizerFast
     except ImportError:
         return None
     file = folder / "qwen2.5_tokenizer" / "tokenizer.json"
     tags = TagTokens.from_tokenizer(PreTrainedTokenizerFast(tokenizer_file=str(file)))
-    layouts: list[BranchLayout] = []
-    for path in sorted((folder / "released_layout").glob("*.json"), key=lambda path: int(path.stem)):
-        ids = json.loads(path.read_text())["tokens"]
-        if not layouts or sum(a.total_tokens for a in layouts) + len(ids) <= tokens:
-            layouts.append(BranchLayout.from_token_ids(ids, tags))
-    return BranchLayout.pack(layouts)
+    paths = sorted((folder / "released_layout").glob("*.json"), key=lambda path: int(path.stem))
+    return tags, [json.loads(path.read_text())["tokens"] for path in paths]

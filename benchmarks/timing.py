@@ -1,7 +1,8 @@
-"""Timing and peak memory of a call, on the CPU and on CUDA devices.
+"""Timing in rounds and peak memory of a call, on the CPU and on CUDA devices.
 
-CUDA: events around each call, the L2 cache overwritten before it. CPU: the wall clock around each call. Both report
-the median and the 20th and 80th percentile over the repeats.
+Everybody is called once a round, one after the other, so that what the machine does meanwhile hits all alike and the
+ratio of two times of one round means something. CUDA: events around each call, the L2 cache overwritten before it.
+CPU: the wall clock around each call.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,48 +19,122 @@ import torch
 _FLUSH_BYTES = 256 * 2**20  # several times the largest L2 of a GPU
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+MIN_ROUNDS = 3
+
+
+@dataclass
+class Contender:
+    """One that takes part. calls: direction -> what to time, which must leave nothing behind that grows.
+
+    times: direction -> ms of each round; peaks: direction -> MB, see `peak_mb`. error: why it left, if it did.
+    """
+
+    name: str
+    calls: dict[str, Callable[[], object]]
+    times: dict[str, list[float]] = field(default_factory=dict)
+    peaks: dict[str, float | None] = field(default_factory=dict)
+    error: Exception | None = None
+
+    def both(self) -> list[float]:
+        """ms of all directions together, by round."""
+        return [sum(row) for row in zip(*self.times.values(), strict=False)]
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Milliseconds per call, and the peak of memory beyond what was there before it, in MB; None where unknown."""
+class Spread:
+    """The median, and the 20th and 80th percentile."""
 
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    peak_mb: float | None
+    median: float
+    p20: float
+    p80: float
 
-
-def measure(call: Callable[[], object], device: str, repeats: int, warmup: int = 1) -> Timing:
-    """Time `call`, which must leave nothing behind that grows. repeats: timed calls."""
-    for _ in range(warmup):
-        call()
-    peak = _peak_mb(call, device)
-    times = sorted(_cuda_times(call, repeats) if device == "cuda" else _cpu_times(call, repeats))
-    return Timing(_quantile(times, 0.5), _quantile(times, 0.2), _quantile(times, 0.8), peak)
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        ordered = sorted(values)
+        return cls(_quantile(ordered, 0.5), _quantile(ordered, 0.2), _quantile(ordered, 0.8))
 
 
-def _cpu_times(call: Callable[[], object], repeats: int) -> list[float]:
-    times = []
-    for _ in range(repeats):
+def measure_rounds(contenders: Sequence[Contender], device: str, rounds: int, seconds: float) -> None:
+    """Fill `times` and `peaks`, `error` of those that raise. Stopped by a KeyboardInterrupt, what there is stays.
+
+    rounds: at most so many; a contender leaves once its calls took `seconds` together, but not before MIN_ROUNDS.
+    """
+    for contender in contenders:
+        contender.times = {direction: [] for direction in contender.calls}
+    live = list(contenders)
+    for contender in contenders:
+        try:
+            for direction, call in contender.calls.items():
+                contender.peaks[direction] = peak_mb(call, device)  # and the warm-up
+        except Exception as error:
+            _leave(contender, error, live)
+    run_round = _CudaRound() if device == "cuda" else _cpu_round
+    for done in range(rounds):
+        run_round(live)
+        if done + 1 >= MIN_ROUNDS:
+            live = [one for one in live if sum(map(sum, one.times.values())) < seconds * 1e3]
+
+
+def measure(call: Callable[[], object], device: str, repeats: int, seconds: float = 2.0) -> list[float]:
+    """ms of a call that is timed alone, after one warm-up: for what runs on the host. On CUDA, waits for the GPU.
+
+    repeats: at most so many; none begins after `seconds`, but the first.
+    """
+    call()
+    times: list[float] = []
+    while len(times) < repeats and (not times or sum(times) < seconds * 1e3):
+        synchronize(device)
         start = time.perf_counter()
         call()
+        synchronize(device)
         times.append((time.perf_counter() - start) * 1e3)
     return times
 
 
-def _cuda_times(call: Callable[[], object], repeats: int) -> list[float]:
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    pairs = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs]
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _leave(contender: Contender, error: Exception, live: list[Contender]) -> None:
+    contender.error = error.with_traceback(None)  # its frames hold tensors
+    contender.calls = {}
+    live.remove(contender)
+
+
+def _cpu_round(live: list[Contender]) -> None:
+    for contender in [*live]:
+        try:
+            for direction, call in contender.calls.items():
+                start = time.perf_counter()
+                call()
+                contender.times[direction].append((time.perf_counter() - start) * 1e3)
+        except Exception as error:
+            _leave(contender, error, live)
+
+
+class _CudaRound:
+    """A whole round is queued before the host waits, so that the GPU does not wait for the host."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def __call__(self, live: list[Contender]) -> None:
+        marks = []
+        for contender in [*live]:
+            try:
+                for direction, call in contender.calls.items():
+                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    self.flush.zero_()
+                    start.record()
+                    call()
+                    end.record()
+                    marks.append((contender.times[direction], start, end))
+            except Exception as error:
+                _leave(contender, error, live)
+        torch.cuda.synchronize()
+        for times, start, end in marks:
+            times.append(start.elapsed_time(end))
 
 
 def _quantile(ordered: list[float], share: float) -> float:
@@ -70,7 +145,11 @@ def _quantile(ordered: list[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def _peak_mb(call: Callable[[], object], device: str) -> float | None:
+def peak_mb(call: Callable[[], object], device: str) -> float | None:
+    """The peak of memory during a call beyond what was there before it, in MB (2**20); None where unknown.
+
+    CUDA: what PyTorch's allocator handed out. CPU: the resident set, from Linux.
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -83,14 +162,15 @@ def _peak_mb(call: Callable[[], object], device: str) -> float | None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the call would be served from what was freed before
         _CLEAR.write_text("5")  # resets the high-water mark of the resident set
     except (OSError, AttributeError):
+        call()
         return None
     before = _resident_kb("VmRSS")
     call()
     return max(0.0, (_resident_kb("VmHWM") - before) / 1024)
 
 
-def _resident_kb(field: str) -> float:
+def _resident_kb(field_name: str) -> float:
     for line in _STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
+        if line.startswith(field_name + ":"):
             return float(line.split()[1])
-    raise RuntimeError(f"{_STATUS}: expected a line {field}, got none")
+    raise RuntimeError(f"{_STATUS}: expected a line {field_name}, got none")

@@ -1,4 +1,4 @@
-"""The list of attention cases that tests and benchmarks share."""
+"""The attention cases of the tests; those of the benchmarks are among them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases import TREES
 from mvkernels.layout import BranchLayout
 from mvkernels.reference.attention import attention as reference_attention
 from mvkernels.reference.layout import tree_mask
@@ -64,11 +65,11 @@ SMALL = (
     AttentionCase("exact-tiles", ([32, [[32], [32]], 32],), heads=1, kv_heads=1),
 )
 
-#: Across the block borders of every backend. bfloat16 too.
+#: Across the block borders of every backend. bfloat16 too. With the layouts that the benchmarks time.
 MEDIUM = (
-    AttentionCase("causal", ([1111],), heads=4, kv_heads=2, head_dim=64),
+    AttentionCase("causal", (TREES["causal"](1111),), heads=4, kv_heads=2, head_dim=64),
     AttentionCase("narrow", ([100, [[601], [577]], 90],), heads=4, kv_heads=2, head_dim=64, dtype="bfloat16"),
-    AttentionCase("wide", ([70, [[97]] * 12, 55],), heads=4, kv_heads=1, head_dim=64),
+    AttentionCase("wide", (TREES["wide"](1289),), heads=4, kv_heads=1, head_dim=64),
     AttentionCase("short-paths", ([300, [[17]] * 40, 200, [[5]] * 30, 65],), heads=2, kv_heads=2, head_dim=32),
     AttentionCase(
         "deep",
@@ -79,6 +80,9 @@ MEDIUM = (
     AttentionCase(
         "packed", ([513], [40, [[260], [130], [0]], 20], [1], [64, [[64], [64]]]), head_dim=128, dtype="float16"
     ),
+    AttentionCase("many-blocks", (TREES["narrow"](1130),), heads=2, kv_heads=1, head_dim=64),
+    AttentionCase("nested", (TREES["nested"](1001),), heads=2, kv_heads=2, head_dim=64),
+    AttentionCase("shared-prompt", (TREES["shared-prompt"](1100),), heads=2, kv_heads=1, head_dim=64),
 )
 
 
