@@ -1,4 +1,4 @@
-# make demo | make test | make check      (set-up included; a second call is quick)
+# make demo | make test | make check | make bench-quick      (set-up included; a second call is quick)
 
 SHELL := /bin/bash
 VENV ?= .venv
@@ -8,12 +8,15 @@ PYTHON := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo test check bench-quick clean
 
 help:
 	@echo 'make demo    set up .venv, then generate with the embedded model, in parallel and sequentially'
 	@echo 'make test    set up .venv, then run the whole test suite'
 	@echo 'make check   set up .venv, then ruff and mypy --strict'
+	@echo 'make bench-quick   time a few calls and compare with the run before; BENCH= for other options'
+	@echo 'make bench-quick   time a few calls and compare with the run before; BENCH= for other options'
+	@echo 'make bench-quick   time a few calls and compare with the run before; BENCH= for other options'
 	@echo 'make clean   remove .venv and what builds and tools leave behind'
 
 install: $(STAMPS)/installed
@@ -34,6 +37,21 @@ check: $(STAMPS)/installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# Saves the times in .benchmarks and shows those of the run before beside them.
+BENCH ?= --benchmark-autosave --benchmark-compare
+bench-quick: $(STAMPS)/installed
+	$(PYTHON) -m pytest benchmarks/test_quick.py $(BENCH)
+
+# Saves the times in .benchmarks and shows those of the run before beside them.
+BENCH ?= --benchmark-autosave --benchmark-compare
+bench-quick: $(STAMPS)/installed
+	$(PYTHON) -m pytest benchmarks/test_quick.py $(BENCH)
+
+# Saves the times in .benchmarks and shows those of the run before beside them.
+BENCH ?= --benchmark-autosave --benchmark-compare
+bench-quick: $(STAMPS)/installed
+	$(PYTHON) -m pytest benchmarks/test_quick.py $(BENCH)
 
 $(STAMPS)/venv:
 	@for python in python3 python3.13 python3.12 python3.11 python; do \

@@ -14,14 +14,17 @@ if VERSION is None:
 
 HF = ["transformers>=5.17", "accelerate", "safetensors", "gguf"]
 PLOT = ["matplotlib"]
+BENCH = ["pytest", "pytest-benchmark"]
+BENCH = ["pytest", "pytest-benchmark"]
+BENCH = ["pytest", "pytest-benchmark"]
 EXTRAS = {
     "hf": HF,
     "train": [*HF],
     "eval": [*HF],
-    "bench": [*PLOT],
+    "bench": [*PLOT, *BENCH],
     "cuda": ["triton>=3.6", "cupy-cuda13x"],
     "plot": PLOT,
-    "dev": [*HF, *PLOT, "build", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=77", "wheel"],
+    "dev": [*HF, *PLOT, *BENCH, "build", "hypothesis", "mypy", "pytest-xdist", "ruff", "setuptools>=77", "wheel"],
 }
 
 setup(
