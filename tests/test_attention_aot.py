@@ -1,114 +1,73 @@
-"""Shipped kernel configurations are compiled ahead of time, without a GPU: they fit and spill nothing."""
+"""Every shipped configuration of the attention kernels, compiled ahead of time and read as machine code; no GPU."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-from pathlib import Path
-
 import pytest
 
-from mvkernels.ops.attention_config import KernelConfig, attention_config, shared_memory_limit
+from benchmarks.resources import Resources, Target, blocks_per_sm, instructions, measure, shipped
+from mvkernels.ops.attention_config import HEAD_DIMS, KernelConfig
 
 pytestmark = pytest.mark.aot
 
-CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
-TENSORS = {"q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_out_ptr", "dq_ptr", "dk_ptr", "dv_ptr"}
-TYPES = {2: "bf16", 4: "fp32"}
+
+def assert_clean(used: Resources) -> None:
+    """No local memory, no more shared memory than there is; in two-byte dtypes tensor cores, and loads ahead."""
+    assert used.stack_bytes == 0, "spills, or a local array"
+    assert used.local_instructions == 0
+    assert used.shared_bytes <= used.shared_limit, "too much shared memory"
+    assert used.blocks_per_sm >= 1
+    if used.dtype != "fp32" and used.kernel != "delta":
+        assert used.loop_tensor_instructions > 0, f"no {used.tensor_opcode} in a loop"
+        assert used.loop_async_copies > 0, "the loads of the full runs are not pipelined"
 
 
-def kernels():
-    from mvkernels.ops.attention_triton import forward_kernel
-    from mvkernels.ops.attention_triton_backward import dkdv_kernel, dq_kernel
-
-    return {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
+@pytest.mark.parametrize("target", list(shipped()), ids=str)
+def test_is_clean(target):
+    assert_clean(measure(target))
 
 
-def argument_type(name: str, itemsize: int) -> str:
-    if name.isupper():
-        return "constexpr"
-    if name in TENSORS:
-        return "*" + TYPES[itemsize]
-    if name in ("lse_ptr", "delta_ptr", "grad_lse_ptr"):
-        return "*fp32"
-    if name.endswith("_ptr"):
-        return "*i32"
-    return "fp32" if name.startswith("scale") else "i32"
+def test_everything_shipped_is_checked():
+    targets = list(shipped())
+    assert len(set(targets)) == len(targets) == 4 * len(HEAD_DIMS) * 3 * 3
 
 
-def compile_ahead(kernel, head_dim: int, itemsize: int, config: KernelConfig, capability: tuple[int, int], **constants):
-    """As the launcher would for contiguous tensors: pointers and strides divisible by 16."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    constexprs = {
-        "D": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        **constants,
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature={name: argument_type(name, itemsize) for name in names},
-        constexprs={name: value for name, value in constexprs.items() if name in names},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if name.endswith("_ptr") or name.startswith("stride")
-        },
-    )
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    return triton.compile(
-        source, target=target, options={"num_warps": config.num_warps, "num_stages": config.num_stages}
-    )
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (KernelConfig(128, 128, 4, 2), "spills"),
+        (KernelConfig(64, 64, 8, 8), "too much shared memory"),
+        (KernelConfig(64, 64, 8, 1), "not pipelined"),
+    ],
+    ids=["spills", "too-much-shared-memory", "not-pipelined"],
+)
+def test_a_configuration_that_is_not_clean_is_found_out(config, complaint):
+    with pytest.raises(AssertionError, match=complaint):
+        assert_clean(measure(Target("forward", 128, "bf16", (8, 0), config)))
 
 
-def stack_bytes(cubin: bytes, folder: Path) -> int:
-    """Bytes of stack a thread uses: what did not fit the registers. None of the kernels has a stack otherwise."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    report = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:\d+ STACK:(\d+)", report)
-    assert found, report
-    return int(found[1])
-
-
-@pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
-def test_fits_and_spills_nothing(name, head_dim, capability, tmp_path):
-    config = getattr(attention_config(head_dim, 2, capability), name)
-    compiled = compile_ahead(kernels()[name], head_dim, 2, config, capability)
-    assert compiled.metadata.shared <= shared_memory_limit(capability)
-    assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
+def test_instructions_are_read():
+    """As nvdisasm writes them: predicates, modifiers, a loop within a loop, a jump that is none."""
+    code = """
+    .L_x_0:
+            /*0000*/                   LDC R1, c[0x0][0x28] ;
+    .L_x_1:
+            /*0010*/              @!P0 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT ;
+            /*0020*/               @P0 BRA `(.L_x_1) ;
+            /*0030*/                   STL.64 [R1+0x8], R2 ;
+            /*0040*/               @P1 BRA `(.L_x_2) ;
+            /*0050*/              @UP0 BRA `(.L_x_0) ;
+    .L_x_2:
+            /*0060*/                   EXIT ;
+    """
+    opcodes, loops = instructions(code)
+    assert opcodes == ["LDC", "HGMMA", "BRA", "STL", "BRA", "BRA", "EXIT"]
+    assert loops == [["HGMMA", "BRA"]]
 
 
-@pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
-@pytest.mark.parametrize(("head_dim", "itemsize"), [(80, 2), (256, 2), (128, 4)])
-def test_other_head_dims_and_fp32_fit(name, head_dim, itemsize):
-    capability = (9, 0)
-    config = getattr(attention_config(head_dim, itemsize, capability), name)
-    compiled = compile_ahead(kernels()[name], head_dim, itemsize, config, capability)
-    assert compiled.metadata.shared <= shared_memory_limit(capability)
-
-
-def test_a_configuration_that_is_too_large_is_found_out(tmp_path):
-    """The two checks above can fail."""
-    capability = (8, 0)
-    greedy = compile_ahead(kernels()["forward"], 128, 2, KernelConfig(64, 64, 8, 8), capability)
-    assert greedy.metadata.shared > shared_memory_limit(capability) or stack_bytes(greedy.asm["cubin"], tmp_path) > 0
-
-
-def test_delta_kernel_compiles(tmp_path):
-    from mvkernels.ops.attention_triton_backward import DELTA_ROWS, delta_kernel
-
-    for has_grad_lse in (True, False):
-        config = KernelConfig(DELTA_ROWS, 0, 4, 1)
-        compiled = compile_ahead(delta_kernel, 128, 2, config, (9, 0), HAS_GRAD_LSE=has_grad_lse)
-        assert stack_bytes(compiled.asm["cubin"], tmp_path) == 0
+@pytest.mark.parametrize(
+    ("registers", "shared", "num_warps", "blocks"),
+    [(255, 1000, 8, 1), (128, 1000, 8, 2), (32, 200 * 1024, 4, 1), (32, 0, 1, 32), (32, 0, 16, 4)],
+)
+def test_occupancy_by_registers_shared_memory_blocks_and_threads(registers, shared, num_warps, blocks):
+    """On an H100: 65536 registers, 228 KiB, 32 blocks, 2048 threads."""
+    assert blocks_per_sm((9, 0), registers, shared, num_warps) == blocks

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
+DELTA_ROWS = 64  # rows per program of the kernel that prepares the backward's row sums
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """block_m: query rows per tile. block_n: keys per tile. num_warps, num_stages: as Triton takes them."""
+    """block_m: query rows per tile. block_n: keys per tile. num_warps, num_stages, maxnreg: as Triton takes them."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class AttentionConfig:
 def attention_config(head_dim: int, itemsize: int, capability: tuple[int, int] | None) -> AttentionConfig:
     """The configuration shipped for a head dim, bytes per element, and compute capability (None: the interpreter).
 
-    Each kernel fits the GPU's shared memory, uses no local memory and, in two-byte dtypes, the tensor cores: ahead-of-time
-    tests check that for compute capability 8.0, 9.0 and 10.0, and `python -m benchmarks.resources` lists it.
+    Each kernel fits the GPU's shared memory, uses no local memory and, in two-byte dtypes, the tensor cores:
+    ahead-of-time tests check that for 8.0, 9.0 and 10.0, and `python -m benchmarks.resources` lists it.
     """
     if capability is None:
         # Small, and unlike each other, so that short inputs have several tiles and swapped sizes show.
@@ -85,6 +87,10 @@ _BLACKWELL = {
 
 
 def _fp32(head_dim: int) -> AttentionConfig:
-    """Products in full fp32 run on the scalar units, which keep whole rows of a tile in registers: small tiles."""
-    backward = KernelConfig(16, 16, 4 if head_dim <= 128 else 8, 1)
-    return AttentionConfig(KernelConfig(16, 16, 4, 1), backward, backward)
+    """Products in full fp32 run on the scalar units, which keep whole rows of a tile in registers: small tiles.
+
+    Chosen as above: a tile of 32 x 32 spills at head dim 128. Without maxnreg the assembler aims at more blocks than
+    fit, and spills; with 128, two blocks share a multiprocessor.
+    """
+    small = KernelConfig(32 if head_dim <= 128 else 16, 16, 8, 1, maxnreg=128)
+    return AttentionConfig(small, small, small)

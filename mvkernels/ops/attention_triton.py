@@ -201,7 +201,7 @@ def launch_config(q: torch.Tensor) -> AttentionConfig:
     return attention_config(q.shape[2], q.dtype.itemsize, capability)
 
 
-def constants(depth: int, config: KernelConfig) -> dict[str, int]:
+def constants(depth: int, config: KernelConfig) -> dict[str, int | None]:
     """Compile-time arguments of the kernels for one configuration, and how to launch it."""
     return {
         "D": depth,
@@ -210,6 +210,7 @@ def constants(depth: int, config: KernelConfig) -> dict[str, int]:
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": config.maxnreg,
         "enable_fp_fusion": True,  # scores are scaled and shifted in one instruction; later Tritons ask to be told
     }
 

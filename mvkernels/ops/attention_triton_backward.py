@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mvkernels.ops.attention_config import DELTA_ROWS
 from mvkernels.ops.attention_tables import attention_tables
 from mvkernels.ops.attention_triton import (
     LOG2E,
@@ -30,7 +31,6 @@ from mvkernels.ops.attention_triton import (
 )
 from mvkernels.ops.mask_table import MaskTable
 
-DELTA_ROWS = 64
 PADDING: tl.constexpr = tl.constexpr(128)  # every block_m divides it
 
 
