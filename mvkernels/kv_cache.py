@@ -24,7 +24,20 @@ import torch
 
 from mvkernels.errors import BranchError, OutOfPages, StaleStep
 from mvkernels.kv_check import check_cache
-from mvkernels.kv_nodes import BranchState, FreePages, Node, resolve_start
+from mvkernels.kv_nodes import (
+    BranchState,
+    Link,
+    Node,
+    contents_of,
+    hold,
+    make_link,
+    release,
+    resolve_start,
+    suffix,
+    tokens_appear,
+    tokens_vanish,
+)
+from mvkernels.kv_pages import FreePages
 from mvkernels.kv_step import Branch, PlannedNode, Step, make_step
 from mvkernels.ops.append import append_rows
 
@@ -69,7 +82,7 @@ class PagedKVCache:
 
     def new(self) -> Branch:
         """An empty branch that sees nothing, with next position 0. Does not disturb an open step."""
-        return self._make_branch((), (), None)
+        return self._make_branch(None, (), None)
 
     def fork(self, branch: Branch, count: int) -> list[Branch]:
         """`count` >= 1 children that see all of `branch`, each with an empty node of its own.
@@ -83,8 +96,7 @@ class PagedKVCache:
         if count < 1:
             raise ValueError(f"fork: expected a count of at least 1, got {count}")
         self._discard("discarded by a fork")
-        nodes = state.nodes
-        children = [self._make_branch(nodes, (state.tail,), state.id) for _ in range(count)]
+        children = [self._make_branch(state.head, (state.tail,), state.id) for _ in range(count)]
         state.children.extend(child.id for child in children)
         return children
 
@@ -106,18 +118,18 @@ class PagedKVCache:
                     f"merge: expected children without live children, got {child.id} with {child.children}"
                 )
         self._discard("discarded by a merge")
-        before = state.nodes
-        visible = (*before, *(node for child in joined for node in child.nodes[len(before) :]))
-        old = [before, *(child.nodes for child in joined)]
-        state.tail = self._make_node(visible, tuple(child.tail for child in joined))
-        self._acquire(state.nodes)
+        before = last = state.head
+        for child in joined:
+            for node in suffix(child.head, before):
+                last = make_link(node, last)
+        state.head = self._make_tail(last, tuple(child.tail for child in joined), forked=False)
         state.children.clear()
         for child in joined:
             child.merged, child.parent, child.tail.merged_branch = True, None, child.id
             if child.tail.frozen:  # by tokens of branches that outlived their parent: the handle can take no more
                 self._forget_merged(child.tail)
-        for nodes in old:
-            self._release(nodes)
+        for head in (before, *(child.head for child in joined)):
+            self._release(head)
 
     def free(self, branch: Branch) -> None:
         """Gives a branch up; pages that no other branch sees return at once. Its children live on, on their own.
@@ -133,7 +145,7 @@ class PagedKVCache:
         for child in state.children:
             self._branches[child].parent = None
         del self._branches[state.id]
-        self._release(state.nodes)
+        self._release(state.head)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -147,20 +159,23 @@ class PagedKVCache:
             raise ValueError("plan: expected at least one entry, got none")
         starts: dict[Node, int] = {}
         lengths: dict[Node, int] = {}
-        blocked: dict[Node, Branch] = {}
+        blocked: dict[Link, Branch] = {}
         for branch, count in entries:
             node = self._state(branch).tail
             if count < 1:
                 raise ValueError(f"plan: expected at least 1 token for branch {branch.id}, got {count}")
             if node in lengths:
                 raise ValueError(f"plan: expected each branch once, got branch {branch.id} twice")
-            if node.frozen or node in blocked:
-                by = f"branch {blocked[node].id} earlier in this step" if node in blocked else "tokens after it"
+            earlier = next((blocked[link] for link in node.links if link in blocked), None)
+            if node.frozen or earlier is not None:
+                by = "tokens after it" if earlier is None else f"branch {earlier.id} earlier in this step"
                 raise BranchError(f"plan: expected a branch with nothing after it, got {branch.id}, followed by {by}")
             starts[node] = resolve_start(node, starts, lengths)
             lengths[node] = node.length + count
-            for seen in node.visible:
-                blocked[seen] = branch
+            link = node.chain
+            while link is not None and not link.after and link not in blocked:
+                blocked[link] = branch
+                link = link.before
         wanted = [-(-length // self.page_size) - len(node.pages) for node, length in lengths.items()]
         free = len(self._free) + self._reserved()
         if sum(wanted) > free:
@@ -194,8 +209,7 @@ class PagedKVCache:
             node = planned.node
             if node.length == 0:
                 node.start = planned.start
-                for seen in node.visible:
-                    seen.frozen += 1
+                for seen in tokens_appear(node):
                     self._forget_merged(seen)
             node.length += planned.num_tokens
             node.pages.extend(planned.pages)
@@ -225,7 +239,13 @@ class PagedKVCache:
 
     def num_tokens(self, branch: Branch) -> int:
         """Committed tokens that the next token of a branch will see. Raises BranchError."""
-        return sum(node.length for node in self._state(branch).nodes)
+        count = 0
+        link: Link | None = self._state(branch).head
+        while link is not None and not link.after:
+            count += link.node.length
+            link = link.before
+        fixed = contents_of(link, self.page_size)
+        return count if fixed is None else count + fixed.tokens
 
     def check(self) -> None:
         """Recomputes every invariant from the branches and raises CacheError at the first that does not hold."""
@@ -256,16 +276,18 @@ class PagedKVCache:
             self._open.state.closed = why
             self._open = None
 
-    def _make_node(self, visible: tuple[Node, ...], predecessors: tuple[Node, ...]) -> Node:
+    def _make_tail(self, chain: Link | None, predecessors: tuple[Node, ...], forked: bool) -> Link:
+        """The held link of a new empty node."""
         self._made += 1
-        node = Node(self._made, visible, predecessors)
+        node = Node(self._made, chain, predecessors)
         self._nodes[node.id] = node
-        return node
+        head = make_link(node, chain, forked)
+        hold(head)
+        return head
 
-    def _make_branch(self, visible: tuple[Node, ...], predecessors: tuple[Node, ...], parent: int | None) -> Branch:
-        state = BranchState(self._made + 1, self._make_node(visible, predecessors), parent)
+    def _make_branch(self, chain: Link | None, predecessors: tuple[Node, ...], parent: int | None) -> Branch:
+        state = BranchState(self._made + 1, self._make_tail(chain, predecessors, forked=True), parent)
         self._branches[state.id] = state
-        self._acquire(state.nodes)
         return Branch(self, state.id)
 
     def _forget_merged(self, node: Node) -> None:
@@ -274,18 +296,10 @@ class PagedKVCache:
             del self._branches[node.merged_branch]
             node.merged_branch = None
 
-    @staticmethod
-    def _acquire(nodes: Sequence[Node]) -> None:
-        for node in nodes:
-            node.refs += 1
-
-    def _release(self, nodes: Sequence[Node]) -> None:
-        for node in nodes:
-            node.refs -= 1
-            if node.refs == 0:
-                self._free.give_back(node.pages)
-                del self._nodes[node.id]
-                self._forget_merged(node)
-                if node.length:
-                    for seen in node.visible:
-                        seen.frozen -= 1
+    def _release(self, head: Link) -> None:
+        for node in release(head):
+            self._free.give_back(node.pages)
+            del self._nodes[node.id]
+            self._forget_merged(node)
+            if node.length:
+                tokens_vanish(node)

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 from mvkernels.errors import CacheError
-from mvkernels.kv_nodes import BranchState, Node
+from mvkernels.kv_nodes import BranchState, Link, Node
+from mvkernels.ops.decode_tasks import page_counts
 
 
 def check_cache(
@@ -19,14 +20,20 @@ def check_cache(
 ) -> None:
     """Raises CacheError, with what was expected and what is there, at the first invariant that does not hold."""
     _check_branches(branches)
-    refs = Counter(node for state in branches.values() if not state.merged for node in state.nodes)
+    held = _count_links(branches)
+    refs = Counter(link.node for link in held)
     _expect("live nodes", sorted(node.id for node in refs), sorted(nodes))
-    frozen = Counter(seen for node in refs if node.length for seen in node.visible)
+    after = _count_after(refs)
     ends: dict[Node, int] = {}
     for node in sorted(refs, key=lambda node: node.id):  # whatever a node starts after was made before it
         _expect(f"the node numbered {node.id}", node, nodes[node.id])
         _expect(f"references of node {node.id}", refs[node], node.refs)
-        _expect(f"nodes with tokens after node {node.id}", frozen[node], node.frozen)
+        _expect(f"links of node {node.id}", [], [link for link in held if link.node is node and link not in node.links])
+        for link in node.links:
+            _expect(f"tokens after a link of node {node.id}", after[link], link.after)
+            _expect(f"references of a link of node {node.id}", held[link], link.refs)
+            _check_contents(link, page_size)
+        _expect(f"nodes with tokens see node {node.id}", any(node in _seen(n) for n in refs if n.length), node.frozen)
         _check_node(node, page_size)
         # By definition and in another way than `resolve_start`, which this judges too.
         start = max((ends[before] for before in node.predecessors), default=0)
@@ -35,6 +42,35 @@ def check_cache(
     _check_handles(branches, refs)
     owned = [page for node in refs for page in node.pages]
     _check_pages(owned, free, reserved, num_pages)
+
+
+def _count_links(branches: Mapping[int, BranchState]) -> Counter[Link]:
+    """Link -> its references, from the lists of branches that own what they see."""
+    held: Counter[Link] = Counter()
+    for state in branches.values():
+        if not state.merged:
+            for link in state.head.back():
+                held[link] += 1
+                if held[link] > 1:  # held by the link behind it already, and so are those before it
+                    break
+    return held
+
+
+def _count_after(nodes: Collection[Node]) -> Counter[Link]:
+    """Link -> nodes with tokens whose chain it is, and links right after it that have an `after`."""
+    after: Counter[Link] = Counter()
+    for node in nodes:
+        if node.length:
+            for link in node.chain.back() if node.chain is not None else ():
+                after[link] += 1
+                if after[link] > 1:
+                    break
+    return after
+
+
+def _seen(node: Node) -> set[Node]:
+    """What every row of a node sees whole."""
+    return {link.node for link in node.chain.back()} if node.chain is not None else set()
 
 
 def _expect(what: str, expected: object, got: object) -> None:
@@ -51,9 +87,9 @@ def _check_branches(branches: Mapping[int, BranchState]) -> None:
         for child in state.children:
             _expect(f"child {child} of branch {number} is live", True, child in branches)
             _expect(f"parent of branch {child}", number, branches[child].parent)
-            _expect(f"what child {child} of branch {number} sees first", state.nodes, branches[child].tail.visible[
-                : len(state.nodes)
-            ])  # fmt: skip
+            _expect(
+                f"what child {child} of branch {number} sees first", True, state.head in branches[child].head.back()
+            )
         if state.parent is not None:
             listed = state.parent in branches and number in branches[state.parent].children
             _expect(f"branch {number} is listed by its parent {state.parent}", True, listed)
@@ -65,11 +101,27 @@ def _check_node(node: Node, page_size: int) -> None:
     """Pages fit the length, and the list of visible nodes is closed."""
     _expect(f"pages of node {node.id} with {node.length} tokens", -(-node.length // page_size), len(node.pages))
     _expect(f"page array of node {node.id}", node.pages, node.page_array().tolist())
-    visible = set(node.visible)
-    _expect(f"nodes that node {node.id} sees, once each and without itself", len(node.visible), len(visible - {node}))
-    for before in (*node.visible, *node.predecessors):
-        hidden = ({before} | set(before.visible)) - visible
+    visible = _seen(node)
+    listed = 0 if node.chain is None else sum(1 for _ in node.chain.back())
+    _expect(f"nodes that node {node.id} sees, once each and without itself", listed, len(visible - {node}))
+    for before in (*visible, *node.predecessors):
+        hidden = ({before} | _seen(before)) - visible
         _expect(f"nodes before {before.id} that node {node.id} does not see", [], sorted(n.id for n in hidden))
+
+
+def _check_contents(link: Link, page_size: int) -> None:
+    """What is remembered of a list is what its nodes hold, oldest first; it may be of an earlier time."""
+    if link.contents is None or not link.after or link.seen != link.node.length:
+        return
+    nodes = [before.node for before in link.back()][::-1]
+    pages = [page for node in nodes for page in node.pages]
+    counts = [count for n in nodes for count in page_counts(len(n.pages), n.length, page_size).tolist()]
+    found: list[list[int]] = [[], []]
+    for contents in [*link.contents.back()][::-1]:
+        for kept, part in zip(found, contents.log.slice(0, contents.end), strict=True):
+            kept += part.tolist()
+    _expect(f"contents of a link of node {link.node.id}", [pages, counts], found)
+    _expect(f"tokens up to a link of node {link.node.id}", sum(counts), link.contents.tokens)
 
 
 def _check_handles(branches: Mapping[int, BranchState], refs: Collection[Node]) -> None:
@@ -77,7 +129,7 @@ def _check_handles(branches: Mapping[int, BranchState], refs: Collection[Node]) 
     merged = {state.id: state.tail for state in branches.values() if state.merged}
     for number, tail in merged.items():
         _expect(f"node of merged branch {number} is live", True, tail in refs)
-        _expect(f"tokens after merged branch {number}", 0, tail.frozen)
+        _expect(f"tokens after merged branch {number}", False, tail.frozen)
     named = {node.merged_branch: node for node in refs if node.merged_branch is not None}
     _expect("merged branches and their nodes", merged, named)
 

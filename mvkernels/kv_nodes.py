@@ -1,26 +1,31 @@
-"""What the paged cache is made of: nodes, free pages, and the state behind a branch handle. Host side, no tensors.
+"""What the paged cache is made of: nodes, links, free pages, the state behind a handle. Host side, no tensors.
 
-The cache is a directed acyclic graph of nodes. A node is a run of tokens of one branch: it owns pages, of which only
-the last may be ragged. A branch is a list of nodes that it sees whole, and a tail node of its own that it writes.
+A node is a run of tokens of one branch: it owns pages, of which only the last may be ragged. What a branch sees is a
+list of nodes. The lists share their beginnings: a list is its last link, and a link is a node and the link before it.
+So a fork costs one link a child, and a merge one link for every node that the children's lists add.
 
-    visible        the nodes that every row of this node sees whole, oldest first; closed: what they see is among them
+    chain          of a node: the last link of what every row of it sees whole; None for the first node of a tree
+    links          of a node: where it stands in lists, each holding the node; its own link follows its chain
     predecessors   the nodes that end where this one starts: start = max(their ends), end = start + length
-    refs           live branch handles whose list holds the node; at 0 its pages are free
-    frozen         nodes with tokens that see this one whole: while there is any, this node may not grow
+    refs           of a link: live, not merged branches whose list it ends, and held links right after it;
+                   of a node: its links with references. At 0 the node's pages are free
+    after          of a link: nodes with tokens whose chain it is, and links right after it that have an `after`.
+                   While any link of a node has one, some node with tokens sees the node: it may not grow
 
-A node's start is open while it is empty, for its predecessors may still grow, and fixed by its first token.
+A node's start is open while it is empty, for its predecessors may still grow, and fixed by its first token. No figure
+here is the length of a list: whatever the number of tokens before it, an operation touches what it changes.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from mvkernels.errors import CacheError
+from mvkernels.kv_pages import Contents
+from mvkernels.ops.decode_tasks import page_counts
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -30,83 +35,158 @@ class Node:
     """One run of tokens; the module's docstring has the legend."""
 
     id: int
-    visible: tuple[Node, ...]
+    chain: Link | None
     predecessors: tuple[Node, ...]
     length: int = 0
     start: int | None = None
     pages: list[int] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
     refs: int = 0
-    frozen: int = 0
-    # The handle of a merged branch whose tail this is: it may still write here until the node is frozen.
+    # The handle of a merged branch whose tail this is: it may still write here until the node may not grow.
     merged_branch: int | None = None
     _page_array: Int32Array | None = None
 
+    @property
+    def frozen(self) -> bool:
+        """Whether a node with tokens sees this one."""
+        return any(link.after for link in self.links)
+
     def page_array(self) -> Int32Array:
-        """Own pages, [pages] int32; the same array until a page is added."""
+        """Own pages, [pages] int32; the same array until a page is added or given back."""
         if self._page_array is None or len(self._page_array) != len(self.pages):
             self._page_array = np.array(self.pages, dtype=np.int32)
         return self._page_array
 
 
 @dataclass(eq=False)
+class Link:
+    """A node at one place of a list. forked: the first of a forked child, whose siblings stand beside it.
+
+    contents: of the list up to here, as it was when the node had `seen` tokens.
+    """
+
+    node: Node
+    before: Link | None
+    forked: bool = False
+    refs: int = 0
+    after: int = 0
+    contents: Contents | None = None
+    seen: int = 0
+
+    def back(self) -> Iterator[Link]:
+        """This link and those before it, the last first."""
+        link: Link | None = self
+        while link is not None:
+            yield link
+            link = link.before
+
+
+@dataclass(eq=False)
 class BranchState:
-    """What stands behind a handle. `parent` and `children` are handle numbers; a merged handle has neither."""
+    """What stands behind a handle. `head`: the last link of its list, that of its tail.
+
+    `parent` and `children` are handle numbers; a merged handle has neither.
+    """
 
     id: int
-    tail: Node
+    head: Link
     parent: int | None = None
     children: list[int] = field(default_factory=list)
     merged: bool = False
 
     @property
+    def tail(self) -> Node:
+        """The node that the branch writes."""
+        return self.head.node
+
+    @property
     def nodes(self) -> tuple[Node, ...]:
-        """Everything the next token of the branch sees, oldest first, the tail last."""
-        return (*self.tail.visible, self.tail)
+        """Everything the next token of the branch sees, oldest first, the tail last. For checks: walks the whole list."""
+        return tuple(link.node for link in self.head.back())[::-1]
 
 
-class FreePages:
-    """The pages that nobody owns. Prefers the page after a node's last one, so that long nodes lie in one piece.
+def make_link(node: Node, before: Link | None, forked: bool = False) -> Link:
+    """A link without references; `hold` gives it one."""
+    link = Link(node, before, forked)
+    node.links.append(link)
+    return link
 
-    Ties are broken by page number: the same sequence of calls gives the same pages.
-    """
 
-    def __init__(self, num_pages: int) -> None:
-        self._free = set(range(num_pages))
-        self._heap = list(range(num_pages))  # a superset of _free, with repeats: taken pages are skipped when met
-
-    def __len__(self) -> int:
-        return len(self._free)
-
-    def pages(self) -> frozenset[int]:
-        return frozenset(self._free)
-
-    def take(self, count: int, after: int | None) -> list[int]:
-        """`count` pages, the first of them `after` + 1 where that is free; the caller has checked that they exist."""
-        if count > len(self._free):
-            raise CacheError(f"expected at least {count} free pages, got {len(self._free)}")
-        taken: list[int] = []
-        previous = -2 if after is None else after
-        for _ in range(count):
-            previous = previous + 1 if previous + 1 in self._free else self._lowest()
-            self._free.remove(previous)
-            taken.append(previous)
-        return taken
-
-    def give_back(self, pages: list[int]) -> None:
-        twice = self._free.intersection(pages)
-        if twice or len(set(pages)) != len(pages):
-            raise CacheError(f"expected pages in use, got pages that are free already: {sorted(twice) or pages}")
-        self._free.update(pages)
-        if len(self._heap) > 4 * (len(self._free) + 16):  # drop the repeats that piled up
-            self._heap = sorted(self._free)
+def hold(link: Link | None) -> None:
+    """One more reference to a link; its first one holds the node and the link before it too."""
+    while link is not None:
+        link.refs += 1
+        if link.refs > 1:
             return
-        for page in pages:
-            heapq.heappush(self._heap, page)
+        link.node.refs += 1
+        link = link.before
 
-    def _lowest(self) -> int:
-        while (page := heapq.heappop(self._heap)) not in self._free:
-            pass
-        return page
+
+def release(link: Link | None) -> list[Node]:
+    """One reference to a link less. Returns the nodes that nobody holds any more, the latest first."""
+    dead = []
+    while link is not None:
+        link.refs -= 1
+        if link.refs:
+            break
+        link.node.refs -= 1
+        if not link.node.refs:
+            dead.append(link.node)
+        link = link.before
+    return dead
+
+
+def tokens_appear(node: Node) -> list[Node]:
+    """The node gets its first token. Returns the nodes that may not grow any more on that account."""
+    changed = []
+    link = node.chain
+    while link is not None:
+        link.after += 1
+        if link.after > 1:
+            break
+        changed.append(link.node)
+        link = link.before
+    return changed
+
+
+def tokens_vanish(node: Node) -> None:
+    """The inverse: the node lost its last token, or died."""
+    link = node.chain
+    while link is not None:
+        link.after -= 1
+        if link.after:
+            break
+        link = link.before
+
+
+def suffix(head: Link, base: Link | None) -> list[Node]:
+    """The nodes of a list behind the link `base`, oldest first."""
+    found = []
+    for link in head.back():
+        if link is base:
+            break
+        found.append(link.node)
+    return found[::-1]
+
+
+def contents_of(link: Link | None, page_size: int) -> Contents | None:
+    """What the list up to a link holds; None where it holds nothing. The link must have an `after`, or be None.
+
+    Found in the link, or in the nearest link before it: a node with tokens fixes what stands before it in its list, and
+    what has an `after` grows no more.
+    """
+    behind = []
+    while link is not None and not (link.contents is not None and link.seen == link.node.length > 0):
+        behind.append(link)
+        link = link.before
+    found = None if link is None else link.contents
+    for link in reversed(behind):
+        if link.node.length:
+            counts = page_counts(len(link.node.pages), link.node.length, page_size)
+            # Siblings do not go on in the array of what they all see: the branch that they are merged into does.
+            found = Contents.after(found, link.node.page_array(), counts, link.node.length, apart=link.forked)
+            link.contents, link.seen = found, link.node.length
+    return found
 
 
 def resolve_start(node: Node, starts: Mapping[Node, int], lengths: Mapping[Node, int]) -> int:

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from mvkernels.errors import StaleStep
-from mvkernels.ops.decode_tasks import EntryView, NodeView, StepViews
+from mvkernels.kv_nodes import contents_of
+from mvkernels.kv_pages import Contents, PageLog
+from mvkernels.ops.decode_tasks import EntryView, KeyRun, StepViews
 
 if TYPE_CHECKING:
     from mvkernels.kv_cache import PagedKVCache
-    from mvkernels.kv_nodes import Node
+    from mvkernels.kv_nodes import Link, Node
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,9 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class PlannedNode:
-    """What committing an entry does to its node. `pages` are reserved for it and appended to the node's."""
+    """What committing an entry does to its node. `pages` are set aside for it: the first ones for the entry's tokens,
+    which are appended to the node's, the others for the tokens of the steps to come.
+    """
 
     node: Node
     start: int
@@ -78,7 +82,7 @@ class Step:
     @cached_property
     def longest_context(self) -> int:
         """The most tokens that any row sees, itself included."""
-        return max(sum(node.length for node in (*view.whole, view.own)) for view in self.views.entries)
+        return max(sum(run.tokens for run in (*view.whole, view.own)) for view in self.views.entries)
 
     def require_open(self) -> None:
         """Raise StaleStep unless the step was neither committed nor rolled back, and its tree is unchanged."""
@@ -93,22 +97,14 @@ def make_step(
     device: torch.device,
 ) -> Step:
     """The open step that commits `planned`, entry by entry. Reads the nodes as they are now, and changes none."""
-    grown = {p.node: NodeView(_pages_after(p), p.base + p.num_tokens) for p in planned}
-    nodes = dict(grown)
-    lists: dict[int, tuple[NodeView, ...]] = {}
+    whole = _Lists(planned, page_size)
     views, positions, slots, row_offsets, row = [], [], [], [], 0
     for p in planned:
-        visible = p.node.visible
-        if id(visible) not in lists:  # siblings share one tuple
-            for node in visible:
-                if node not in nodes:
-                    nodes[node] = NodeView(node.page_array(), node.length)
-            lists[id(visible)] = tuple(nodes[node] for node in visible)
-        views.append(EntryView(row, p.num_tokens, grown[p.node], lists[id(visible)]))
+        own = whole.runs[p.node]
+        views.append(EntryView(row, p.num_tokens, own, whole.seen_by(p.node.chain)))
         tokens = np.arange(p.base, p.base + p.num_tokens, dtype=np.int64)
         positions.append(p.start + tokens)
-        pages = grown[p.node].pages[tokens // page_size].astype(np.int64)
-        slots.append(pages * page_size + tokens % page_size)
+        slots.append(own.pages[tokens // page_size].astype(np.int64) * page_size + tokens % page_size)
         row_offsets.append(row)
         row += p.num_tokens
     return Step(
@@ -121,6 +117,66 @@ def make_step(
         planned=tuple(planned),
         state=StepState(),
     )
+
+
+class _Lists:
+    """The lists of a step's entries as runs of keys. What several entries see is one run.
+
+    The end of a list is taken node by node, for its nodes may still grow, in this step too. What stands before the last
+    link with an `after` is fixed, and lies in logs; those are cut where some entry's list ends.
+    """
+
+    def __init__(self, planned: Sequence[PlannedNode], page_size: int) -> None:
+        self.page_size = page_size
+        self.runs = {p.node: KeyRun.of_node(_pages_after(p), p.base + p.num_tokens, page_size) for p in planned}
+        self._near: dict[int, tuple[Contents | None, list[Node]]] = {}
+        ends: dict[PageLog, set[int]] = {}
+        for p in planned:
+            chain = p.node.chain
+            if id(chain) in self._near:  # siblings have one
+                continue
+            fixed, near = self._near[id(chain)] = self._split(chain)
+            for contents in fixed.back() if fixed is not None else ():
+                ends.setdefault(contents.log, set()).add(contents.end)
+        self._cuts = {log: sorted(ends[log]) for log in ends}
+        self._logs: dict[tuple[PageLog, int], KeyRun] = {}
+        self._lists: dict[int, tuple[KeyRun, ...]] = {}
+
+    def seen_by(self, chain: Link | None) -> tuple[KeyRun, ...]:
+        """The list up to a link of a planned node's chain, oldest first; the same tuple for the same link."""
+        if id(chain) not in self._lists:
+            fixed, near = self._near[id(chain)]
+            runs = [self._node_run(node) for node in near]
+            for contents in fixed.back() if fixed is not None else ():
+                runs += reversed(self._log_runs(contents))
+            self._lists[id(chain)] = tuple(reversed(runs))
+        return self._lists[id(chain)]
+
+    def _split(self, link: Link | None) -> tuple[Contents | None, list[Node]]:
+        """(what is fixed, the nodes behind it, the last first)."""
+        near = []
+        while link is not None and not link.after:
+            near.append(link.node)
+            link = link.before
+        return contents_of(link, self.page_size), near
+
+    def _node_run(self, node: Node) -> KeyRun:
+        if node not in self.runs:
+            self.runs[node] = KeyRun.of_node(node.page_array(), node.length, self.page_size)
+        return self.runs[node]
+
+    def _log_runs(self, contents: Contents) -> list[KeyRun]:
+        """The log's entries up to the contents' end, in pieces between the ends of all lists."""
+        found, first = [], 0
+        for last in self._cuts[contents.log]:
+            if last > contents.end:
+                break
+            if (contents.log, last) not in self._logs:
+                pages, counts = contents.log.slice(first, last)
+                self._logs[contents.log, last] = KeyRun(pages, counts, int(counts.sum()))
+            found.append(self._logs[contents.log, last])
+            first = last
+        return found
 
 
 def _pages_after(planned: PlannedNode) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

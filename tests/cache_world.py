@@ -178,7 +178,10 @@ def sees(viewer: ReferenceBranch, path: ReferenceBranch) -> bool:
 def snapshot(cache: PagedKVCache) -> tuple[object, ...]:
     """All host state that an operation could change."""
     fields = ("length", "start", "refs", "frozen", "merged_branch")
-    nodes = {n.id: (*n.pages, *(getattr(n, field) for field in fields)) for n in cache._nodes.values()}
+    nodes = {
+        n.id: (*n.pages, *(getattr(n, field) for field in fields), *((link.refs, link.after) for link in n.links))
+        for n in cache._nodes.values()
+    }
     branches = {b.id: (b.tail.id, b.parent, tuple(b.children), b.merged) for b in cache._branches.values()}
     return nodes, branches, cache._free.pages(), cache._open, cache._open and cache._open.state.closed
 

@@ -14,7 +14,7 @@ from mvkernels.decode import tree_decode
 from mvkernels.errors import BackendError, StaleStep
 from mvkernels.ops import decode_cpu
 from mvkernels.ops.backends import choose_backend
-from mvkernels.ops.decode_tasks import EntryView, NodeView, build_tasks
+from mvkernels.ops.decode_tasks import EntryView, KeyRun, build_tasks
 from tests.cache_world import World, may_grow, poisoned_cache
 from tests.decode_cases import CASES, assert_decodes, expected, queries
 
@@ -176,9 +176,9 @@ def test_long_prefill_takes_one_call_and_no_gather():
 # -- tasks -------------------------------------------------------------------------------------------------------
 
 
-def node(first_page: int, length: int, page_size: int = 4) -> NodeView:
+def node(first_page: int, length: int, page_size: int = 4) -> KeyRun:
     pages = torch.arange(first_page, first_page + -(-length // page_size), dtype=torch.int32)
-    return NodeView(pages.numpy(), length)
+    return KeyRun.of_node(pages.numpy(), length, page_size)
 
 
 def test_a_shared_node_is_one_task_and_nodes_with_the_same_rows_are_folded():
@@ -188,7 +188,7 @@ def test_a_shared_node_is_one_task_and_nodes_with_the_same_rows_are_folded():
     entries = [
         EntryView(0, 1, tails[0], whole), EntryView(1, 1, tails[1], whole), EntryView(2, 4, tails[2], whole)
     ]  # fmt: skip
-    shared, first, second, causal = build_tasks(entries, page_size=4)
+    shared, first, second, causal = build_tasks(entries)
     assert shared.rows.tolist() == [0, 1, 2, 3, 4, 5]
     assert shared.pages.tolist() == [0, 1, 2, 3, 4] and shared.counts.tolist() == [4, 4, 2, 4, 1]
     assert (first.rows.tolist(), first.counts.tolist(), first.base) == ([0], [3], None)

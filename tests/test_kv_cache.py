@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from mvkernels.errors import BranchError, CacheError, OutOfPages, StaleStep
 from mvkernels.kv_cache import PagedKVCache
-from mvkernels.kv_nodes import FreePages
+from mvkernels.kv_pages import FreePages
 from tests.cache_world import Unchanged, World, poisoned_cache
 
 
@@ -430,17 +432,34 @@ def _set(name, value, of="root"):
     return damage
 
 
+def _set_link(name, value):
+    return lambda cache, root, child: setattr(cache._state(root).head, name, value)
+
+
+def _parent_not_seen(cache, root, child):
+    head = cache._state(child).head
+    head.before = dataclasses.replace(head.before)
+
+
+def _contents_of_root(cache, root, child):
+    cache.plan([(child, 1)])
+    cache._state(root).head.contents.log.slice(0, 1)[0][0] += 1
+
+
 DAMAGE = {
     "page owned twice": (_shared_page, "more than once"),
     "page lost": (_leaked_page, "nobody owns"),
     "page in use and free": (_freed_page, "more than once"),
     "page array out of date": (_page_array_behind, "page array"),
-    "too many references": (_set("refs", 4), "references"),
-    "too few references": (_set("refs", 2), "references"),
-    "frozen by nobody": (_set("frozen", 0), "nodes with tokens after"),
+    "too many references": (_set("refs", 4), "references of node"),
+    "too few references": (_set("refs", 0), "references of node"),
+    "too many references to a link": (_set_link("refs", 4), "references of a link"),
+    "frozen by nobody": (_set_link("after", 0), "tokens after a link"),
+    "link forgotten": (lambda cache, root, child: cache._state(root).tail.links.clear(), "links of node"),
+    "contents out of date": (_contents_of_root, "contents of a link"),
     "length beyond the pages": (_set("length", 7), "pages of node"),
     "start moved": (_set("start", 3, "child"), "start of node"),
-    "node not seen": (_set("visible", (), "child"), "sees first"),
+    "node not seen": (_parent_not_seen, "sees first"),
     "unknown merged handle": (_handle_of_dead, "merged branches"),
     "node forgotten": (lambda cache, root, child: cache._nodes.popitem(), "live nodes"),
     "child unknown": (lambda cache, root, child: cache._state(root).children.pop(), "listed by its parent"),

@@ -3,7 +3,7 @@
     task          rows [R], pages [P], counts [P]: every row attends to the first counts[p] keys of page pages[p], all p
     causal task   the same, but row i attends to the first base + i + 1 keys only: several new tokens of one node
 
-A node that many branches see is one task with the rows of all of them, so its keys are read once. Nodes that the same
+Keys that many branches see are one task with the rows of all of them, so they are read once. Runs of keys that the same
 rows see are folded into one task. A branch that adds one token attends to the whole of its own node (that token is its
 last), so that node is folded like the others.
 """
@@ -23,29 +23,35 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class NodeView:
-    """A node as a step leaves it: its pages [P] int32, and how many of their tokens are written."""
+class KeyRun:
+    """Keys that lie in pages: of page pages[p] the first counts[p] tokens, [P] int32 both; `tokens` in all."""
 
     pages: Int32Array
-    length: int
+    counts: Int32Array
+    tokens: int
+
+    @classmethod
+    def of_node(cls, pages: Int32Array, tokens: int, page_size: int) -> KeyRun:
+        """All pages full, but for the last that is written."""
+        return cls(pages, page_counts(len(pages), tokens, page_size), tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class EntryView:
     """What the rows of one entry see: rows first_row .. first_row + num_rows - 1 are the last tokens of `own`.
 
-    Row r of the entry sees every node of `whole`, and the first own.length - num_rows + r + 1 tokens of `own`.
-    A node that several entries see is one and the same NodeView; so is `whole` where several entries share it.
+    Row r of the entry sees every key of `whole`, and the first own.tokens - num_rows + r + 1 tokens of `own`.
+    Keys that several entries see are one and the same KeyRun; so is `whole` where several entries share it.
     """
 
     first_row: int
     num_rows: int
-    own: NodeView
-    whole: tuple[NodeView, ...]
+    own: KeyRun
+    whole: tuple[KeyRun, ...]
 
     @property
     def base(self) -> int:
-        return self.own.length - self.num_rows
+        return self.own.tokens - self.num_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,20 +80,19 @@ class StepViews:
         return value
 
     def tasks(self) -> tuple[DecodeTask, ...]:
-        return self.cached("tasks", lambda: build_tasks(self.entries, self.page_size))
+        return self.cached("tasks", lambda: build_tasks(self.entries))
 
     def visible_slots(self, entry: int) -> Int64Array:
         """Slots (page * page_size + offset) of all keys that the last row of an entry sees, oldest first."""
         view = self.entries[entry]
-        nodes = [*view.whole, view.own]
-        return np.concatenate([page_slots(n.pages, page_counts(n, self.page_size), self.page_size) for n in nodes])
+        runs = [*view.whole, view.own]
+        return np.concatenate([page_slots(run.pages, run.counts, self.page_size) for run in runs])
 
 
-def page_counts(view: NodeView, page_size: int) -> Int32Array:
-    """Tokens written in each page of a node, [P] int32: all pages full, but for the last."""
-    counts = np.full(len(view.pages), page_size, dtype=np.int32)
-    if len(counts):
-        counts[-1] = view.length - page_size * (len(counts) - 1)
+def page_counts(num_pages: int, tokens: int, page_size: int) -> Int32Array:
+    """Tokens in each of a node's pages, [P] int32: the first ones full, one may be ragged, the last ones empty."""
+    first = np.arange(0, num_pages * page_size, page_size, dtype=np.int32)
+    counts: Int32Array = np.clip(tokens - first, 0, page_size)
     return counts
 
 
@@ -99,40 +104,38 @@ def page_slots(pages: Int32Array, counts: Int32Array, page_size: int) -> Int64Ar
     return np.repeat(first, counts) + np.arange(total, dtype=np.int64)
 
 
-def build_tasks(entries: Sequence[EntryView], page_size: int) -> tuple[DecodeTask, ...]:
+def build_tasks(entries: Sequence[EntryView]) -> tuple[DecodeTask, ...]:
     """The tasks of a step, in the order in which their nodes are first met: the same step gives the same tasks.
 
     Every row is in at least one task that shows it a key: its own.
     """
-    seen_by = _entries_of_nodes(entries)
-    folded: dict[tuple[int, ...], list[NodeView]] = {}
-    for view, indices in seen_by:
-        folded.setdefault(tuple(indices), []).append(view)
+    folded: dict[tuple[int, ...], list[KeyRun]] = {}
+    for run, indices in _readers(entries):
+        folded.setdefault(tuple(indices), []).append(run)
     tasks = [
         DecodeTask(
             rows=_rows(entries, indices),
-            pages=np.concatenate([view.pages for view in views]),
-            counts=np.concatenate([page_counts(view, page_size) for view in views]),
+            pages=np.concatenate([run.pages for run in runs]),
+            counts=np.concatenate([run.counts for run in runs]),
         )
-        for indices, views in folded.items()
+        for indices, runs in folded.items()
     ]
     for index, entry in enumerate(entries):
         if entry.num_rows > 1:
-            counts = page_counts(entry.own, page_size)
-            tasks.append(DecodeTask(_rows(entries, (index,)), entry.own.pages, counts, entry.base))
+            tasks.append(DecodeTask(_rows(entries, (index,)), entry.own.pages, entry.own.counts, entry.base))
     return tuple(tasks)
 
 
-def _entries_of_nodes(entries: Sequence[EntryView]) -> list[tuple[NodeView, list[int]]]:
-    """Each node with tokens that somebody sees whole, with the entries that do, ascending."""
-    lists: dict[int, tuple[tuple[NodeView, ...], list[int]]] = {}  # siblings share one list of visible nodes
+def _readers(entries: Sequence[EntryView]) -> list[tuple[KeyRun, list[int]]]:
+    """Each run of keys that somebody sees whole, with the entries that do, ascending."""
+    lists: dict[int, tuple[tuple[KeyRun, ...], list[int]]] = {}  # siblings share one list
     for index, entry in enumerate(entries):
         lists.setdefault(id(entry.whole), (entry.whole, []))[1].append(index)
-    seen_by: dict[int, tuple[NodeView, list[int]]] = {}
-    for views, indices in lists.values():
-        for view in views:
-            if view.length:
-                seen_by.setdefault(id(view), (view, []))[1].extend(indices)
+    seen_by: dict[int, tuple[KeyRun, list[int]]] = {}
+    for runs, indices in lists.values():
+        for run in runs:
+            if run.tokens:
+                seen_by.setdefault(id(run), (run, []))[1].extend(indices)
     for index, entry in enumerate(entries):
         if entry.num_rows == 1:
             seen_by.setdefault(id(entry.own), (entry.own, []))[1].append(index)
