@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 DELTA_ROWS = 64  # rows per program of the kernel that prepares the backward's row sums
@@ -90,7 +90,7 @@ def _fp32(head_dim: int) -> AttentionConfig:
     """Products in full fp32 run on the scalar units, which keep whole rows of a tile in registers: small tiles.
 
     Chosen as above: a tile of 32 x 32 spills at head dim 128. Without maxnreg the assembler aims at more blocks than
-    fit, and spills; with 128, two blocks share a multiprocessor.
+    fit, and spills; with 128, two blocks share a multiprocessor, but for dkdv at head dim 32.
     """
     small = KernelConfig(32 if head_dim <= 128 else 16, 16, 8, 1, maxnreg=128)
-    return AttentionConfig(small, small, small)
+    return AttentionConfig(small, small, replace(small, maxnreg=255) if head_dim <= 32 else small)
