@@ -15,16 +15,28 @@ if VERSION is None:
 HF = ["transformers>=5.17", "accelerate", "safetensors", "gguf"]
 PLOT = ["matplotlib"]
 BENCH = ["pytest", "pytest-benchmark"]
-BENCH = ["pytest", "pytest-benchmark"]
-BENCH = ["pytest", "pytest-benchmark"]
+# Compiles the CUDA sources in tests, without a GPU or its driver.
+NVRTC = [f"{name}>=13; sys_platform == 'linux'" for name in ("cuda-bindings", "nvidia-cuda-nvrtc")]
 EXTRAS = {
     "hf": HF,
     "train": [*HF],
     "eval": [*HF],
     "bench": [*PLOT, *BENCH],
-    "cuda": ["triton>=3.6", "cupy-cuda13x"],
+    "cuda": ["triton>=3.6", "cupy-cuda13x>=14"],
     "plot": PLOT,
-    "dev": [*HF, *PLOT, *BENCH, "build", "hypothesis", "mypy", "pytest-xdist", "ruff", "setuptools>=77", "wheel"],
+    "dev": [
+        *HF,
+        *PLOT,
+        *BENCH,
+        *NVRTC,
+        "build",
+        "hypothesis",
+        "mypy",
+        "pytest-xdist",
+        "ruff",
+        "setuptools>=77",
+        "wheel",
+    ],
 }
 
 setup(

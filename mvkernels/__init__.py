@@ -16,6 +16,7 @@ __all__ = [
     "BackendError",
     "BranchError",
     "BranchLayout",
+    "BranchTables",
     "CacheError",
     "GrammarError",
     "OutOfPages",
@@ -23,6 +24,7 @@ __all__ = [
     "StaleStep",
     "TagTokens",
     "errors",
+    "merge_branches",
     "multiverse_attention",
     "patch_model",
     "tree_decode",
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from mvkernels.errors import BackendError, BranchError, CacheError, GrammarError, OutOfPages, StaleStep
     from mvkernels.hf import patch_model, unpatch_model
     from mvkernels.kv_cache import PagedKVCache
+    from mvkernels.kv_tables import BranchTables, merge_branches
     from mvkernels.layout import BranchLayout
     from mvkernels.tags import TagTokens
 else:
@@ -43,6 +46,7 @@ else:
         "BackendError": "mvkernels.errors",
         "BranchError": "mvkernels.errors",
         "BranchLayout": "mvkernels.layout",
+        "BranchTables": "mvkernels.kv_tables",
         "CacheError": "mvkernels.errors",
         "GrammarError": "mvkernels.errors",
         "OutOfPages": "mvkernels.errors",
@@ -50,6 +54,7 @@ else:
         "StaleStep": "mvkernels.errors",
         "TagTokens": "mvkernels.tags",
         "errors": "mvkernels.errors",
+        "merge_branches": "mvkernels.kv_tables",
         "multiverse_attention": "mvkernels.attention",
         "patch_model": "mvkernels.hf",
         "tree_decode": "mvkernels.decode",

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "layout": {"grammar", "tags", "ops.mask", "ops.mask_table"},
     "reference": {"grammar"},
     "attention": {"layout", "ops", "reference"},
-    "kv_cache": {"ops"},
+    "kv_cache": {"ops", "reference"},
     "decode": {"kv_cache", "ops", "reference"},
     "hf": {"attention", "decode", "kv_cache", "layout"},
 }
