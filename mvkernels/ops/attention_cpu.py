@@ -11,10 +11,12 @@ Memory is O(T H D): the largest mask is one block of rows by the keys of its own
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
-from mvkernels.ops.cpu_plan import CAUSAL, CAUSAL_MASKED, DENSE, MASKED, Call, Spans, cpu_plan
+from mvkernels.ops.cpu_plan import BACKWARD_KEYS, CAUSAL, CAUSAL_MASKED, DENSE, MASKED, Call, Spans, chunks, cpu_plan
 from mvkernels.ops.mask import IntervalMask
 from mvkernels.ops.mask_table import MaskTable
 
@@ -64,8 +66,8 @@ def backward(
         q, k, v, out, grad_out = _with_lse_column(q, k, v, out, grad_out, grad_lse)
     wide = accumulator_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q, k, v))
-    for call in _plan(table):
-        first, last, spans = call.first, call.last, call.spans
+    for call, spans in _backward_calls(table):
+        first, last = call.first, call.last
         part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _heads_first(grad_out[first:last]),
             _heads_first(q[first:last]),
@@ -154,6 +156,13 @@ def _scatter_add(x: torch.Tensor, spans: Spans, part: torch.Tensor) -> None:
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
     """[T, H, D] -> [1, H, T, D], a view."""
     return x.transpose(0, 1).unsqueeze(0)
+
+
+def _backward_calls(table: MaskTable) -> Iterator[tuple[Call, Spans]]:
+    """Calls, and the keys to take at a time."""
+    for call in _plan(table):
+        for spans in chunks(call.spans, BACKWARD_KEYS) if call.kind == DENSE else [call.spans]:
+            yield call, spans
 
 
 def _plan(table: MaskTable) -> list[Call]:

@@ -21,7 +21,10 @@ from mvkernels.ops.mask import IntervalMask
 GROUP_ROWS = 1024
 BLOCK_ROWS = 256
 SHORT_SEGMENT = 64  # segments below this many rows share a block with their neighbours
-CALL_KEYS = 4096  # longer key runs are cut, so that what one call of the backward allocates stays small
+MASKED_KEYS = 1536  # most keys of a masked call of a whole group, so that its mask stays small
+CALL_KEYS = 8192  # most keys of a dense call, whose keys and values are copied together where they lie apart
+# The backward takes fewer at a time: what a call allocates stays small, and its keys, values and gradients in the cache.
+BACKWARD_KEYS = 1024
 
 DENSE, CAUSAL, MASKED, CAUSAL_MASKED = 0, 1, 2, 3
 
@@ -56,13 +59,13 @@ def _calls(mask: IntervalMask) -> Iterator[Call]:
             rows = cuts[b], cuts[b + 1]
             fresh = not shared
             dense = subtract(clip(every, rows[0]), shared)
-            for spans in chunks(dense):
+            for spans in chunks(dense, CALL_KEYS):
                 apart.append(Call(*rows, DENSE, fresh, spans))
                 fresh = False
             rest = subtract(some, union(shared, dense))
             kind = MASKED if rest != [rows] else CAUSAL if causal else CAUSAL_MASKED
             apart.append(Call(*rows, kind, fresh, rest))
-        for i, spans in enumerate(chunks(shared)):
+        for i, spans in enumerate(chunks(shared, CALL_KEYS)):
             yield Call(first, last, DENSE, i == 0, spans)
         # What only some rows of the group see: block by block, or all at once where that costs less.
         some_see: Spans = []
@@ -71,7 +74,8 @@ def _calls(mask: IntervalMask) -> Iterator[Call]:
         rest = subtract(some_see, shared)
         kind = MASKED if rest != [(first, last)] else CAUSAL_MASKED if _hides(mask, first, last) else CAUSAL
         together = Call(first, last, kind, not shared, rest)
-        yield from [together] if len(blocks) > 1 and _cost(together) < sum(map(_cost, apart)) else apart
+        fits = len(blocks) > 1 and _num_keys(rest) <= MASKED_KEYS
+        yield from [together] if fits and _cost(together) < sum(map(_cost, apart)) else apart
 
 
 def _hides(mask: IntervalMask, first: int, last: int) -> bool:
@@ -82,14 +86,17 @@ def _hides(mask: IntervalMask, first: int, last: int) -> bool:
     return bool((gaps[:, 1] > first).any() or (mask.first_key[begin:end] > first).any())
 
 
+def _num_keys(spans: Spans) -> int:
+    return sum(stop - start for start, stop in spans)
+
+
 def _cost(call: Call) -> float:
     """Time of a call, in dense (row, key) pairs of a large call; measured with 8 heads of 64 on two x86 cores.
 
     The flash kernels take fewer rows at a time in calls of fewer rows, and skip what lies above the diagonal in blocks
     of 512 keys.
     """
-    rows = call.last - call.first
-    keys = sum(stop - start for start, stop in call.spans)
+    rows, keys = call.last - call.first, _num_keys(call.spans)
     square = call.kind in (CAUSAL, CAUSAL_MASKED) and rows >= 768
     pace = 1.0 if rows >= 768 else 1.15 if rows >= 192 else 1.7
     return 8000 + rows * keys * pace * (0.8 if square else 1.0)
@@ -201,10 +208,10 @@ def union(left: Spans, right: Spans) -> Spans:
     return found
 
 
-def chunks(spans: Spans) -> Iterator[Spans]:
-    """The spans in lists of at most CALL_KEYS keys."""
+def chunks(spans: Spans, size: int) -> Iterator[Spans]:
+    """The spans in lists of at most `size` keys."""
     part: Spans = []
-    room = CALL_KEYS
+    room = size
     for start, stop in spans:
         while start < stop:
             taken = min(room, stop - start)
@@ -212,6 +219,6 @@ def chunks(spans: Spans) -> Iterator[Spans]:
             start, room = start + taken, room - taken
             if room == 0:
                 yield part
-                part, room = [], CALL_KEYS
+                part, room = [], size
     if part:
         yield part
