@@ -60,6 +60,10 @@ class Row:
     mask_ms: float | None = None
     compile_ms: float | None = None
 
+    def line(self) -> str:
+        speed = "" if self.tflops is None else f"{self.tflops:8.3f} TFLOP/s"
+        return f"{self.case:14} {self.peer:19} {self.direction:17} {self.median_ms:10.2f} ms  {speed}"
+
 
 @dataclass
 class Entry:

@@ -17,6 +17,7 @@ from benchmarks.memory import MemoryRow
 from benchmarks.preparation import PreparationRow
 
 WIDTH = 132  # no table is wider; a narrower terminal wraps lines, which loses nothing
+WORDS = ("case", "peer", "what", "against")  # columns of text
 BOTH = "forward+backward"
 
 
@@ -48,7 +49,7 @@ class CsvFile:
 
 def ratios(rows: Sequence[Row]) -> Table:
     """Each peer's time over ours: above 1, ours is faster."""
-    table = _table(
+    table = make_table(
         "time of the peer / time of ours, medians over the rounds",
         ("case", "visible", "peer", "forward", "backward", "both", "p20-p80", "per pair"),
         ("TFLOP/s", "ours", "peak MB", "ours"),
@@ -60,17 +61,17 @@ def ratios(rows: Sequence[Row]) -> Table:
         if peer == "ours" or both is None or mine is None:
             continue
         parts = [found[case, peer, direction].ratio for direction in ("forward", "backward")]
-        spread = f"{_figure(both.ratio_p20)}-{_figure(both.ratio_p80)}"
+        spread = f"{figure_text(both.ratio_p20)}-{figure_text(both.ratio_p80)}"
         speed = (f"{row.tflops:.2f}" for row in (both, mine))
-        peaks = (_figure(row.peak_mb, 0) for row in (both, mine))
-        figures = (*map(_figure, [*parts, both.ratio]), spread, _figure(both.pair_ratio))
+        peaks = (figure_text(row.peak_mb, 0) for row in (both, mine))
+        figures = (*map(figure_text, [*parts, both.ratio]), spread, figure_text(both.pair_ratio))
         table.add_row(case, f"{both.visible_share:.2f}", peer, *figures, *speed, *peaks)
     return table
 
 
 def set_up(rows: Sequence[Row]) -> Table:
     """The building of masks, compilation, and the whole way to the first result."""
-    table = _table(
+    table = make_table(
         "set-up: from nothing to the end of the first forward and backward, ms",
         ("case", "peer", "tokens", MASK_BUILD, "compile", "set-up"),
         caption="compile: what the first calls take beyond the mask and later calls",
@@ -81,12 +82,12 @@ def set_up(rows: Sequence[Row]) -> Table:
         mask, both = masks.get(key), whole.get(key)
         build = None if mask is None else mask.median_ms
         times = (None, None) if both is None else (both.compile_ms, both.setup_ms)
-        table.add_row(key[0], key[1], str(key[2]), _figure(build), *(_figure(x, 0) for x in times))
+        table.add_row(key[0], key[1], str(key[2]), figure_text(build), *(figure_text(x, 0) for x in times))
     return table
 
 
 def preparation(rows: Sequence[PreparationRow]) -> Table:
-    table = _table(
+    table = make_table(
         "a fresh layout, on the host: ms, 20th to 80th percentile in brackets",
         ("case", "what", "tokens", "segments", "ms"),
     )
@@ -97,7 +98,7 @@ def preparation(rows: Sequence[PreparationRow]) -> Table:
 
 
 def memory(rows: Sequence[MemoryRow]) -> Table:
-    table = _table(
+    table = make_table(
         "peak memory of forward + backward beyond inputs, outputs and gradients, MB",
         ("case", "tokens", "inputs", "outputs and gradients", "extra"),
     )
@@ -127,12 +128,14 @@ def plot(rows: Sequence[Row], folder: Path) -> None:
         pyplot.close(figure)
 
 
-def _table(title: str, *headings: tuple[str, ...], caption: str | None = None) -> Table:
+def make_table(title: str, *headings: tuple[str, ...], caption: str | None = None) -> Table:
+    """One line for a heading and for each row; numbers to the right."""
     table = Table(title=title, caption=caption)
     for heading in (name for group in headings for name in group):
-        table.add_column(heading, justify="left" if heading in ("case", "peer", "what") else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in WORDS else "right", no_wrap=True)
     return table
 
 
-def _figure(value: float | None, digits: int = 2) -> str:
+def figure_text(value: float | None, digits: int = 2) -> str:
+    """The number, or - for what is not known."""
     return "-" if value is None else f"{value:.{digits}f}"

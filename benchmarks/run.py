@@ -14,36 +14,74 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import attention, memory, preparation, report
+from benchmarks import append, attention, decode, decode_cases, memory, merge, preparation, report, report_cache
 from benchmarks.attention import Effort
 from benchmarks.cases import TREES
 from benchmarks.gate import WrongResultError
 from benchmarks.peers import Shape
 
-SUITES = ("attention", "preparation", "memory")
+LAYOUTS = ("real", *TREES)
+CASES = {
+    "attention": LAYOUTS,
+    "preparation": LAYOUTS,
+    "memory": LAYOUTS,
+    "decode": decode_cases.CASES,
+    "merge": merge.CASES,
+    "append": append.CASES,
+}
 LONG = 32768  # tokens at which preparation and memory are measured
 SHAPES = {
     "cpu": Shape(8192, 8, 8, 64, "float32", "cpu"),
     "cuda": Shape(32768, 64, 8, 128, "bfloat16", "cuda"),
 }
+CACHE_SHAPES = {
+    "cpu": Shape(8192, 8, 2, 64, "float32", "cpu"),
+    "cuda": Shape(32768, 32, 8, 128, "bfloat16", "cuda"),
+}
+PREFILL = {"cpu": 1024, "cuda": 4096}  # tokens of each branch in the append suite
 EFFORTS = {"cpu": Effort(5, 10.0), "cuda": Effort(10, 2.0)}
+CACHE_EFFORTS = {"cpu": Effort(21, 3.0), "cuda": Effort(30, 2.0)}  # short calls
+TABLES = {
+    "preparation": (report.preparation,),
+    "memory": (report.memory,),
+    "attention": (report.set_up, report.ratios),
+    "decode": (report_cache.decode,),
+    "merge": (report_cache.merge,),
+    "append": (report_cache.append,),
+}
+PLOTS = {
+    "attention": report.plot,
+    "decode": report_cache.plot_decode,
+    "merge": report_cache.plot_merge,
+    "append": report_cache.plot_append,
+}
 
 
 def main(
-    suite: Annotated[str, typer.Option(help=f"which suite: {', '.join(SUITES)}")] = "attention",
+    suite: Annotated[str, typer.Option(help=f"which suite: {', '.join(CASES)}")] = "attention",
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     quick: Annotated[
         bool, typer.Option(help="a quarter of the tokens, fewer rounds, no FlexAttention on a CPU")
     ] = False,
     tokens: Annotated[
-        int, typer.Option(help="tokens per case; default: 8192 on cpu and 32768 on cuda, preparation and memory: 32768")
+        int,
+        typer.Option(
+            help="tokens per case; default: 8192 on cpu and 32768 on cuda, preparation and memory: 32768; "
+            "decode: of the shared prefix; merge: of each branch, 2048; append, prefill: of each branch, 1024 and 4096"
+        ),
     ] = 0,
     case: Annotated[
-        list[str] | None, typer.Option(help=f"only this case; may be repeated: real, {', '.join(TREES)}")
+        list[str] | None,
+        typer.Option(
+            help=f"only this case; may be repeated: {', '.join(LAYOUTS)}; decode: {', '.join(CASES['decode'])}; "
+            f"merge: {', '.join(CASES['merge'])}; append: {', '.join(CASES['append'])}"
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="timed calls of each peer, at most; default 5 on cpu, 10 on cuda")] = 0,
+    rounds: Annotated[
+        int, typer.Option(help="timed calls of each peer, at most; default 5 and 10, decode and append 21 and 30")
+    ] = 0,
     seconds: Annotated[
-        float, typer.Option(help="of timed calls, for each peer of a case; default 10 on cpu, 2 on cuda")
+        float, typer.Option(help="of timed calls, for each peer of a case; default 10 and 2, decode and append 3 and 2")
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for CSV files and charts")] = None,
 ) -> None:
@@ -52,14 +90,18 @@ def main(
     attention: multiverse_attention against what users have today, each case checked for correctness before it is
     timed; then the preparation suite. preparation: what building a layout and the tables derived from it costs.
     memory: the peak of forward + backward beyond inputs, outputs and gradients, each case in a fresh process.
+    decode: tree_decode against decoding branch by branch. merge: fork, merge and planning, and copying instead.
+    append: writing new keys and values into pages. Where two defaults are given, they are those of cpu and cuda.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check(suite, device, case)
-    shape = SHAPES[device]
+    on_cache = suite in ("decode", "merge", "append")
+    shape = (CACHE_SHAPES if on_cache else SHAPES)[device]
     part = 4 if quick else 1
     shape = replace(shape, tokens=tokens or shape.tokens // part)
-    default = EFFORTS[device]
-    effort = Effort(rounds or (3 if quick else default.rounds), seconds or default.seconds / part, quick)
+    default = (CACHE_EFFORTS if on_cache else EFFORTS)[device]
+    fewer = max(3, default.rounds // part) if on_cache else 3
+    effort = Effort(rounds or (fewer if quick else default.rounds), seconds or default.seconds / part, quick)
     screen = report.console()
     screen.print(f"{where(device)}; {shape.heads} query and {shape.kv_heads} key-value heads of {shape.head_dim}, "
                  f"{shape.dtype}")  # fmt: skip
@@ -72,6 +114,14 @@ def main(
             preparation.run(long, 3 if quick else 10, run.sink("preparation"), case)
         if suite == "memory":
             memory.run(replace(shape, tokens=long), run.sink("memory"), run.note, case)
+        if suite == "decode":
+            decode.run(shape, effort, run.sink("decode"), run.note, case)
+        if suite == "merge":
+            shape = replace(shape, tokens=tokens or merge.TOKENS // part)
+            merge.run(shape, effort, run.sink("merge"), run.note, case)
+        if suite == "append":
+            shape = replace(shape, tokens=tokens or PREFILL[device] // part)
+            append.run(shape, effort, run.sink("append"), run.note, case)
     except KeyboardInterrupt:
         run.note("stopped; what follows is what was measured until then")
         raise typer.Exit(130) from None
@@ -83,14 +133,15 @@ def main(
 
 
 def _check(suite: str, device: str, cases: list[str] | None) -> None:
-    if suite not in SUITES:
-        raise typer.BadParameter(f"expected one of {', '.join(SUITES)}, got {suite}", param_hint="--suite")
+    if suite not in CASES:
+        raise typer.BadParameter(f"expected one of {', '.join(CASES)}, got {suite}", param_hint="--suite")
     if device not in SHAPES or (device == "cuda" and not torch.cuda.is_available()):
         raise typer.BadParameter(f"expected cpu, or cuda where there is one, got {device}", param_hint="--device")
-    unknown = set(cases or ()) - {"real", *TREES}
+    unknown = set(cases or ()) - set(CASES[suite])
     if unknown:
-        expected = ", ".join(("real", *TREES))
-        raise typer.BadParameter(f"expected one of {expected}, got {', '.join(unknown)}", param_hint="--case")
+        raise typer.BadParameter(
+            f"expected one of {', '.join(CASES[suite])}, got {', '.join(unknown)}", param_hint="--case"
+        )
 
 
 class Run:
@@ -111,9 +162,8 @@ class Run:
             rows.append(row)
             if file is not None:
                 file.write(row)
-            if name == "attention":
-                speed = "" if row.tflops is None else f"{row.tflops:8.3f} TFLOP/s"
-                self.screen.print(f"{row.case:14} {row.peer:19} {row.direction:17} {row.median_ms:10.2f} ms  {speed}")
+            if hasattr(row, "line"):
+                self.screen.print(row.line())
 
         return take
 
@@ -122,19 +172,17 @@ class Run:
 
     def finish(self) -> None:
         """Print the tables and draw the charts of what there is."""
-        for name, table in (
-            ("preparation", report.preparation),
-            ("memory", report.memory),
-            ("attention", report.set_up),
-            ("attention", report.ratios),
-        ):
-            if self.rows.get(name):
+        for name in TABLES:
+            for table in TABLES[name] if self.rows.get(name) else ():
                 self.screen.print(table(self.rows[name]))
-        if self.folder is not None and self.rows.get("attention"):
-            try:
-                report.plot(self.rows["attention"], self.folder)
-            except ImportError:
-                self.note("no charts: matplotlib is not installed")
+        if self.folder is None:
+            return
+        try:
+            for name in PLOTS:
+                if self.rows.get(name):
+                    PLOTS[name](self.rows[name], self.folder)
+        except ImportError:
+            self.note("no charts: matplotlib is not installed")
 
 
 def where(device: str) -> str:

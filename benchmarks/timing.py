@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 _FLUSH_BYTES = 256 * 2**20  # several times the largest L2 of a GPU
+COLD_BYTES = 2**29  # several times the last cache of most CPUs
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 MIN_ROUNDS = 3
@@ -54,10 +55,13 @@ class Spread:
         return cls(_quantile(ordered, 0.5), _quantile(ordered, 0.2), _quantile(ordered, 0.8))
 
 
-def measure_rounds(contenders: Sequence[Contender], device: str, rounds: int, seconds: float) -> None:
+def measure_rounds(
+    contenders: Sequence[Contender], device: str, rounds: int, seconds: float, cold: bool = False
+) -> None:
     """Fill `times` and `peaks`, `error` of those that raise. Stopped by a KeyboardInterrupt, what there is stays.
 
     rounds: at most so many; a contender leaves once its calls took `seconds` together, but not before MIN_ROUNDS.
+    cold: on a CPU too, the caches are overwritten before each call.
     """
     for contender in contenders:
         contender.times = {direction: [] for direction in contender.calls}
@@ -68,7 +72,7 @@ def measure_rounds(contenders: Sequence[Contender], device: str, rounds: int, se
                 contender.peaks[direction] = peak_mb(call, device)  # and the warm-up
         except Exception as error:
             _leave(contender, error, live)
-    run_round = _CudaRound() if device == "cuda" else _cpu_round
+    run_round = _CudaRound() if device == "cuda" else _CpuRound(COLD_BYTES if cold else 0)
     for done in range(rounds):
         run_round(live)
         if done + 1 >= MIN_ROUNDS:
@@ -91,6 +95,63 @@ def measure(call: Callable[[], object], device: str, repeats: int, seconds: floa
     return times
 
 
+def measure_device(
+    before: Callable[[], object], call: Callable[[], object], device: str, repeats: int, seconds: float = 2.0
+) -> list[float]:
+    """ms of the device's work in a call, after one warm-up. before: what undoes the call before, not timed.
+
+    On CUDA the device is kept busy meanwhile, so that the time which the host takes to queue a call does not show.
+    """
+    before()
+    call()
+    if device != "cuda":
+        return _measure_after(before, call, repeats, seconds)
+    busy = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(repeats):
+        before()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(16):  # about a millisecond
+            busy.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return times
+
+
+def _measure_after(
+    before: Callable[[], object], call: Callable[[], object], repeats: int, seconds: float
+) -> list[float]:
+    times: list[float] = []
+    while len(times) < repeats and (not times or sum(times) < seconds * 1e3):
+        before()
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def captured(call: Callable[[], object], device: str) -> tuple[Callable[[], object], Exception | None]:
+    """The call as the replay of a CUDA graph, as engines run it; or itself, with the error where it is no graph."""
+    if device != "cuda":
+        return call, None
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay, None
+    except Exception as error:
+        torch.cuda.synchronize()
+        return call, error.with_traceback(None)
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -102,15 +163,20 @@ def _leave(contender: Contender, error: Exception, live: list[Contender]) -> Non
     live.remove(contender)
 
 
-def _cpu_round(live: list[Contender]) -> None:
-    for contender in [*live]:
-        try:
-            for direction, call in contender.calls.items():
-                start = time.perf_counter()
-                call()
-                contender.times[direction].append((time.perf_counter() - start) * 1e3)
-        except Exception as error:
-            _leave(contender, error, live)
+class _CpuRound:
+    def __init__(self, flush_bytes: int) -> None:
+        self.flush = torch.empty(flush_bytes, dtype=torch.int8)
+
+    def __call__(self, live: list[Contender]) -> None:
+        for contender in [*live]:
+            try:
+                for direction, call in contender.calls.items():
+                    self.flush.zero_()
+                    start = time.perf_counter()
+                    call()
+                    contender.times[direction].append((time.perf_counter() - start) * 1e3)
+            except Exception as error:
+                _leave(contender, error, live)
 
 
 class _CudaRound:
