@@ -21,12 +21,14 @@ __all__ = [
     "GrammarError",
     "OutOfPages",
     "PagedKVCache",
+    "Rope",
     "StaleStep",
     "TagTokens",
     "errors",
     "merge_branches",
     "multiverse_attention",
     "patch_model",
+    "rotate",
     "tree_decode",
     "unpatch_model",
 ]
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from mvkernels.kv_cache import PagedKVCache
     from mvkernels.kv_tables import BranchTables, merge_branches
     from mvkernels.layout import BranchLayout
+    from mvkernels.rope import Rope, rotate
     from mvkernels.tags import TagTokens
 else:
     _EXPORTS = {
@@ -51,12 +54,14 @@ else:
         "GrammarError": "mvkernels.errors",
         "OutOfPages": "mvkernels.errors",
         "PagedKVCache": "mvkernels.kv_cache",
+        "Rope": "mvkernels.rope",
         "StaleStep": "mvkernels.errors",
         "TagTokens": "mvkernels.tags",
         "errors": "mvkernels.errors",
         "merge_branches": "mvkernels.kv_tables",
         "multiverse_attention": "mvkernels.attention",
         "patch_model": "mvkernels.hf",
+        "rotate": "mvkernels.rope",
         "tree_decode": "mvkernels.decode",
         "unpatch_model": "mvkernels.hf",
     }

@@ -40,6 +40,7 @@ from mvkernels.kv_nodes import (
 from mvkernels.kv_pages import FreePages
 from mvkernels.kv_step import Branch, PlannedNode, Step, make_step
 from mvkernels.ops.append import append_rows
+from mvkernels.rope import Rope, rotate
 
 
 class PagedKVCache:
@@ -191,16 +192,27 @@ class PagedKVCache:
         self._open = make_step(tuple(entries), planned, self.page_size, self.device)
         return self._open
 
-    def append(self, layer: int, k_new: torch.Tensor, v_new: torch.Tensor, step: Step, backend: str = "auto") -> None:
+    def append(
+        self,
+        layer: int,
+        k_new: torch.Tensor,
+        v_new: torch.Tensor,
+        step: Step,
+        backend: str = "auto",
+        rope: Rope | None = None,
+    ) -> None:
         """Writes the keys and values of a step's rows, [total_rows, num_kv_heads, head_dim], into their slots.
 
-        backend: "auto", "cpu", "triton" or "reference". Raises StaleStep, ValueError for a wrong layer, shape, dtype
-        or device, and BackendError.
+        backend: "auto", "cpu", "triton" or "reference". rope: rotates the keys by the step's positions on the way, for
+        callers that have not. Raises StaleStep, ValueError for a wrong layer, shape, dtype or device, and BackendError.
         """
         self._require_open(step)
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"append: expected a layer of 0 .. {self.num_layers - 1}, got {layer}")
-        append_rows(self.k[layer], self.v[layer], k_new, v_new, step.slots, backend)
+        rotation = None if rope is None else rope.at(step.positions)
+        if rope is not None and backend == "reference":
+            k_new, rotation = rotate(k_new, step.positions, rope, backend), None
+        append_rows(self.k[layer], self.v[layer], k_new, v_new, step.slots, backend, rotation)
 
     def commit(self, step: Step) -> None:
         """The tokens of a step become part of their branches. Raises StaleStep."""

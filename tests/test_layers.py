@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "layout": {"grammar", "tags", "ops.mask", "ops.mask_table"},
     "reference": {"grammar"},
     "attention": {"layout", "ops", "reference"},
-    "kv_cache": {"ops", "reference"},
+    "rope": {"ops", "reference"},
+    "kv_cache": {"ops", "reference", "rope"},
     "decode": {"kv_cache", "ops", "reference"},
     "hf": {"attention", "decode", "kv_cache", "layout"},
 }

@@ -3,6 +3,7 @@
     k_cache[slot // page_size, slot % page_size] = k_new[row]   for slot = slots[row]; v alike
 
 k_cache, v_cache: [num_pages, page_size, Hkv, D]; k_new, v_new: [N, Hkv, D]; slots: [N] int64, all different.
+With a rotation (`ops.rope`) the keys are rotated on the way, in the same launch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from mvkernels.ops.backends import choose_backend, triton_reason
+from mvkernels.ops.rope import Rotation, check_rotation, rotate_rows, rotation_reason
 
 
 def append_rows(
@@ -19,6 +21,7 @@ def append_rows(
     v_new: torch.Tensor,
     slots: torch.Tensor,
     backend: str = "auto",
+    rotation: Rotation | None = None,
 ) -> None:
     """Checks the arguments, chooses a backend, and writes. Raises ValueError and BackendError."""
     expected = (slots.shape[0], *k_cache.shape[2:])
@@ -31,17 +34,21 @@ def append_rows(
             raise ValueError(f"{name}: expected the cache's device {stored.device}, got {new.device}")
         if torch.is_grad_enabled() and new.requires_grad:
             raise ValueError(f"{name}: expected a tensor outside autograd, got one that requires grad: use no_grad()")
+    triton = triton_reason(k_cache.device)
+    if rotation is not None:
+        check_rotation(rotation, k_new)
+        triton = triton or rotation_reason(k_new.dtype)
     device = k_cache.device.type
     reasons = {
         "cpu": None if device == "cpu" else f"expected tensors on cpu, got {device}",
-        "triton": triton_reason(k_cache.device),
+        "triton": triton,
         "reference": None,
     }
     if choose_backend(backend, reasons, auto=("cpu", "triton")) == "triton":
         from mvkernels.ops.append_triton import launch_append
 
-        launch_append(k_cache, v_cache, k_new, v_new, slots)
+        launch_append(k_cache, v_cache, k_new, v_new, slots, rotation)
         return
     with torch.no_grad():
-        k_cache.view(-1, *k_cache.shape[2:])[slots] = k_new
+        k_cache.view(-1, *k_cache.shape[2:])[slots] = k_new if rotation is None else rotate_rows(k_new, rotation)
         v_cache.view(-1, *v_cache.shape[2:])[slots] = v_new
