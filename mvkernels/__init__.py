@@ -18,6 +18,7 @@ __all__ = [
     "BranchLayout",
     "BranchTables",
     "CacheError",
+    "DecodeGraph",
     "GrammarError",
     "OutOfPages",
     "PagedKVCache",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mvkernels.decode import tree_decode
     from mvkernels.errors import BackendError, BranchError, CacheError, GrammarError, OutOfPages, StaleStep
     from mvkernels.hf import patch_model, unpatch_model
+    from mvkernels.hf_graph import DecodeGraph
     from mvkernels.kv_cache import PagedKVCache
     from mvkernels.kv_tables import BranchTables, merge_branches
     from mvkernels.layout import BranchLayout
@@ -51,6 +53,7 @@ else:
         "BranchLayout": "mvkernels.layout",
         "BranchTables": "mvkernels.kv_tables",
         "CacheError": "mvkernels.errors",
+        "DecodeGraph": "mvkernels.hf_graph",
         "GrammarError": "mvkernels.errors",
         "OutOfPages": "mvkernels.errors",
         "PagedKVCache": "mvkernels.kv_cache",
