@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvkernels import BackendError, BranchError, DecodeGraph, OutOfPages, PagedKVCache, StaleStep, patch_model
 from mvkernels.hf_graph import EAGER_STEPS, _Captured
 from tests.conftest import interpreting
+from tests.test_hf import make
 from tests.tiny_model import tiny_model
 
 PAGE = 4
@@ -302,6 +304,38 @@ def test_the_tables_of_the_kernels_advance_with_the_steps() -> None:
     twin.merge(0, [1, 2])
     for _ in range(3):
         twin.run(0)
+
+
+class NoHost(TorchDispatchMode):
+    """Raises for what a capture cannot hold: values that the host asks for, and tensors that it makes from its own."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.lift_fresh, aten.equal):
+            raise AssertionError(f"expected device work only, got {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+def test_what_is_captured_asks_the_host_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+    model = patch_model(make(family, head_dim=16).to(device), "triton")
+    graph = DecodeGraph(model, make_cache(model), backend="eager")
+    branch = graph.cache.new()
+    graph.run([(branch, 3)], [1, 2, 3])
+    for token in range(EAGER_STEPS):
+        graph.run([branch], [token])
+    forward, watched = graph._forward, []
+
+    def watch(plan):
+        with NoHost():
+            watched.append(forward(plan))
+        return watched[-1]
+
+    monkeypatch.setattr(graph, "_forward", watch)
+    graph.run([branch], [4])
+    assert len(watched) == 1 and branch.num_tokens == 4 + EAGER_STEPS
 
 
 # -- when a graph is captured and when it is replayed, with graphs that call the model ---------------------------
