@@ -14,9 +14,7 @@ help:
 	@echo 'make demo    set up .venv, then generate with the embedded model, in parallel and sequentially'
 	@echo 'make test    set up .venv, then run the whole test suite'
 	@echo 'make check   set up .venv, then ruff and mypy --strict'
-	@echo 'make bench-quick   time a few calls and compare with the run before; BENCH= for other options'
-	@echo 'make bench-quick   time a few calls and compare with the run before; BENCH= for other options'
-	@echo 'make bench-quick   time a few calls and compare with the run before; BENCH= for other options'
+	@echo 'make bench-quick   set up .venv, then time a few calls beside the run before; BENCH=... for other options'
 	@echo 'make clean   remove .venv and what builds and tools leave behind'
 
 install: $(STAMPS)/installed
@@ -37,16 +35,6 @@ check: $(STAMPS)/installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-
-# Saves the times in .benchmarks and shows those of the run before beside them.
-BENCH ?= --benchmark-autosave --benchmark-compare
-bench-quick: $(STAMPS)/installed
-	$(PYTHON) -m pytest benchmarks/test_quick.py $(BENCH)
-
-# Saves the times in .benchmarks and shows those of the run before beside them.
-BENCH ?= --benchmark-autosave --benchmark-compare
-bench-quick: $(STAMPS)/installed
-	$(PYTHON) -m pytest benchmarks/test_quick.py $(BENCH)
 
 # Saves the times in .benchmarks and shows those of the run before beside them.
 BENCH ?= --benchmark-autosave --benchmark-compare
