@@ -311,7 +311,8 @@ class NoHost(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
-        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.lift_fresh, aten.equal):
+        asking = (aten.item, aten.is_nonzero, aten._local_scalar_dense, aten.nonzero, aten.equal)
+        if func.overloadpacket in (*asking, aten.lift_fresh):
             raise AssertionError(f"expected device work only, got {func}")
         return func(*args, **(kwargs or {}))
 
