@@ -113,6 +113,7 @@ class BranchLayout:
         return cls.from_tree([length])
 
     @classmethod
+    @torch.inference_mode(False)  # a layout made beside a generation may be trained on: autograd saves its tensors
     def pack(cls, layouts: Iterable[BranchLayout]) -> BranchLayout:
         """One layout of all documents, one after the other, without padding. Each may itself be a pack.
 
@@ -154,6 +155,7 @@ class BranchLayout:
         )
 
     @classmethod
+    @torch.inference_mode(False)
     def _from_runs(cls, runs: Runs, sampled: npt.NDArray[np.bool_]) -> BranchLayout:
         starts = np.array([*runs.starts, runs.total_tokens], dtype=np.int32)
         lengths = np.diff(starts)
@@ -171,7 +173,7 @@ class BranchLayout:
         )
         return cls(
             position_ids=torch.from_numpy(positions),
-            cu_seqlens=torch.tensor([0, runs.total_tokens], dtype=torch.int32),
+            cu_seqlens=torch.tensor([0, runs.total_tokens], dtype=torch.int32, device="cpu"),
             mask=mask,
             critical_path=int(positions.max()) + 1 if runs.total_tokens else 0,
             sampled=sampled,
@@ -239,12 +241,11 @@ class BranchLayout:
 
     def to(self, device: torch.device | str) -> BranchLayout:
         """The same layout with its tensors on `device`. Derived data are kept."""
-        return replace(
-            self,
-            position_ids=self.position_ids.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            _made=self._table.to(device),
-        )
+        with torch.inference_mode(False):
+            moved = self.position_ids.to(device)
+            cu_seqlens = self.cu_seqlens.to(device)
+        # "cuda" names a device of which the tensors say the index.
+        return replace(self, position_ids=moved, cu_seqlens=cu_seqlens, _made=self._table.to(moved.device))
 
     def cached(self, key: Hashable, build: Callable[[], Value]) -> Value:
         """`build()` once per key, remembered as long as the layout lives. Keys of device data must name the device."""

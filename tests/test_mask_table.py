@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -59,6 +60,11 @@ def test_copied_layouts_attend_alike(duplicate) -> None:
     assert torch.equal(multiverse_attention(q, k, v, twin), wanted)
 
 
+def test_a_device_by_another_name_is_no_move() -> None:
+    layout = BranchLayout.from_tree(TREE)
+    assert layout.to("cpu:0").mask_table is layout.mask_table
+
+
 def test_a_copy_of_the_tensor_is_read_back() -> None:
     layout = BranchLayout.from_tree(TREE)
     q, k, v = torch.randn(3, layout.total_tokens, 2, 8)
@@ -80,6 +86,62 @@ def test_a_buffer_that_is_written_again_is_read_again() -> None:
         buffer.copy_(layout.mask_table)
         got = OPS["cpu"][0](q, k, v, buffer, 0.3)[0]
         assert torch.equal(got, multiverse_attention(q, k, v, layout, scale=0.3))
+
+
+@pytest.mark.parametrize("write", ["numpy", "data", "inference"])
+def test_a_buffer_that_is_written_behind_the_version_is_read_again(write: str) -> None:
+    """Not every writer counts up a tensor's version."""
+    first, second = BranchLayout.from_tree(TREE), BranchLayout.causal(20)
+    q, k, v = torch.randn(3, 20, 2, 8)
+    wanted = [multiverse_attention(q, k, v, layout, scale=0.3) for layout in (first, second)]
+    with torch.inference_mode(write == "inference"):
+        buffer = first.mask_table.clone()
+        for layout, expected in zip((first, second), wanted, strict=True):
+            if write == "numpy":
+                buffer.numpy()[:] = layout.mask_table.numpy()
+            else:
+                (buffer.data if write == "data" else buffer).copy_(layout.mask_table)
+            assert torch.equal(OPS["cpu"][0](q, k, v, buffer, 0.3)[0], expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU")
+def test_buffers_that_inductor_reuses_are_told_apart() -> None:
+    """Two masks computed in one graph stand in the same memory, one after the other."""
+    op = OPS["cpu"][0]
+
+    def run(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        y, _ = op(x, x, x, first * 1, 0.3)
+        return op(y, y, y, second * 1, 0.3)[0]
+
+    tables = BranchLayout.from_tree(TREE).mask_table, BranchLayout.causal(20).mask_table
+    x = torch.randn(20, 2, 8)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(x, *tables), run(x, *tables))
+
+
+def test_a_view_of_a_part_does_not_take_the_place_of_the_table() -> None:
+    layout = BranchLayout.from_tree(TREE)
+    assert find_mask_table(layout.mask_table[:200]) is not layout._table
+    assert find_mask_table(layout.mask_table) is layout._table
+
+
+def test_a_layout_made_in_inference_mode_trains() -> None:
+    """As one that comes with a generation."""
+    with torch.inference_mode():
+        document = BranchLayout.from_tree(TREE)
+        layout = BranchLayout.pack([document, document])
+    assert not any(x.is_inference() for x in (layout.position_ids, layout.cu_seqlens, layout.mask_table))
+    for made in (document, layout):
+        leaves = torch.randn(3, made.total_tokens, 2, 8).requires_grad_()
+        multiverse_attention(*leaves, made).sum().backward()
+        assert leaves.grad.isfinite().all()
+
+
+def test_a_recorded_cuda_graph_leaves_the_ops_out() -> None:
+    """A replay would take the mask, and so the sizes, of the layout that was recorded."""
+    for ops in OPS.values():
+        for op in ops:
+            assert torch.Tag.cudagraph_unsafe in op._opoverload.tags
 
 
 def test_the_layout_may_be_gone_at_the_backward() -> None:

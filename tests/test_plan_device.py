@@ -91,6 +91,7 @@ def test_no_mask_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = layout.mask_table.to(DEVICE).clone()
     table = MaskTable.__new__(MaskTable)
     table._enter(None, tensor, {})
+    mask_table._kept.append(table)
     assert find_mask_table(tensor) is table
     monkeypatch.setattr(mask_table, "unpack", lambda tensor: pytest.fail("the mask was read back"))
     found = attention_tables(table, chosen, DEVICE)

@@ -21,14 +21,17 @@ from mvkernels.ops import attention_cpu
 from mvkernels.ops.mask_table import find_mask_table
 
 Grads = tuple[Tensor, Tensor, Tensor]
+# What is derived from a mask is made on the host and has a size of its own: a CUDA graph, as torch.compile records with
+# mode="reduce-overhead", would replay the first layout for ever.
+TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("mvkernels::attention_cpu", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("mvkernels::attention_cpu", mutates_args=(), device_types="cpu", tags=TAGS)
 def attention_cpu_op(q: Tensor, k: Tensor, v: Tensor, mask_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return attention_cpu.forward(q, k, v, find_mask_table(mask_table), scale)
 
 
-@torch.library.custom_op("mvkernels::attention_cpu_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("mvkernels::attention_cpu_backward", mutates_args=(), device_types="cpu", tags=TAGS)
 def attention_cpu_backward_op(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -43,14 +46,14 @@ def attention_cpu_backward_op(
     return attention_cpu.backward(grad_out, grad_lse, q, k, v, out, lse, find_mask_table(mask_table), scale)
 
 
-@torch.library.custom_op("mvkernels::attention_triton", mutates_args=())
+@torch.library.custom_op("mvkernels::attention_triton", mutates_args=(), tags=TAGS)
 def attention_triton_op(q: Tensor, k: Tensor, v: Tensor, mask_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from mvkernels.ops import attention_triton
 
     return attention_triton.forward(q, k, v, find_mask_table(mask_table), scale)
 
 
-@torch.library.custom_op("mvkernels::attention_triton_backward", mutates_args=())
+@torch.library.custom_op("mvkernels::attention_triton_backward", mutates_args=(), tags=TAGS)
 def attention_triton_backward_op(
     grad_out: Tensor,
     grad_lse: Tensor | None,

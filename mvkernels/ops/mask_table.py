@@ -7,7 +7,9 @@
 The ops are functions of this tensor. Everything they derive from it, tile plans above all, is made on the host once and
 found again by the tensor's address: a `MaskTable` is registered as long as it lives, and it keeps the tensor alive.
 An op that meets any other tensor, such as a copy, derives it from the tensor; the result is the same. On a GPU that
-happens where the tensor is (see `plan_triton`), and the mask is read back only if somebody asks for it.
+happens where the tensor is (see `plan_triton`), and the mask is read back only if somebody asks for it. The last few
+of these are kept, and found again by what stands in the tensor: whoever owns it may write another mask there, and
+not every writer counts up the tensor's version (Inductor reuses buffers, NumPy shares memory).
 """
 
 from __future__ import annotations
@@ -28,21 +30,36 @@ Value = TypeVar("Value")
 
 HEADER = 4
 _SMALLEST = 4096  # 16 KB: about 800 segments, more than most rows of packed documents have
-_KEPT = 8  # masks read back from tensors that nobody registered: for the backward that follows a forward
+_KEPT = 8  # masks of tensors that nobody registered: for the backward that follows a forward
 
 
 class MaskTable:
     """A mask, its tensor on one device, and a cache of derived data that all devices share."""
 
     def __init__(self, mask: IntervalMask, device: torch.device, cache: dict[Hashable, Any] | None = None) -> None:
-        self._enter(mask, torch.from_numpy(pack(mask)).to(device), {} if cache is None else cache)
+        with torch.inference_mode(False):  # autograd saves the tensor, and would refuse one made in inference mode
+            tensor = torch.from_numpy(pack(mask)).to(device)
+        self._enter(mask, tensor, {} if cache is None else cache)
+        _registered[_address(tensor)] = self
+
+    @classmethod
+    def of_tensor(cls, tensor: torch.Tensor) -> MaskTable:
+        """The mask in a tensor that somebody else may write again: of a copy. It is not registered.
+
+        Raises ValueError when it is no mask table; of a CUDA tensor the values are checked when they are needed.
+        """
+        _check_table(tensor)
+        with torch.inference_mode(False):
+            copied = tensor.detach().clone()
+        table = cls.__new__(cls)
+        table._enter(None if tensor.is_cuda else unpack(copied), copied, {})
+        return table
 
     def _enter(self, mask: IntervalMask | None, tensor: torch.Tensor, cache: dict[Hashable, Any]) -> None:
         self._mask = mask
         self.tensor = tensor
         self._cache = cache
-        self._version = _version(tensor)
-        _registered[_address(tensor)] = self
+        self._version = tensor._version
 
     @property
     def mask(self) -> IntervalMask:
@@ -58,7 +75,8 @@ class MaskTable:
 
     def _is_of(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor at this one's address is this one, unwritten since."""
-        return self.tensor.numel() == tensor.numel() and self._version == _version(tensor)
+        same = self.tensor.numel() == tensor.numel() and not tensor.is_inference()
+        return same and self._version == tensor._version
 
     def to(self, device: torch.device | str) -> MaskTable:
         """The same mask on another device; derived data are shared."""
@@ -82,14 +100,18 @@ class MaskTable:
 def find_mask_table(tensor: torch.Tensor) -> MaskTable:
     """The registered table of a tensor, else one that is made from it.
 
-    Raises ValueError when the tensor is no mask table; of a CUDA tensor the values are checked when they are needed.
+    For a CUDA tensor that is not registered the host waits, to compare it with the last ones. Raises ValueError when
+    the tensor is no mask table; of a CUDA tensor the values are checked when they are needed.
     """
     found = _registered.get(_address(tensor))
     if found is not None and found._is_of(tensor):
         return found
-    table = MaskTable.__new__(MaskTable)
-    _check_table(tensor)
-    table._enter(None if tensor.is_cuda else unpack(tensor), tensor.detach(), {})
+    with _lock:
+        kept = [table for table in reversed(_kept) if table.tensor.device == tensor.device]
+    for table in kept:
+        if table.tensor.dtype == tensor.dtype and torch.equal(table.tensor, tensor):
+            return table
+    table = MaskTable.of_tensor(tensor)
     with _lock:
         _kept.append(table)
     return table
@@ -133,11 +155,6 @@ def _check_table(tensor: torch.Tensor) -> None:
 
 def _address(tensor: torch.Tensor) -> tuple[str, int]:
     return str(tensor.device), tensor.data_ptr()
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often the tensor was written in place. Inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 # A registered table holds its tensor, so that no other tensor can have its address while the entry stands.
