@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mvkernels import attention
 from mvkernels.attention import multiverse_attention
@@ -98,6 +99,31 @@ def test_what_the_package_is_given(machine, monkeypatch: pytest.MonkeyPatch, nam
     [(args, options)] = calls
     assert args[:3] == (q, k, v) and args[3:5] == (PACKED.cu_seqlens,) * 2 and args[5:] == (9, 9)
     assert options == {"softmax_scale": 0.25, "causal": True, "deterministic": True}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_call_can_be_traced(machine, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Without a graph break, and without a compilation per layout."""
+
+    def flash_attn_varlen_func(q, k, v, first, last, longest_q, longest_k, softmax_scale, causal, deterministic):
+        return v * softmax_scale + longest_k
+
+    module = types.ModuleType(name)
+    monkeypatch.setattr(module, "flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
+    monkeypatch.setitem(sys.modules, name, module)
+    machine((9, 0), (name,))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def run(x: torch.Tensor, layout: BranchLayout) -> torch.Tensor:
+        return attention_flash.attend(x, x, x, layout.cu_seqlens, layout.longest_document, 0.5)
+
+    for length in (7, 12, 33):
+        layout = BranchLayout.pack([BranchLayout.causal(length), BranchLayout.causal(2)])
+        x = torch.randn(layout.total_tokens, 2, 64)
+        torch.testing.assert_close(run(x, layout), x * 0.5 + length)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.gpu

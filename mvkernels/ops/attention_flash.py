@@ -5,7 +5,6 @@ FlashAttention-3 (module flash_attn_interface, Hopper) is taken before FlashAtte
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 
 import torch
@@ -40,8 +39,12 @@ def attend(
     """q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens [documents + 1] int32 -> out [T, Hq, D]; deterministic backward."""
     name = module_for(torch.cuda.get_device_capability(q.device))
     assert name is not None, "the caller checked that a module is installed"
-    function = importlib.import_module(name).flash_attn_varlen_func
-    result = function(
+    # Spelled out, because torch.compile can trace an import statement, but not import_module.
+    if name == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+    else:
+        from flash_attn_interface import flash_attn_varlen_func
+    result = flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True, deterministic=True
     )
     # Some releases of FlashAttention-3 return (out, lse) always.
