@@ -77,7 +77,8 @@ def multiverse_attention(
     if not math.isfinite(factor):
         raise ValueError(f"scale: expected a finite number, got {factor}")
     if name == "reference":
-        out, lse = reference_attention(q, k, v, layout.dense_mask().to(q.device), factor)
+        with torch.autocast(q.device.type, enabled=False):  # as the other backends: products in the inputs' dtype
+            out, lse = reference_attention(q, k, v, layout.dense_mask().to(q.device), factor)
     elif name == "flash":
         return attention_flash.attend(q, k, v, layout.cu_seqlens.to(q.device), layout.longest_document, factor)
     else:

@@ -251,6 +251,14 @@ def test_a_layout_first_used_in_inference_mode_trains():
     assert torch.equal(out, before) and q.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_does_not_change_the_dtype(backend):
+    case = SMALL[2]
+    wanted = multiverse_attention(*case.inputs(), case.layout(), backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(multiverse_attention(*case.inputs(), case.layout(), backend=backend), wanted)
+
+
 def test_a_second_derivative_is_refused():
     case = SMALL[2]
     q, k, v = (x.requires_grad_() for x in case.inputs())
