@@ -5,6 +5,7 @@ Storage: k[layer], v[layer]: [num_pages, page_size, num_kv_heads, head_dim]. A b
     fork(b, n)          n children that see all of b, each with an empty node of its own
     merge(b, children)  b sees the children's nodes too, and goes on in a new empty node; its next position is the
                         highest next position among the children (arXiv 2506.09991, section 4.2)
+    truncate, free, evict   take back last tokens, a branch, a branch with its descendants
     plan .. commit      a step: new tokens of any branches, one row each; nothing changes before commit
 
 Growing. A node may grow as long as every node that sees it whole is empty. So a parent may still add tokens after a
@@ -38,7 +39,7 @@ from mvkernels.kv_nodes import (
     tokens_vanish,
 )
 from mvkernels.kv_pages import FreePages
-from mvkernels.kv_step import Branch, PlannedNode, Step, make_step
+from mvkernels.kv_step import Branch, PlannedNode, Step, make_step, next_step
 from mvkernels.ops.append import append_rows
 from mvkernels.rope import Rope, rotate
 
@@ -150,14 +151,16 @@ class PagedKVCache:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def plan(self, entries: Sequence[tuple[Branch, int]]) -> Step:
+    def plan(self, entries: Sequence[tuple[Branch, int]], reserve: int = 0) -> Step:
         """Reserves slots for new tokens: (branch, number of tokens >= 1) each, no branch twice.
 
-        Raises OutOfPages when they do not all fit, and BranchError when a branch is gone or may not grow, be it by a
+        reserve: sets pages aside for that many further tokens of each branch, one a step: see `advance`. Raises OutOfPages when they do not all fit, and BranchError when a branch is gone or may not grow, be it by a
         token that was committed after it or by an earlier entry of this step; ValueError for a bad number of tokens.
         """
         if not entries:
             raise ValueError("plan: expected at least one entry, got none")
+        if reserve < 0:
+            raise ValueError(f"plan: expected a reserve of at least 0 tokens, got {reserve}")
         starts: dict[Node, int] = {}
         lengths: dict[Node, int] = {}
         blocked: dict[Link, Branch] = {}
@@ -177,7 +180,7 @@ class PagedKVCache:
             while link is not None and not link.after and link not in blocked:
                 blocked[link] = branch
                 link = link.before
-        wanted = [-(-length // self.page_size) - len(node.pages) for node, length in lengths.items()]
+        wanted = [-(-(length + reserve) // self.page_size) - len(node.pages) for node, length in lengths.items()]
         free = len(self._free) + self._reserved()
         if sum(wanted) > free:
             raise OutOfPages(f"plan: expected at most {free} free pages to be needed, got {sum(wanted)}")
@@ -185,11 +188,11 @@ class PagedKVCache:
         planned = tuple(
             PlannedNode(
                 node, starts[node], node.length, lengths[node] - node.length,
-                self._free.take(pages, node.pages[-1] if node.pages else None),
+                self._free.take(pages, node.pages[-1] if node.pages else None) if pages else [],
             )
             for node, pages in zip(lengths, wanted, strict=True)
         )  # fmt: skip
-        self._open = make_step(tuple(entries), planned, self.page_size, self.device)
+        self._open = make_step(tuple(entries), planned, self.page_size, self.device, reserve)
         return self._open
 
     def append(
@@ -218,19 +221,72 @@ class PagedKVCache:
         """The tokens of a step become part of their branches. Raises StaleStep."""
         self._require_open(step)
         for planned in step.planned:
-            node = planned.node
-            if node.length == 0:
-                node.start = planned.start
-                for seen in tokens_appear(node):
-                    self._forget_merged(seen)
-            node.length += planned.num_tokens
-            node.pages.extend(planned.pages)
+            self._free.give_back(self._grow(planned))
         self._open, step.state.closed = None, "committed"
+
+    def advance(self, step: Step, tensors: bool = True) -> Step:
+        """Commits a step and opens the next one, with one more token of each of its branches, in reserved pages.
+
+        The next step has the same tensors with the values of the next tokens, and what was derived for the kernels of a
+        GPU stays on it: nothing is planned or copied there anew. The entries must have one token each, of branches that
+        do not see one another's. tensors: False where a CUDA graph has advanced them already. Raises StaleStep,
+        ValueError when the step cannot be advanced, and OutOfPages when what `plan` reserved is used up.
+        """
+        self._require_open(step)
+        if step.ahead is None:
+            expected = "one token for each of its branches, none of which sees another's, and a reserve"
+            raise ValueError(f"advance: expected a step with {expected}, got entries {step.entries} planned otherwise")
+        if step.index == len(step.ahead) - 1:
+            raise OutOfPages(f"advance: expected tokens in reserve, got a step that used all {step.index}")
+        if tensors:
+            step.advance_tensors()
+        following = tuple(PlannedNode(p.node, p.start, p.base + 1, 1, self._grow(p)) for p in step.planned)
+        step.state.closed = "advanced"
+        self._open = next_step(step, following)
+        return self._open
 
     def rollback(self, step: Step) -> None:
         """Gives up a step and the slots reserved for it. Raises StaleStep."""
         self._require_open(step)
         self._discard("rolled back")
+
+    def truncate(self, branch: Branch, num_tokens: int) -> None:
+        """Takes back the last `num_tokens` tokens of a branch, which must be its own: written since its last fork or
+        merge, and seen by no other token. Raises BranchError, or ValueError for a bad number.
+        """
+        node = self._state(branch).tail
+        if num_tokens < 0:
+            raise ValueError(f"truncate: expected a number of tokens of at least 0, got {num_tokens}")
+        if node.frozen or num_tokens > node.length:
+            got = "tokens after them" if node.frozen else f"{node.length} since its last fork or merge"
+            raise BranchError(f"truncate: expected {num_tokens} last tokens of branch {branch.id}'s own, got {got}")
+        self._discard("discarded by a truncation")
+        if num_tokens == 0:
+            return
+        node.length -= num_tokens
+        node.forget()
+        kept = -(-node.length // self.page_size)
+        self._free.give_back(node.pages[kept:])
+        del node.pages[kept:]
+        if node.length == 0:
+            node.start = None
+            tokens_vanish(node)
+
+    def evict(self, branch: Branch) -> int:
+        """Frees a branch with all that was forked from it and not freed since; returns how many pages that gave back.
+
+        What a scheduler does with a request that has to wait. Raises BranchError when the branch is gone or merged.
+        """
+        state = self._state(branch)
+        if state.merged:
+            raise BranchError(f"evict: expected a branch that owns its pages, got merged branch {branch.id}")
+        before = self.num_free_pages + self._reserved()
+        going = [state]
+        for descendant in going:
+            going.extend(self._branches[child] for child in descendant.children)
+        for descendant in reversed(going):
+            self.free(Branch(self, descendant.id))
+        return self.num_free_pages - before
 
     # -- figures -------------------------------------------------------------------------------------------------
 
@@ -284,9 +340,22 @@ class PagedKVCache:
     def _discard(self, why: str) -> None:
         if self._open is not None:
             for planned in self._open.planned:
-                self._free.give_back(planned.pages)
+                if planned.pages:
+                    self._free.give_back(planned.pages)
             self._open.state.closed = why
             self._open = None
+
+    def _grow(self, planned: PlannedNode) -> list[int]:
+        """Adds the tokens of a plan to its node; returns the pages that are left of those set aside for it."""
+        node = planned.node
+        if node.length == 0:
+            node.start = planned.start
+            for seen in tokens_appear(node):
+                self._forget_merged(seen)
+        node.length += planned.num_tokens
+        used = -(-node.length // self.page_size) - len(node.pages)
+        node.pages.extend(planned.pages[:used])
+        return planned.pages[used:]
 
     def _make_tail(self, chain: Link | None, predecessors: tuple[Node, ...], forked: bool) -> Link:
         """The held link of a new empty node."""

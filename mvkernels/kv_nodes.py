@@ -30,7 +30,7 @@ from mvkernels.ops.decode_tasks import page_counts
 Int32Array = npt.NDArray[np.int32]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Node:
     """One run of tokens; the module's docstring has the legend."""
 
@@ -46,19 +46,28 @@ class Node:
     merged_branch: int | None = None
     _page_array: Int32Array | None = None
 
+    def __repr__(self) -> str:
+        return f"Node({self.id}, {self.length} tokens)"
+
     @property
     def frozen(self) -> bool:
         """Whether a node with tokens sees this one."""
         return any(link.after for link in self.links)
 
+    def forget(self) -> None:
+        """Drops what was derived from the pages: some are given back, and others may come in their place."""
+        self._page_array = None
+        for link in self.links:
+            link.contents = None
+
     def page_array(self) -> Int32Array:
-        """Own pages, [pages] int32; the same array until a page is added or given back."""
+        """Own pages, [pages] int32; the same array until a page is added."""
         if self._page_array is None or len(self._page_array) != len(self.pages):
             self._page_array = np.array(self.pages, dtype=np.int32)
         return self._page_array
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Link:
     """A node at one place of a list. forked: the first of a forked child, whose siblings stand beside it.
 
@@ -72,6 +81,9 @@ class Link:
     after: int = 0
     contents: Contents | None = None
     seen: int = 0
+
+    def __repr__(self) -> str:
+        return f"Link({self.node!r}, {self.refs} references)"
 
     def back(self) -> Iterator[Link]:
         """This link and those before it, the last first."""
@@ -101,7 +113,7 @@ class BranchState:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """Everything the next token of the branch sees, oldest first, the tail last. For checks: walks the whole list."""
+        """Everything the next token of the branch sees, oldest first, the tail last. Walks the list: for checks."""
         return tuple(link.node for link in self.head.back())[::-1]
 
 

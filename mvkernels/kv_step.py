@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,9 @@ class Step:
     positions [N]     int32, position of each row
     slots [N]         int64, page * page_size + offset, where `append` writes the row
     views             what each entry sees (`ops.decode_tasks`), shared by all layers
+    ahead             the slots of the steps to come, [1 + reserve, N] int64, for `PagedKVCache.advance`; None where it
+                      cannot be used: an entry adds several tokens, or sees some that another one adds
+    cursor [1]        int64, the row of `ahead` that is this step's; `index` is the same number on the host
     """
 
     total_rows: int
@@ -78,11 +81,29 @@ class Step:
     views: StepViews = field(repr=False)
     planned: tuple[PlannedNode, ...] = field(repr=False)
     state: StepState = field(repr=False)
+    ahead: torch.Tensor | None = field(default=None, repr=False)
+    cursor: torch.Tensor | None = field(default=None, repr=False)
+    index: int = 0
 
     @cached_property
     def longest_context(self) -> int:
         """The most tokens that any row sees, itself included."""
         return max(sum(run.tokens for run in (*view.whole, view.own)) for view in self.views.entries)
+
+    def advance_tensors(self) -> None:
+        """Turns the tensors of this step into those of the next, where they are: device work only, no host sync.
+
+        What `PagedKVCache.advance` does beside its bookkeeping on the host; in a CUDA graph it is captured with the
+        step that it follows.
+        """
+        if self.ahead is None or self.cursor is None:
+            raise ValueError(
+                "expected a step with one token for each branch that was planned with reserve=, got another"
+            )
+        self.cursor.add_(1)
+        self.positions.add_(1)
+        self.slots.copy_(self.ahead.index_select(0, self.cursor)[0])
+        self.views.advance_tables(self.cursor)
 
     def require_open(self) -> None:
         """Raise StaleStep unless the step was neither committed nor rolled back, and its tree is unchanged."""
@@ -95,28 +116,60 @@ def make_step(
     planned: Sequence[PlannedNode],
     page_size: int,
     device: torch.device,
+    reserve: int = 0,
 ) -> Step:
-    """The open step that commits `planned`, entry by entry. Reads the nodes as they are now, and changes none."""
+    """The open step that commits `planned`, entry by entry. Reads the nodes as they are now, and changes none.
+
+    reserve: how many more steps the pages of `planned` are for.
+    """
     whole = _Lists(planned, page_size)
-    views, positions, slots, row_offsets, row = [], [], [], [], 0
+    views: list[EntryView] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    row_offsets: list[int] = []
     for p in planned:
-        own = whole.runs[p.node]
-        views.append(EntryView(row, p.num_tokens, own, whole.seen_by(p.node.chain)))
-        tokens = np.arange(p.base, p.base + p.num_tokens, dtype=np.int64)
-        positions.append(p.start + tokens)
-        slots.append(own.pages[tokens // page_size].astype(np.int64) * page_size + tokens % page_size)
-        row_offsets.append(row)
-        row += p.num_tokens
+        row_offsets.append(len(positions))
+        views.append(EntryView(len(positions), p.num_tokens, whole.runs[p.node], whole.seen_by(p.node.chain)))
+        # In plain Python: most entries have one token, for which an array costs more than all else.
+        pages, before = p.node.pages, len(p.node.pages)
+        for token in range(p.base, p.base + p.num_tokens):
+            place, offset = divmod(token, page_size)
+            page = pages[place] if place < before else p.pages[place - before]
+            positions.append(p.start + token)
+            slots.append(page * page_size + offset)
+    row = len(positions)
+    ahead = None
+    if reserve and row == len(planned) and not whole.linked:
+        ahead = torch.from_numpy(_slots_ahead(planned, whole.runs, reserve, page_size)).to(device)
     return Step(
         total_rows=row,
         entries=entries,
         row_offsets=tuple(row_offsets),
-        positions=torch.from_numpy(np.concatenate(positions).astype(np.int32)).to(device),
-        slots=torch.from_numpy(np.concatenate(slots)).to(device),
-        views=StepViews(tuple(views), page_size, row),
+        positions=torch.tensor(positions, dtype=torch.int32).to(device),
+        slots=torch.tensor(slots, dtype=torch.int64).to(device),
+        views=StepViews(tuple(views), page_size, row, reserve if ahead is not None else 0),
         planned=tuple(planned),
         state=StepState(),
+        ahead=ahead,
+        cursor=None if ahead is None else torch.zeros(1, dtype=torch.int64, device=device),
     )
+
+
+def next_step(step: Step, planned: tuple[PlannedNode, ...]) -> Step:
+    """The step after one whose tensors have advanced: the same tensors, and the same branches with one token each."""
+    return replace(step, planned=planned, state=StepState(), views=step.views.advanced(), index=step.index + 1)
+
+
+def _slots_ahead(
+    planned: Sequence[PlannedNode], runs: Mapping[Node, KeyRun], reserve: int, page_size: int
+) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """[1 + reserve, N]: where the token of each entry goes in this step and in those after it."""
+    tokens = np.arange(1 + reserve, dtype=np.int64)
+    columns = [
+        runs[p.node].pages[(p.base + tokens) // page_size].astype(np.int64) * page_size + (p.base + tokens) % page_size
+        for p in planned
+    ]
+    return np.stack(columns, axis=1)
 
 
 class _Lists:
@@ -129,6 +182,7 @@ class _Lists:
     def __init__(self, planned: Sequence[PlannedNode], page_size: int) -> None:
         self.page_size = page_size
         self.runs = {p.node: KeyRun.of_node(_pages_after(p), p.base + p.num_tokens, page_size) for p in planned}
+        self.linked = False  # whether an entry sees tokens that another one adds in this step
         self._near: dict[int, tuple[Contents | None, list[Node]]] = {}
         ends: dict[PageLog, set[int]] = {}
         for p in planned:
@@ -136,6 +190,7 @@ class _Lists:
             if id(chain) in self._near:  # siblings have one
                 continue
             fixed, near = self._near[id(chain)] = self._split(chain)
+            self.linked = self.linked or any(node in self.runs for node in near)
             for contents in fixed.back() if fixed is not None else ():
                 ends.setdefault(contents.log, set()).add(contents.end)
         self._cuts = {log: sorted(ends[log]) for log in ends}

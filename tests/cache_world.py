@@ -76,6 +76,9 @@ class World:
 
     def free(self, branch: Branch) -> None:
         self.cache.free(branch)
+        self.forget_branch(branch)
+
+    def forget_branch(self, branch: Branch) -> None:
         self.live.pop(branch).free()
         self.dead.append(branch)
         for children in self.children.values():
@@ -99,12 +102,17 @@ class World:
     def mirror(self, branch: Branch) -> ReferenceBranch:
         return self.live.get(branch) or self.merged[branch]
 
-    def write(self, entries: Sequence[tuple[Branch, int]], append: str = "auto") -> Step:
-        """Plans a step that must succeed, checks its positions, and writes it to both; `commit` it afterwards.
+    def write(self, entries: Sequence[tuple[Branch, int]], append: str = "auto", reserve: int = 0) -> Step:
+        """Plans a step that must succeed, checks its positions, and writes it to both; `commit` it afterwards."""
+        step = self.cache.plan(entries, reserve) if reserve else self.cache.plan(entries)
+        self.fill(step, entries, append)
+        return step
+
+    def fill(self, step: Step, entries: Sequence[tuple[Branch, int]], append: str = "auto") -> None:
+        """Checks the positions of a step and writes it to both.
 
         Layer n of the cache holds the values of the reference plus n, its values the negative.
         """
-        step = self.cache.plan(entries)
         cache = self.cache
         keys = self.new_rows(step.total_rows, cache.num_kv_heads, cache.head_dim).to(cache.dtype)
         values = keys.flip(0) if not self.sequential else -keys
@@ -120,7 +128,29 @@ class World:
             mirror.append(keys[row : row + count], values[row : row + count])
         assert step.positions.tolist() == positions
         assert step.positions.dtype == torch.int32 and step.slots.dtype == torch.int64
-        return step
+
+    def advance(self, step: Step) -> Step:
+        """Commits a written step and writes the next one."""
+        following = self.cache.advance(step)
+        self.bury()
+        self.fill(following, step.entries)
+        return following
+
+    def truncate(self, branch: Branch, count: int) -> None:
+        self.cache.truncate(branch, count)
+        mirror = self.mirror(branch)
+        end = len(mirror.items) - mirror.forked
+        del mirror.items[end - count : end]
+        self.bury()
+
+    def evict(self, branch: Branch) -> None:
+        going = [branch]
+        for descendant in going:
+            going += self.children[descendant]
+        before = self.cache.num_free_pages + self.cache._reserved()  # evicting discards an open step
+        assert self.cache.evict(branch) == self.cache.num_free_pages - before
+        for descendant in reversed(going):
+            self.forget_branch(descendant)
 
     def commit(self, step: Step) -> None:
         self.cache.commit(step)

@@ -68,12 +68,66 @@ class CacheMachine(RuleBasedStateMachine):
         with pytest.raises(BranchError, match="merge: expected"):
             self.cache.merge(parent, chosen)
 
-    @precondition(lambda self: len(self.world.live) > 5 or not self.handles())
+    @precondition(lambda self: len(self.world.live) > 5)
     @rule(data=st.data())
     def free(self, data):
         branch = data.draw(st.sampled_from(list(self.world.live)))
         self.close()
         self.world.free(branch)
+
+    @precondition(lambda self: len(self.world.live) > 4)
+    @rule(data=st.data())
+    def evict(self, data):
+        branch = data.draw(st.sampled_from(list(self.world.live)))
+        self.close()
+        self.world.evict(branch)
+
+    @precondition(lambda self: self.handles())
+    @rule(data=st.data(), count=st.integers(0, 4))
+    def truncate(self, data, count):
+        branch = data.draw(st.sampled_from(self.handles()))
+        node = self.cache._state(branch).tail
+        if not may_grow(self.world.mirror(branch)) or count > node.length:
+            with pytest.raises(BranchError, match="truncate: expected"):
+                self.cache.truncate(branch, count)
+            return
+        self.close()
+        self.world.truncate(branch, count)
+
+    @precondition(lambda self: self.world.live)
+    @rule(data=st.data(), reserve=st.integers(1, 5), count=st.integers(1, 7))
+    def plan_ahead(self, data, reserve, count):
+        """Steps that follow one another in reserved pages, and the error when those are used up."""
+        leaves = [b for b in self.world.live if may_grow(self.world.live[b])]
+        chosen = data.draw(st.lists(st.sampled_from(leaves), max_size=4, unique=True)) if leaves else []
+        entries = [(branch, 1) for branch in chosen]
+        if self.open is not None:
+            self.cache.rollback(self.open)
+            self.close()
+        if not chosen or not self.allowed(entries):
+            return
+        if self.pages_needed([(b, 1 + reserve) for b in chosen]) > self.cache.num_free_pages:
+            with pytest.raises(OutOfPages):
+                self.cache.plan(entries, reserve)
+            return
+        step = self.world.write(entries, reserve=reserve)
+        if step.ahead is None:  # some branch sees what another one adds
+            with pytest.raises(ValueError, match="advance: expected a step with one token"):
+                self.cache.advance(step)
+            count = 0
+        for done in range(count):
+            if done == reserve:
+                with pytest.raises(OutOfPages, match="advance: expected tokens in reserve"):
+                    self.cache.advance(step)
+                break
+            stale, step = step, self.world.advance(step)
+            self.stale.append(stale)
+            self.cache.check()
+        if data.draw(st.booleans()):
+            self.world.commit(step)
+        else:
+            self.world.rollback(step)
+        self.stale.append(step)
 
     @precondition(lambda self: self.world.live)
     @rule(data=st.data(), commit=st.booleans())
