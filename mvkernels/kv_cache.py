@@ -154,8 +154,9 @@ class PagedKVCache:
     def plan(self, entries: Sequence[tuple[Branch, int]], reserve: int = 0) -> Step:
         """Reserves slots for new tokens: (branch, number of tokens >= 1) each, no branch twice.
 
-        reserve: sets pages aside for that many further tokens of each branch, one a step: see `advance`. Raises OutOfPages when they do not all fit, and BranchError when a branch is gone or may not grow, be it by a
-        token that was committed after it or by an earlier entry of this step; ValueError for a bad number of tokens.
+        reserve: sets pages aside for that many further tokens of each branch, one a step: see `advance`. Raises
+        OutOfPages when they do not all fit, and BranchError when a branch is gone or may not grow, be it by a token
+        that was committed after it or by an earlier entry of this step; ValueError for a bad number of tokens.
         """
         if not entries:
             raise ValueError("plan: expected at least one entry, got none")

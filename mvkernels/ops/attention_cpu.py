@@ -31,6 +31,7 @@ def forward(
     wide = accumulator_dtype(q.dtype)
     out = torch.empty(q.shape, dtype=wide)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=wide)
+    masks = CallMasks(table.mask, q.dtype)
     for call in _plan(table):
         first, last, spans = call.first, call.last, call.spans
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -39,7 +40,7 @@ def forward(
             _heads_first(gather(v, spans)),
             0.0,
             call.kind in (CAUSAL, CAUSAL_MASKED),
-            attn_mask=call_mask(table.mask, call, q.dtype),
+            attn_mask=masks.of(call),
             scale=scale,
         )
         merge(out[first:last], lse[:, first:last], part[0].transpose(0, 1), part_lse[0], call.fresh)
@@ -66,6 +67,7 @@ def backward(
         q, k, v, out, grad_out = _with_lse_column(q, k, v, out, grad_out, grad_lse)
     wide = accumulator_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q, k, v))
+    masks = CallMasks(table.mask, q.dtype)
     for call, spans in _backward_calls(table):
         first, last = call.first, call.last
         part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -77,7 +79,7 @@ def backward(
             lse[None, :, first:last],
             0.0,
             call.kind in (CAUSAL, CAUSAL_MASKED),
-            attn_mask=call_mask(table.mask, call, q.dtype),
+            attn_mask=masks.of(call),
             scale=scale,
         )
         dq[first:last] += part_q[0].transpose(0, 1)
@@ -115,28 +117,50 @@ def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: to
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-def call_mask(mask: IntervalMask, call: Call, dtype: torch.dtype) -> torch.Tensor | None:
-    """[rows, keys] of 0 where a row sees a key and -inf where it does not; None where the call needs no mask.
+class CallMasks:
+    """[rows, keys] of 0 where a row sees a key and -inf where it does not, for one call after another.
 
-    Of CAUSAL_MASKED calls only what is hidden below the diagonal: the flash kernels see to the rest.
+    One buffer, which is put back to 0 where a call hid something: to make and zero one for each call takes longer.
     """
-    if call.kind in (DENSE, CAUSAL):
-        return None
-    rows = np.arange(call.first, call.last)[:, None]
-    keys = np.concatenate([np.arange(start, stop) for start, stop in call.spans])
-    bias = torch.zeros((len(rows), len(keys)), dtype=dtype)
-    if call.kind == MASKED:
-        bias.masked_fill_(torch.from_numpy(keys > rows), float("-inf"))
-    segment = int(np.searchsorted(mask.segment_starts, call.first, side="right")) - 1
-    start = call.first
-    while start < call.last:
-        stop = min(int(mask.segment_starts[segment + 1]), call.last)
-        hidden = [[0, mask.first_key[segment]], *mask.gaps[mask.gap_ptr[segment] : mask.gap_ptr[segment + 1]]]
-        # Keys ascend, so that what lies between two of them stands side by side.
-        for first, last in np.searchsorted(keys, hidden).tolist():
-            bias[start - call.first : stop - call.first, first:last] = float("-inf")
-        segment, start = segment + 1, stop
-    return bias
+
+    def __init__(self, mask: IntervalMask, dtype: torch.dtype) -> None:
+        self.mask = mask
+        self._buffer = torch.empty((0, 0), dtype=dtype)
+        self._hidden: list[torch.Tensor] = []
+
+    def of(self, call: Call) -> torch.Tensor | None:
+        """The mask of a call, until the next call; None where it needs none.
+
+        Of CAUSAL_MASKED calls only what is hidden below the diagonal: the flash kernels see to the rest.
+        """
+        for part in self._hidden:
+            part.zero_()
+        self._hidden.clear()
+        if call.kind in (DENSE, CAUSAL):
+            return None
+        rows = np.arange(call.first, call.last)[:, None]
+        keys = np.concatenate([np.arange(start, stop) for start, stop in call.spans])
+        bias = self._zeros(len(rows), len(keys))
+        if call.kind == MASKED:
+            bias.masked_fill_(torch.from_numpy(keys > rows), float("-inf"))
+            self._hidden.append(bias)
+        segment = int(np.searchsorted(self.mask.segment_starts, call.first, side="right")) - 1
+        start = call.first
+        while start < call.last:
+            stop = min(int(self.mask.segment_starts[segment + 1]), call.last)
+            gaps = self.mask.gaps[self.mask.gap_ptr[segment] : self.mask.gap_ptr[segment + 1]]
+            # Keys ascend, so that what lies between two of them stands side by side.
+            for first, last in np.searchsorted(keys, [[0, self.mask.first_key[segment]], *gaps]).tolist():
+                if first < last:
+                    self._hidden.append(bias[start - call.first : stop - call.first, first:last].fill_(float("-inf")))
+            segment, start = segment + 1, stop
+        return bias
+
+    def _zeros(self, rows: int, keys: int) -> torch.Tensor:
+        height, width = self._buffer.shape
+        if rows > height or keys > width:
+            self._buffer = self._buffer.new_zeros((max(rows, height), max(keys, width)))
+        return self._buffer[:rows, :keys]
 
 
 def gather(x: torch.Tensor, spans: Spans) -> torch.Tensor:

@@ -23,7 +23,7 @@ BLOCK_ROWS = 256
 SHORT_SEGMENT = 64  # segments below this many rows share a block with their neighbours
 MASKED_KEYS = 1536  # most keys of a masked call of a whole group, so that its mask stays small
 CALL_KEYS = 8192  # most keys of a dense call, whose keys and values are copied together where they lie apart
-# The backward takes fewer at a time: what a call allocates stays small, and its keys, values and gradients in the cache.
+# The backward takes fewer at a time: what a call allocates stays small, and its keys and gradients stay in the cache.
 BACKWARD_KEYS = 1024
 
 DENSE, CAUSAL, MASKED, CAUSAL_MASKED = 0, 1, 2, 3
