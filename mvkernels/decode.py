@@ -3,7 +3,8 @@
     out[r] = sum_j softmax_j(scale q[r] . k[j]) v[j]   over the keys j that row r sees
 
 A row sees every key of the nodes before its own, tokens of this step included, and of its own node those up to itself
-(arXiv 2506.09991, section 4.2).
+(arXiv 2506.09991, section 4.2). A key that many rows see is read once for all of them, where that is quicker:
+`decode_path` says which way a step takes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from mvkernels.kv_step import Step
 from mvkernels.ops.backends import choose_backend, dtype_names, triton_interpreted, triton_reason
+from mvkernels.ops.decode_tasks import DecodePath
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_DTYPES = (*TRITON_DTYPES, torch.float64)
@@ -30,6 +32,7 @@ def tree_decode(
     scale: float | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
+    batch_invariant: bool = ...,
 ) -> torch.Tensor: ...
 @overload
 def tree_decode(
@@ -41,6 +44,7 @@ def tree_decode(
     backend: str = ...,
     *,
     return_lse: Literal[True],
+    batch_invariant: bool = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -52,6 +56,7 @@ def tree_decode(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    batch_invariant: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attends from the rows of an open step to everything they see. Call after `PagedKVCache.append` of this layer.
 
@@ -59,6 +64,9 @@ def tree_decode(
     k_layer, v_layer   cache.k[layer], cache.v[layer]: [num_pages, page_size, Hkv, D], dtype and device of q
     scale              of the scores; None is 1 / sqrt(D)
     backend            "auto", "cpu", "triton" or "reference"; one asked for by name never falls back
+    batch_invariant    whether a branch's rows shall have the same bits whoever else is in the step: the same backend,
+                       device and threads, page size, and the same pages before them. Costs some speed. Without it
+                       the same step still has the same bits each time
     Returns out [N, Hq, D] in q's dtype; with return_lse also lse [Hq, N] float32 (float64 for float64), natural log.
     Not differentiable. Raises ValueError for arguments that do not fit, StaleStep unless the step is open, and
     BackendError with the reason when the backend cannot do it.
@@ -72,14 +80,44 @@ def tree_decode(
         if chosen == "triton":
             from mvkernels.ops.decode_triton import decode_triton
 
-            out, lse = decode_triton(q, k_layer, v_layer, step.views, scale)
+            out, lse = decode_triton(q, k_layer, v_layer, step.views, scale, batch_invariant)
         elif chosen == "cpu":
             from mvkernels.ops.decode_cpu import decode_cpu
 
-            out, lse = decode_cpu(q, k_layer, v_layer, step.views, scale)
+            out, lse = decode_cpu(q, k_layer, v_layer, step.views, scale, batch_invariant)
         else:
             out, lse = _decode_reference(q, k_layer, v_layer, step, scale)
     return (out, lse) if return_lse else out
+
+
+def decode_path(
+    q: torch.Tensor,
+    k_layer: torch.Tensor,
+    v_layer: torch.Tensor,
+    step: Step,
+    backend: str = "auto",
+    batch_invariant: bool = False,
+) -> DecodePath:
+    """Which way `tree_decode` takes such arguments; it raises what that raises, and reads no element.
+
+    "shared"   keys that several branches see are read once for all of them; partial results are merged
+    "split"    each branch reads its own list, in pieces that are merged
+    "direct"   each branch reads its own list in one piece, and there is nothing to merge
+    The backends choose by what they cost: what sharing saves must be more than another call or launch, and the merge.
+    """
+    check_arguments(q, k_layer, v_layer, step)
+    chosen = choose_backend(backend, backend_reasons(q), auto=("cpu", "triton"))
+    heads, kv_heads = q.shape[1], k_layer.shape[2]
+    if chosen == "triton":
+        from mvkernels.ops.decode_triton import plan_tables
+
+        tables = plan_tables(step.views, heads, kv_heads, q.shape[2], q.element_size(), q.device, batch_invariant)
+        return tables.path
+    if chosen == "cpu":
+        from mvkernels.ops.decode_cpu import plan_calls
+
+        return plan_calls(step.views, heads // kv_heads, kv_heads, batch_invariant).path
+    return "direct"
 
 
 def check_arguments(q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tensor, step: Step) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mvkernels.decode import tree_decode
 from mvkernels.reference.decode import attend
 from tests.cache_world import World
 
@@ -123,3 +124,38 @@ def assert_decodes(w: World, step, q, out, lse, layer: int = 0, scale=None) -> N
         error = (got.double() - true).abs().max().item()
         bound = 2 * (near.double() - true).abs().max().item() + FLOOR[q.dtype] * max(1.0, true.abs().max().item())
         assert error <= bound, f"error {error:.3g} is over the bound {bound:.3g}"
+
+
+def assert_batch_invariant(w: World, backend: str, heads: int = 4) -> None:
+    """Branches of a tree, decoded alone and among others: the same bits, and right. Some prefill, some see a merge."""
+    root = w.new()
+    w.step((root, 37))
+    paths = w.fork(root, 4)
+    w.step((paths[0], 30), (paths[1], 1), (paths[3], 18))
+    inner = w.fork(paths[0], 2)
+    w.step((inner[0], 7), (inner[1], 20))
+    w.merge(paths[0])
+    w.step((paths[0], 2))
+    leaves = [*w.fork(paths[0], 3), *paths[1:]]
+    counts = dict(zip(leaves, (1, 1, 5, 1, 21, 1), strict=True))
+    q = {branch: queries(w, counts[branch], heads) for branch in leaves}
+    rows = {branch: w.new_rows(counts[branch], w.cache.num_kv_heads, w.cache.head_dim) for branch in leaves}
+    found: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+    batches = [leaves, leaves[::-1], leaves[1:3], leaves[3:], *([branch] for branch in leaves)]
+    for batch in batches:
+        step = w.cache.plan([(branch, counts[branch]) for branch in batch])
+        keys = torch.cat([rows[branch] for branch in batch]).to(w.cache.k[0])
+        w.cache.append(0, keys, keys.flip(-1), step, backend=backend)
+        queries_now = torch.cat([q[branch] for branch in batch])
+        arguments = (queries_now, w.cache.k[0], w.cache.v[0], step)
+        out, lse = tree_decode(*arguments, backend=backend, return_lse=True, batch_invariant=True)
+        near, near_lse = tree_decode(*arguments, backend="reference", return_lse=True)
+        tolerance = 1e-5 if out.dtype == torch.float32 else 5e-2  # right in the main: other tests are exact about it
+        torch.testing.assert_close(out, near, rtol=0, atol=tolerance)
+        torch.testing.assert_close(lse, near_lse, rtol=0, atol=tolerance)
+        for branch, row in zip(batch, step.row_offsets, strict=True):
+            part = slice(row, row + counts[branch])
+            got = (out[part], lse[:, part])
+            first = found.setdefault(branch, got)
+            assert all(torch.equal(x, y) for x, y in zip(got, first, strict=True)), f"{branch} among {batch}"
+        w.cache.rollback(step)

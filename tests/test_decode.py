@@ -10,19 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvkernels.decode import tree_decode
+from mvkernels.decode import decode_path, tree_decode
 from mvkernels.errors import BackendError, StaleStep
-from mvkernels.ops import decode_cpu
+from mvkernels.ops import decode_cpu, decode_invariant
 from mvkernels.ops.backends import choose_backend
 from mvkernels.ops.decode_tasks import EntryView, KeyRun, build_tasks
 from tests.cache_world import World, may_grow, poisoned_cache
-from tests.decode_cases import CASES, assert_decodes, expected, queries
+from tests.decode_cases import CASES, assert_batch_invariant, assert_decodes, expected, queries
 
 BACKENDS = ["cpu", "reference"]
 
 
 def make_world(page_size=3, kv_heads=2, head_dim=16, dtype=torch.float32, layers=1, tokens=400, seed=0) -> World:
-    pages = -(-tokens // page_size) + 30
+    pages = -(-tokens // page_size) + 60
     return World(poisoned_cache(pages, page_size, layers, kv_heads, head_dim, dtype), seed)
 
 
@@ -52,12 +52,14 @@ def test_dtype_and_heads(dtype, heads, kv_heads, head_dim, backend):
 def tree_steps(draw):
     """A world after random steps, and entries that may grow together: leaves, fresh children, ending children."""
     w = make_world(
-        page_size=draw(st.sampled_from([1, 3, 16, 64])),
+        page_size=draw(st.sampled_from([1, 3, 16, 64, 256])),
         kv_heads=draw(st.sampled_from([1, 2])),
         head_dim=draw(st.sampled_from([4, 16])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
         seed=draw(st.integers(0, 1000)),
+        tokens=6000,
     )
+    widths = [1, 2, 3, 4, 32]
     tokens = st.sampled_from([1, 1, 1, 2, 5, 17])
     w.step((w.new(), draw(st.integers(1, 40))))
     depth = {branch: 0 for branch in w.live}
@@ -67,7 +69,9 @@ def tree_steps(draw):
             if not any(w.children[child] for child in w.children[branch]):
                 w.merge(branch)
         elif depth[branch] < 4:
-            depth.update(dict.fromkeys(w.fork(branch, draw(st.integers(1, 4))), depth[branch] + 1))
+            width = draw(st.sampled_from(widths))
+            widths = widths[:4] if width == 32 else widths
+            depth.update(dict.fromkeys(w.fork(branch, width), depth[branch] + 1))
         growing = [b for b in (*w.live, *w.merged) if may_grow(w.mirror(b)) and draw(st.booleans())]
         for branch in growing:  # one after the other: what was planned first may stop the others
             if (branch in w.live or branch in w.merged) and may_grow(w.mirror(branch)):
@@ -133,7 +137,7 @@ def test_strided_queries():
 @pytest.mark.parametrize("view_tokens", [1, 8, 10**6], ids=["every run apart", "mixed", "all gathered"])
 def test_scattered_pages(view_tokens, monkeypatch):
     """Two branches that grow by turns own every other page; the result is the same however runs are attended to."""
-    monkeypatch.setattr(decode_cpu, "VIEW_TOKENS", view_tokens)
+    monkeypatch.setattr(decode_cpu, "CALL_TOKENS", view_tokens)
     w = make_world(page_size=4)
     a, b = w.new(), w.new()
     w.step((a, 19))
@@ -142,9 +146,9 @@ def test_scattered_pages(view_tokens, monkeypatch):
     step = w.write([(b, 1), (a, 6)])
     q = queries(w, step.total_rows, 2)
     out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True)
-    pieces = [piece for task in step.views.tasks() for piece in decode_cpu.plan_pieces(task, step.views)]
-    gathered = [piece for piece in pieces if isinstance(piece.slots, torch.Tensor)]
-    assert len(gathered) > 0 if view_tokens > 1 else len(pieces) > 6
+    calls = decode_cpu.plan_calls(step.views, 1, 2).calls
+    gathered = [call for call in calls if isinstance(call.slots, torch.Tensor)]
+    assert len(gathered) > 0 if view_tokens > 1 else len(calls) > 6
     assert_decodes(w, step, q, out, lse)
 
 
@@ -164,13 +168,85 @@ def test_pages_used_again_hide_what_they_held():
 def test_long_prefill_takes_one_call_and_no_gather():
     w = make_world(page_size=16, tokens=4096)
     step = w.write([(w.new(), 3000)])
-    (task,) = step.views.tasks()
-    (piece,) = decode_cpu.plan_pieces(task, step.views)
-    assert (piece.rows, piece.slots, piece.causal) == (slice(0, 3000), slice(0, 3000), True)
+    plan = decode_cpu.plan_calls(step.views, 1, 2)
+    (call,) = plan.calls
+    assert (call.rows, call.slots, call.causal) == (slice(0, 3000), slice(0, 3000), True)
+    assert plan.path == "direct" and not plan.merges
     q = queries(w, 3000, 2)
     out = tree_decode(q, w.cache.k[0], w.cache.v[0], step)
     exact, _ = expected(w, step, q, 0, torch.float64)
     assert (out - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("prefix", "branches", "own", "path"),
+    [
+        (2000, 4, 30, "shared"),
+        (20, 4, 30, "direct"),
+        (600, 1, 5, "split"),
+        (300, 3, 1, "shared"),
+        (300, 2, 1, "direct"),
+    ],
+)
+def test_keys_are_shared_where_that_saves_more_than_it_costs(prefix, branches, own, path):
+    w = make_world(page_size=16, tokens=3000)
+    root = w.new()
+    w.step((root, prefix))
+    children = w.fork(root, branches)
+    w.step(*((child, own) for child in children))
+    step = w.write([(child, 1) for child in children])
+    q = queries(w, branches, 4)
+    arguments = (q, w.cache.k[0], w.cache.v[0], step)
+    assert decode_path(*arguments) == decode_path(*arguments, backend="cpu") == path
+    assert decode_path(*arguments, backend="reference") == "direct"
+    assert_decodes(w, step, q, *tree_decode(*arguments, return_lse=True))
+
+
+def test_short_lists_of_unequal_lengths_are_one_call():
+    w = make_world(page_size=4, tokens=2000)
+    root = w.new()
+    w.step((root, 1000))
+    children = w.fork(root, 6)
+    for child, tokens in zip(children, (50, 3, 47, 49, 44, 1), strict=True):
+        w.step((child, tokens))
+    step = w.write([(child, 1) for child in children])
+    q = queries(w, 6, 4)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
+    prefix, lists = decode_cpu.plan_calls(step.views, 2, 2).calls
+    assert prefix.num_rows == lists.num_rows == 6 and lists.lists and lists.bias.shape == (6, 1, 1, 51)
+    assert_decodes(w, step, q, out, lse)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_long_runs_are_cut_where_threads_would_idle(threads, rows, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    w = make_world(page_size=16, kv_heads=1, tokens=4000, dtype=dtype)
+    root = w.new()
+    w.step((root, 3001))
+    step = w.write([(child, 1) for child in w.fork(root, rows)])
+    q = queries(w, rows, 4)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
+    assert [call.parts for call in decode_cpu.plan_calls(step.views, 4, 1).calls if call.parts > 1] == [threads]
+    assert_decodes(w, step, q, out, lse)
+
+
+@pytest.mark.parametrize("page_size", [3, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 64), (14, 2, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_invariance(page_size, heads, kv_heads, head_dim, dtype, monkeypatch):
+    monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 16)
+    assert_batch_invariant(make_world(page_size, kv_heads, head_dim, dtype), "cpu", heads)
+
+
+def test_batch_invariant_decoding_of_every_case():
+    for case in CASES:
+        w = make_world(page_size=3)
+        step = w.write(CASES[case](w))
+        q = queries(w, step.total_rows, 6)
+        out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True, batch_invariant=True)
+        assert_decodes(w, step, q, out, lse)
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------
@@ -196,16 +272,27 @@ def test_a_shared_node_is_one_task_and_nodes_with_the_same_rows_are_folded():
     assert (causal.rows.tolist(), causal.counts.tolist(), causal.base) == ([2, 3, 4, 5], [4, 4, 1], 5)
 
 
-def test_every_row_sees_each_of_its_keys_in_exactly_one_task():
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("how", ["shared", "apart", "some shared", "invariant"])
+def test_every_row_sees_each_of_its_keys_in_exactly_one_task(case, how, monkeypatch):
+    monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 9)
     w = make_world(page_size=3)
-    step = w.write(CASES["nested"](w))
+    step = w.write(CASES[case](w))
+    entries = step.views.entries
+    tasks = {
+        "shared": lambda: build_tasks(entries),
+        "apart": lambda: build_tasks(entries, lambda *_: False),
+        "some shared": lambda: build_tasks(entries, lambda rows, runs: len(runs) % 2 == 0),
+        "invariant": lambda: decode_invariant.invariant_tasks(entries, 3),
+    }[how]()
+    assert how != "apart" or not any(task.shared for task in tasks)
     for entry, view in enumerate(step.views.entries):
         for row in range(view.num_rows):
             seen = []
-            for task in step.views.tasks():
+            for task in tasks:
                 for place in (task.rows == view.first_row + row).nonzero()[0]:
                     slots = [p * 3 + i for p, c in zip(task.pages, task.counts, strict=True) for i in range(c)]
-                    seen += slots if task.base is None else slots[: task.base + place + 1]
+                    seen += slots if task.base is None else slots[: max(0, task.base + place + 1)]
             wanted = step.views.visible_slots(entry).tolist()
             assert sorted(seen) == sorted(wanted[: len(wanted) - view.num_rows + row + 1])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mvkernels.ops.decode_tiles import choose_config
+from mvkernels.ops.decode_tiles import Shape, tile_shapes
 
 pytestmark = pytest.mark.aot
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -52,22 +52,31 @@ def assert_fits(compiled, capability: int, folder: Path) -> None:
     assert stack_bytes(compiled, folder) == 0
 
 
-@pytest.mark.parametrize("most_rows", [1, 500], ids=["narrow", "wide"])
-@pytest.mark.parametrize(
-    ("capability", "head_dim", "element", "group"),
-    [
-        (80, 64, "bf16", 3), (90, 128, "bf16", 7), (90, 128, "fp32", 4), (90, 256, "fp16", 8), (100, 128, "bf16", 4),
-    ],
-)  # fmt: skip
-def test_decode_kernel(capability, head_dim, element, group, most_rows, tmp_path):
+# Every tile shape of these models.
+MODELS = [
+    (80, 64, "bf16", 3), (80, 128, "bf16", 4), (90, 128, "bf16", 7), (90, 128, "fp32", 4), (90, 256, "fp16", 8),
+    (90, 256, "fp32", 4), (80, 64, "fp32", 4), (100, 256, "fp32", 4), (100, 128, "bf16", 4), (100, 256, "bf16", 20),
+]  # fmt: skip
+SHAPES = [
+    (*model, config.block_m)
+    for model in MODELS
+    for config in tile_shapes(Shape(model[3], 2, model[1], ELEMENTS[model[2]], 132))
+]
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "partials"])
+@pytest.mark.parametrize(("capability", "head_dim", "element", "group", "block_m"), SHAPES)
+def test_decode_kernel(capability, head_dim, element, group, block_m, direct, tmp_path):
     from mvkernels.ops.decode_triton import decode_kernel
 
-    config = choose_config(group, head_dim, most_rows, ELEMENTS[element])
+    configs = tile_shapes(Shape(group, 2, head_dim, ELEMENTS[element], 132))
+    (config,) = [config for config in configs if config.block_m == block_m]
     types = {name: f"*{element}" for name in ("q_ptr", "k_ptr", "v_ptr")}
-    types |= dict.fromkeys(("part_ptr", "part_lse_ptr"), "*fp32") | {"scale_log2": "fp32"}
+    types |= {"part_ptr": f"*{element}" if direct else "*fp32", "part_lse_ptr": "*fp32"}
     types |= dict.fromkeys(("work_ptr", "pages_ptr", "counts_ptr", "rows_ptr"), "*i32")
+    types |= {"scale_log2": "fp32", "num_rows": "i32"}
     constants = {
-        "HQ": 2 * group, "HKV": 2, "GROUP": group, "D": head_dim, "PAGE_SIZE": 16,
+        "HQ": 2 * group, "HKV": 2, "GROUP": group, "D": head_dim, "PAGE_SIZE": 16, "DIRECT": direct,
         "BLOCK_D": 1 << (head_dim - 1).bit_length(), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -76,11 +85,12 @@ def test_decode_kernel(capability, head_dim, element, group, most_rows, tmp_path
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_merge_kernel(capability, tmp_path):
-    from mvkernels.ops.decode_triton import merge_kernel
+    from mvkernels.ops.decode_triton import MERGE_BLOCK, merge_kernel
 
     types = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32", "merge_ptr_ptr": "*i32", "merge_ids_ptr": "*i32"}
     types |= {"out_ptr": "*bf16", "lse_ptr": "*fp32", "num_rows": "i32"}
-    compiled = compile_kernel(merge_kernel, types, {"HQ": 28, "D": 80, "BLOCK_D": 128}, capability, num_warps=1)
+    constants = {"HQ": 28, "D": 80, "BLOCK_D": 128, "BLOCK_P": MERGE_BLOCK}
+    compiled = compile_kernel(merge_kernel, types, constants, capability, num_warps=2)
     assert_fits(compiled, capability, tmp_path)
 
 

@@ -5,15 +5,18 @@ Caches hold NaN wherever nothing was written, and so does every output and every
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from mvkernels.decode import tree_decode
-from mvkernels.ops import decode_tiles
+from mvkernels.decode import decode_path, tree_decode
+from mvkernels.ops import decode_invariant, decode_tiles
+from mvkernels.ops.decode_tasks import EntryView, KeyRun, StepViews
 from tests.cache_world import NAN, World, poisoned_cache
 from tests.conftest import interpreting
-from tests.decode_cases import CASES, assert_decodes, queries
+from tests.decode_cases import CASES, assert_batch_invariant, assert_decodes, queries
 
+decode_triton = pytest.importorskip("mvkernels.ops.decode_triton", reason="needs triton")
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 
@@ -32,9 +35,13 @@ def poisoned_outputs(monkeypatch):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of one key tile, so that short nodes are split too."""
-    monkeypatch.setattr(decode_tiles, "MIN_CHUNK", 1)
-    monkeypatch.setattr(decode_tiles, "PROGRAMS_PER_SM", 10**6)
+    """Chunks of one key tile, and all keys shared, so that short nodes are cut and shared too."""
+    monkeypatch.setattr(decode_tiles, "CHUNKS", (1,))
+    monkeypatch.setattr(decode_tiles, "_saves", lambda *_: True)
+    monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 8)
+    for name in ("ITEM_BYTES", "MERGE_BYTES"):
+        monkeypatch.setattr(decode_tiles, name, 0)
+    monkeypatch.setattr(decode_tiles, "_partial_lanes", lambda shape: 0)
 
 
 def make_world(page_size, kv_heads=2, head_dim=16, dtype=torch.float32, tokens=200) -> World:
@@ -42,11 +49,12 @@ def make_world(page_size, kv_heads=2, head_dim=16, dtype=torch.float32, tokens=2
     return World(poisoned_cache(pages, page_size, 1, kv_heads, head_dim, dtype, DEVICE))
 
 
-def run(w: World, entries, heads: int) -> None:
+def run(w: World, entries, heads: int, path: str | None = None) -> None:
     step = w.write(entries, append="triton")
     q = queries(w, step.total_rows, heads)
     out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="triton", return_lse=True)
     assert_decodes(w, step, q, out, lse)
+    assert path in (None, decode_path(q, w.cache.k[0], w.cache.v[0], step, "triton"))
     again = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="triton")
     assert torch.equal(out, again), "expected the same bits from the same step"
 
@@ -71,15 +79,119 @@ def test_dtype_and_heads(dtype, heads, kv_heads, head_dim, small_chunks):
     run(w, CASES["ending_children_with_merged_parent"](w), heads)
 
 
-def test_whole_chunks_and_one_partial_per_row():
-    """The chunk length that is chosen without a test's help: every row of a prefill has one partial, merged alone."""
+def tables_of(step):
+    [tables] = [value for key, value in step.views._cache.items() if key[0] == "triton"]
+    return tables
+
+
+@pytest.mark.parametrize("case", ["prefill", "prefill_on_prefix", "siblings"])
+def test_one_partial_for_each_row_and_no_merge(case, monkeypatch):
+    """As chosen without a test's help: short lists are read apart, and the first launch writes the result."""
+    monkeypatch.setattr(decode_triton, "merge_kernel", None)
     w = make_world(16)
-    step = w.write([(w.new(), 40)], append="triton")
-    q = queries(w, 40, 2)
+    step = w.write(CASES[case](w), append="triton")
+    q = queries(w, step.total_rows, 2)
     out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="triton", return_lse=True)
-    (tables,) = [value[1] for key, value in step.views._cache.items() if key[0] == "triton"]
-    assert tables.num_partials == 40
+    assert decode_path(q, w.cache.k[0], w.cache.v[0], step, backend="triton") == "direct"
+    assert tables_of(step).num_partials == step.total_rows
     assert_decodes(w, step, q, out, lse)
+
+
+def test_a_long_prefix_is_shared():
+    w = make_world(16, tokens=600)
+    root = w.new()
+    w.step((root, 500))
+    run(w, [(child, 1) for child in w.fork(root, 3)], heads=4, path="shared")
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "as chosen"])
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_steps_that_advance_on_the_device(page_size, shared, batch_invariant, request, monkeypatch):
+    """The tables of the first step serve those that follow, across page borders; nothing is uploaded again."""
+    if shared:
+        request.getfixturevalue("small_chunks")
+    uploads = []
+    build = decode_triton.build_tables
+    monkeypatch.setattr(decode_triton, "build_tables", lambda *given: uploads.append(1) or build(*given))
+    w = make_world(page_size)
+    root = w.new()
+    w.step((root, 9))
+    a, b, c = w.fork(root, 3)
+    w.step((a, 3), (c, 15))
+    step = w.write([(c, 1), (a, 1), (b, 1)], append="triton", reserve=5)
+    for index in range(6):
+        if index:
+            step = w.advance(step)
+        if index != 1:  # tables that are first asked for, or used again, some steps later
+            q = queries(w, 3, 4)
+            arguments = (q, w.cache.k[0], w.cache.v[0], step)
+            out, lse = tree_decode(*arguments, backend="triton", return_lse=True, batch_invariant=batch_invariant)
+            assert_decodes(w, step, q, out, lse)
+            assert (decode_path(*arguments, "triton", batch_invariant) == "shared") is shared
+    assert len(uploads) == 1
+    w.commit(step)
+    w.check()
+
+
+def test_tables_that_are_first_built_in_a_later_step(small_chunks):
+    w = make_world(3)
+    root = w.new()
+    w.step((root, 4))
+    a, b = w.fork(root, 2)
+    step = w.write([(a, 1), (b, 1)], append="triton", reserve=6)
+    for _ in range(3):
+        step = w.advance(step)
+    for _ in range(3):
+        q = queries(w, 2, 2)
+        out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="triton", return_lse=True)
+        assert_decodes(w, step, q, out, lse)
+        step = w.advance(step)
+
+
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_batch_invariance(page_size, monkeypatch):
+    """Alone or among others, in another order, beside a prefill: the same bits for the same branch."""
+    monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 16)
+    w = make_world(page_size, tokens=400)
+    assert_batch_invariant(w, "triton")
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "block_m"),
+    [(1, 2, 16), (4, 2, 16), (5, 2, 32), (16, 2, 64), (32, 2, 128), (4000, 2, 128), (4000, 4, 32)],
+)
+def test_tiles_hold_the_rows_of_a_long_task(rows, dtype, block_m):
+    """As small as holds them, and the largest for a prefill: group 4, head dim 128, on 132 multiprocessors."""
+    plan = plan_of([(8000, rows)], dtype)
+    assert plan.config.block_m == block_m
+
+
+def plan_of(shared_by, element_size=2, own=50, page_size=16):
+    """The plan for nodes of (tokens, branches that see it), each branch with `own` tokens."""
+    entries, page = [], 0
+
+    def node(tokens):
+        nonlocal page
+        pages = -(-tokens // page_size)
+        page += pages
+        return KeyRun.of_node(np.arange(page - pages, page, dtype=np.int32), tokens, page_size)
+
+    for tokens, branches in shared_by:
+        whole = (node(tokens),)
+        entries += [EntryView(len(entries) + i, 1, node(own), whole) for i in range(branches)]
+    views = StepViews(tuple(entries), page_size, len(entries))
+    return decode_tiles.plan_decode(views, decode_tiles.Shape(4, 8, 128, element_size, 132))
+
+
+def test_the_plan_is_the_cheaper_one():
+    assert plan_of([(8192, 8)]).path == "shared"
+    assert plan_of([(8192, 32), (4096, 32)]).path == "shared"
+    assert plan_of([(40, 8)]).path == "direct"  # less than what a merge costs
+    assert plan_of([(8192, 1)]).path == "split"  # nothing to share, but 8 heads on 132 multiprocessors
+    assert plan_of([(300, 1)] * 200).path == "direct"  # enough branches to fill it
+    assert plan_of([(8192, 1)]).chunk <= 512
+    assert plan_of([(65536, 32)] * 8, own=2000).chunk >= 16 * 128  # partials: an eighth of what is read, or less
 
 
 def test_append_takes_strided_rows():

@@ -1,4 +1,5 @@
 """Tree decode in Triton: one launch over (work item, kv head), one fixed-order merge. No atomics: reproducible bits.
+Where every row has one partial, the first launch writes the result, and there is no second.
 
     partial: m = max_t s_t, l = sum_t 2^(s_t - m), out = sum_t 2^(s_t - m) v_t / l, lse2 = m + log2(l)
              with s_t = scale log2(e) q . k_t over the lanes t of a chunk that a row sees; seen nothing: 0, -inf
@@ -17,31 +18,33 @@ import triton
 import triton.language as tl
 
 from mvkernels.ops.decode_tasks import StepViews
-from mvkernels.ops.decode_tiles import DecodeConfig, DecodeTables, build_tables, choose_chunk, choose_config
+from mvkernels.ops.decode_tiles import DecodeTables, Shape, build_tables, plan_decode
 
 LOG2_E = math.log2(math.e)
+MERGE_BLOCK = 8  # partials that a program merges at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, work_ptr, pages_ptr, counts_ptr, rows_ptr, scale_log2,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, work_ptr, pages_ptr, counts_ptr, rows_ptr, scale_log2, num_rows,
     HQ: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
+    """DIRECT: part and part_lse are the step's out and lse, natural log; else partial results."""
     item_ptr = work_ptr + tl.program_id(0) * 8
     kv_head = tl.program_id(1)
     first_page = tl.load(item_ptr + 0)
     first_lane = tl.load(item_ptr + 1)
     end_lane = tl.load(item_ptr + 2)
     first_row = tl.load(item_ptr + 3)
-    num_rows = tl.load(item_ptr + 4)
+    tile_rows = tl.load(item_ptr + 4)
     limit = tl.load(item_ptr + 5)
     first_partial = tl.load(item_ptr + 6)
 
     m = tl.arange(0, BLOCK_M)
     r = m // GROUP  # [BLOCK_M], row within the tile
     head = kv_head * GROUP + m % GROUP
-    live = r < num_rows
+    live = r < tile_rows
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
     row = tl.load(rows_ptr + first_row + r, mask=live, other=0).to(tl.int64)
@@ -77,19 +80,26 @@ def decode_kernel(
 
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
-    partial = (first_partial + r).to(tl.int64) * HQ + head
-    tl.store(part_ptr + partial[:, None] * D + d[None, :], acc / divisor[:, None], mask=q_mask)
-    tl.store(part_lse_ptr + partial, tl.where(empty, float("-inf"), top + tl.log2(divisor)), mask=live)
+    lse2 = tl.where(empty, float("-inf"), top + tl.log2(divisor))
+    number = (first_partial + r).to(tl.int64)  # of the partial; where each row has one, also of the row
+    partial = number * HQ + head
+    if DIRECT:
+        tl.store(part_lse_ptr + head.to(tl.int64) * num_rows + number, lse2 * 0.6931471805599453, mask=live)
+    else:
+        tl.store(part_lse_ptr + partial, lse2, mask=live)
+    out = (acc / divisor[:, None]).to(part_ptr.dtype.element_ty)
+    tl.store(part_ptr + partial[:, None] * D + d[None, :], out, mask=q_mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def merge_kernel(
     part_ptr, part_lse_ptr, merge_ptr_ptr, merge_ids_ptr, out_ptr, lse_ptr, num_rows,
-    HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     one = tl.arange(0, 1)
+    p = tl.arange(0, BLOCK_P)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
     begin = tl.load(merge_ptr_ptr + row)
@@ -97,16 +107,18 @@ def merge_kernel(
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for index in range(begin, end):
-        partial = tl.load(merge_ids_ptr + index).to(tl.int64) * HQ + head
-        lse2 = tl.load(part_lse_ptr + partial + one)  # [1]
-        out = tl.load(part_ptr + partial * D + d, mask=in_d, other=0.0)  # [BLOCK_D]
-        new_top = tl.maximum(top, lse2)
+    for start in range(begin, end, BLOCK_P):
+        live = start + p < end
+        partial = tl.load(merge_ids_ptr + start + p, mask=live, other=0).to(tl.int64) * HQ + head
+        lse2 = tl.load(part_lse_ptr + partial, mask=live, other=float("-inf"))  # [BLOCK_P]
+        mask = live[:, None] & in_d[None, :]
+        out = tl.load(part_ptr + partial[:, None] * D + d[None, :], mask=mask, other=0.0)  # [BLOCK_P, BLOCK_D]
+        new_top = tl.maximum(top, tl.max(lse2, 0, keep_dims=True))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # chunks that the row does not see
         keep = tl.exp2(top - shift)
         weight = tl.exp2(lse2 - shift)
-        acc = acc * keep + out * weight
-        total = total * keep + weight
+        acc = acc * keep + tl.sum(out * weight[:, None], 0)
+        total = total * keep + tl.sum(weight, 0, keep_dims=True)
         top = new_top
     at = (row * HQ + head) * D + d
     tl.store(out_ptr + at, (acc / total).to(out_ptr.dtype.element_ty), mask=in_d)
@@ -115,43 +127,55 @@ def merge_kernel(
 
 
 def decode_triton(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, views: StepViews, scale: float
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    views: StepViews,
+    scale: float,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [N, Hq, D] in q's dtype and lse [Hq, N] float32, natural log. The caller has checked the arguments."""
     rows, heads, dim = q.shape
     kv_heads = k_cache.shape[2]
-    config, tables = plan_tables(views, heads, kv_heads, dim, q.element_size(), q.device)
+    tables = plan_tables(views, heads, kv_heads, dim, q.element_size(), q.device, batch_invariant)
+    config, direct = tables.config, tables.path == "direct"
     q = q.detach().contiguous()
-    part = torch.empty((tables.num_partials, heads, dim), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty((tables.num_partials, heads), dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
     lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
+    part, part_lse = out, lse
+    if not direct:
+        part = torch.empty((tables.num_partials, heads, dim), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((tables.num_partials, heads), dtype=torch.float32, device=q.device)
     block_d = max(16, triton.next_power_of_2(dim))
     with torch.cuda.device_of(q):
         decode_kernel[(tables.work.shape[0], kv_heads)](
             q, k_cache, v_cache, part, part_lse, tables.work, tables.pages, tables.counts, tables.rows, scale * LOG2_E,
-            HQ=heads, HKV=kv_heads, GROUP=heads // kv_heads, D=dim, PAGE_SIZE=views.page_size,
-            BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            rows, HQ=heads, HKV=kv_heads, GROUP=heads // kv_heads, D=dim, PAGE_SIZE=views.page_size,
+            BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, DIRECT=direct,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        merge_kernel[(rows, heads)](
-            part, part_lse, tables.merge_ptr, tables.merge_ids, out, lse, rows,
-            HQ=heads, D=dim, BLOCK_D=block_d, num_warps=1,
-        )  # fmt: skip
+        if not direct:
+            merge_kernel[(rows, heads)](
+                part, part_lse, tables.merge_ptr, tables.merge_ids, out, lse, rows,
+                HQ=heads, D=dim, BLOCK_D=block_d, BLOCK_P=MERGE_BLOCK, num_warps=2,
+            )  # fmt: skip
     return out, lse
 
 
 def plan_tables(
-    views: StepViews, heads: int, kv_heads: int, dim: int, element_size: int, device: torch.device
-) -> tuple[DecodeConfig, DecodeTables]:
-    """Tile shape and device tables of a step, made once for all layers."""
+    views: StepViews,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    element_size: int,
+    device: torch.device,
+    batch_invariant: bool = False,
+) -> DecodeTables:
+    """The device tables of a step, made once for all layers, and for the steps to come where it has a reserve."""
 
-    def build() -> tuple[DecodeConfig, DecodeTables]:
-        tasks = views.tasks()
-        config = choose_config(heads // kv_heads, dim, max(len(task.rows) for task in tasks), element_size)
+    def build() -> DecodeTables:
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        chunk = choose_chunk(tasks, views.page_size, config, kv_heads, sms)
-        tables = build_tables(tasks, views.page_size, views.total_rows, config.rows_per_tile, chunk, device)
-        return config, tables
+        shape = Shape(heads // kv_heads, kv_heads, dim, element_size, sms)
+        return build_tables(plan_decode(views, shape, batch_invariant), views, device)
 
-    return views.cached(("triton", heads, kv_heads, dim, element_size, device), build)
+    return views.cached(("triton", heads, kv_heads, dim, element_size, device, batch_invariant), build)
