@@ -16,7 +16,18 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mvkernels.ops.cpu_plan import BACKWARD_KEYS, CAUSAL, CAUSAL_MASKED, DENSE, MASKED, Call, Spans, chunks, cpu_plan
+from mvkernels.ops.cpu_plan import (
+    BACKWARD_KEYS,
+    CAUSAL,
+    DENSE,
+    MASKED,
+    SQUARES,
+    Call,
+    Spans,
+    chunks,
+    cpu_plan,
+    subtract,
+)
 from mvkernels.ops.mask import IntervalMask
 from mvkernels.ops.mask_table import MaskTable
 
@@ -39,7 +50,7 @@ def forward(
             _heads_first(gather(k, spans)),
             _heads_first(gather(v, spans)),
             0.0,
-            call.kind in (CAUSAL, CAUSAL_MASKED),
+            call.kind in SQUARES,
             attn_mask=masks.of(call),
             scale=scale,
         )
@@ -66,7 +77,10 @@ def backward(
     if grad_lse is not None:
         q, k, v, out, grad_out = _with_lse_column(q, k, v, out, grad_out, grad_lse)
     wide = accumulator_dtype(q.dtype)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=wide) for x in (q, k, v))
+    for start, stop in _rows_without_square(table):
+        for grad in (dq, dk, dv):
+            grad[start:stop] = 0
     masks = CallMasks(table.mask, q.dtype)
     for call, spans in _backward_calls(table):
         first, last = call.first, call.last
@@ -78,13 +92,18 @@ def backward(
             _heads_first(out[first:last]),
             lse[None, :, first:last],
             0.0,
-            call.kind in (CAUSAL, CAUSAL_MASKED),
+            call.kind in SQUARES,
             attn_mask=masks.of(call),
             scale=scale,
         )
-        dq[first:last] += part_q[0].transpose(0, 1)
-        _scatter_add(dk, spans, part_k[0].transpose(0, 1))
-        _scatter_add(dv, spans, part_v[0].transpose(0, 1))
+        parts = (part_q[0].transpose(0, 1), part_k[0].transpose(0, 1), part_v[0].transpose(0, 1))
+        if call.kind in SQUARES:
+            for grad, part in zip((dq, dk, dv), parts, strict=True):
+                grad[first:last] = part
+            continue
+        dq[first:last] += parts[0]
+        _scatter_add(dk, spans, parts[1])
+        _scatter_add(dv, spans, parts[2])
     dq = dq if sign == 1 else dq * sign
     grads = [x[:, :, :depth].to(q.dtype).contiguous() for x in (dq, dk, dv)]
     return grads[0], grads[1], grads[2]
@@ -183,10 +202,23 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def _backward_calls(table: MaskTable) -> Iterator[tuple[Call, Spans]]:
-    """Calls, and the keys to take at a time."""
-    for call in _plan(table):
-        for spans in chunks(call.spans, BACKWARD_KEYS) if call.kind == DENSE else [call.spans]:
-            yield call, spans
+    """Calls, and the keys to take at a time. Squares come first: they write gradients that the others add to."""
+    calls = _plan(table)
+    for call in calls:
+        if call.kind in SQUARES:
+            yield call, call.spans
+    for call in calls:
+        if call.kind == MASKED:
+            yield call, call.spans
+        elif call.kind == DENSE:
+            for spans in chunks(call.spans, BACKWARD_KEYS):
+                yield call, spans
+
+
+def _rows_without_square(table: MaskTable) -> Spans:
+    """The rows in no square, whose gradients begin at 0."""
+    squares = [(call.first, call.last) for call in _plan(table) if call.kind in SQUARES]
+    return subtract([(0, table.mask.total_tokens)], squares)
 
 
 def _plan(table: MaskTable) -> list[Call]:

@@ -27,6 +27,7 @@ CALL_KEYS = 8192  # most keys of a dense call, whose keys and values are copied 
 BACKWARD_KEYS = 1024
 
 DENSE, CAUSAL, MASKED, CAUSAL_MASKED = 0, 1, 2, 3
+SQUARES = (CAUSAL, CAUSAL_MASKED)  # the keys are the rows; no two squares share one
 
 Spans = list[tuple[int, int]]
 
@@ -97,7 +98,7 @@ def _cost(call: Call) -> float:
     of 512 keys.
     """
     rows, keys = call.last - call.first, _num_keys(call.spans)
-    square = call.kind in (CAUSAL, CAUSAL_MASKED) and rows >= 768
+    square = call.kind in SQUARES and rows >= 768
     pace = 1.0 if rows >= 768 else 1.15 if rows >= 192 else 1.7
     return 8000 + rows * keys * pace * (0.8 if square else 1.0)
 
