@@ -6,7 +6,7 @@ Each call of the plan (see `cpu_plan`) is dense attention of some rows on some k
 the same rows are merged by it. The backward gives the flash kernel the final out and lse of the rows, so that it sees
 the final probabilities, and sums what the calls return, in fp32.
 
-Memory is O(T H D): the largest mask is one block of rows by the keys of its own segments.
+Memory is O(T H D): no mask is larger than GROUP_ROWS rows by MASKED_KEYS keys, or a block by the keys it sees in part.
 """
 
 from __future__ import annotations

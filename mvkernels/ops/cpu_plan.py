@@ -2,8 +2,9 @@
 
 A plan is a list of calls; a call is dense attention of consecutive rows on the concatenation of a few key spans. Two
 levels of row blocks: up to GROUP_ROWS rows share one call on the keys that all of them see, and blocks of up to
-BLOCK_ROWS rows inside them do the rest. Long segments are cut on their own, so that the rest of a block is a causal
-square; only blocks of several short segments need a mask.
+BLOCK_ROWS rows inside them do the rest, or one masked call of the whole group where that costs less, as with many short
+paths. Long segments are cut on their own, so that the rest of a block is a causal square; only blocks of several short
+segments need a mask.
 
 Every row's own key is in the last call of its block, so that no call has a row that sees nothing.
 """
