@@ -27,16 +27,29 @@ DecodePath = Literal["shared", "split", "direct"]
 
 @dataclass(frozen=True, eq=False)
 class KeyRun:
-    """Keys that lie in pages: of page pages[p] the first counts[p] tokens, [P] int32 both; `tokens` in all."""
+    """Keys that lie in pages: of page pages[p] the first counts[p] tokens, [P] int32 both; `tokens` in all.
+
+    place: where the run's first page stands in the step's `DevicePages`, the others right after it; None where the
+    step has none.
+    """
 
     pages: Int32Array
     counts: Int32Array
     tokens: int
+    place: int | None = None
 
     @classmethod
-    def of_node(cls, pages: Int32Array, tokens: int, page_size: int) -> KeyRun:
+    def of_node(cls, pages: Int32Array, tokens: int, page_size: int, place: int | None = None) -> KeyRun:
         """All pages full, but for the last that is written."""
-        return cls(pages, page_counts(len(pages), tokens, page_size), tokens)
+        return cls(pages, page_counts(len(pages), tokens, page_size), tokens, place)
+
+
+@dataclass(frozen=True, eq=False)
+class DevicePages:
+    """Page lists that live on the device, at addresses that never change: pages and counts [E] int32, flat."""
+
+    pages: torch.Tensor
+    counts: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +111,8 @@ class StepViews:
     """The entries of a step, and what backends derive from them, computed once for all layers.
 
     reserve: how many steps of one more token each the entries' own pages had room for at first; their rows stay the
-    same. index: how many of them have passed.
+    same. index: how many of them have passed. device_pages: holds the pages and counts of every run at its `place`
+    already, with this step's tokens; None where a backend has to upload them.
     """
 
     entries: tuple[EntryView, ...]
@@ -106,6 +120,7 @@ class StepViews:
     total_rows: int
     reserve: int = 0
     index: int = 0
+    device_pages: DevicePages | None = None
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
@@ -123,11 +138,11 @@ class StepViews:
     def advanced(self) -> StepViews:
         """The views of the next step. Tables that have advanced on the device stay; what the host derived goes."""
         entries = tuple(
-            replace(entry, own=KeyRun.of_node(entry.own.pages, entry.own.tokens + 1, self.page_size))
+            replace(entry, own=KeyRun.of_node(entry.own.pages, entry.own.tokens + 1, self.page_size, entry.own.place))
             for entry in self.entries
         )
         kept = {key: value for key, value in self._cache.items() if isinstance(value, AdvancingTables)}
-        return StepViews(entries, self.page_size, self.total_rows, self.reserve, self.index + 1, kept)
+        return replace(self, entries=entries, index=self.index + 1, _cache=kept)
 
     def tasks(self) -> tuple[DecodeTask, ...]:
         """The tasks in which all keys that several entries see are read once."""
