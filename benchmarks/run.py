@@ -14,7 +14,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import append, attention, decode, decode_cases, memory, merge, preparation, report, report_cache
+from benchmarks import (
+    append,
+    attention,
+    decode,
+    decode_cases,
+    engine_report,
+    memory,
+    merge,
+    preparation,
+    report,
+    report_cache,
+)
 from benchmarks.attention import Effort
 from benchmarks.cases import TREES
 from benchmarks.gate import WrongResultError
@@ -28,6 +39,7 @@ CASES = {
     "decode": decode_cases.CASES,
     "merge": merge.CASES,
     "append": append.CASES,
+    "engine": engine_report.CASES,
 }
 LONG = 32768  # tokens at which preparation and memory are measured
 SHAPES = {
@@ -41,19 +53,23 @@ CACHE_SHAPES = {
 PREFILL = {"cpu": 1024, "cuda": 4096}  # tokens of each branch in the append suite
 EFFORTS = {"cpu": Effort(5, 10.0), "cuda": Effort(10, 2.0)}
 CACHE_EFFORTS = {"cpu": Effort(21, 3.0), "cuda": Effort(30, 2.0)}  # short calls
-TABLES = {
+ENGINE_TOKENS = 256  # of a plain prompt
+ENGINE_EFFORTS = {"cpu": Effort(5, 60.0), "cuda": Effort(5, 10.0)}  # long calls
+TABLES: dict[str, tuple[Callable[[Any], Any], ...]] = {
     "preparation": (report.preparation,),
     "memory": (report.memory,),
     "attention": (report.set_up, report.ratios),
     "decode": (report_cache.decode,),
     "merge": (report_cache.merge,),
     "append": (report_cache.append,),
+    "engine": (engine_report.plain, engine_report.parallel, engine_report.host),
 }
 PLOTS = {
     "attention": report.plot,
     "decode": report_cache.plot_decode,
     "merge": report_cache.plot_merge,
     "append": report_cache.plot_append,
+    "engine": engine_report.plot,
 }
 
 
@@ -67,21 +83,28 @@ def main(
         int,
         typer.Option(
             help="tokens per case; default: 8192 on cpu and 32768 on cuda, preparation and memory: 32768; "
-            "decode: of the shared prefix; merge: of each branch, 2048; append, prefill: of each branch, 1024 and 4096"
+            "decode: of the shared prefix; merge: of each branch, 2048; append, prefill: of each branch, 1024 and "
+            "4096; engine: of a single request, 256; each of several has a quarter, a path half"
         ),
     ] = 0,
     case: Annotated[
         list[str] | None,
         typer.Option(
             help=f"only this case; may be repeated: {', '.join(LAYOUTS)}; decode: {', '.join(CASES['decode'])}; "
-            f"merge: {', '.join(CASES['merge'])}; append: {', '.join(CASES['append'])}"
+            f"merge: {', '.join(CASES['merge'])}; append: {', '.join(CASES['append'])}; "
+            f"engine: {', '.join(CASES['engine'])} (cuda: all; cpu: without curve)"
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(help="timed calls of each peer, at most; default 5 and 10, decode and append 21 and 30")
+        int,
+        typer.Option(help="timed calls of each peer, at most; default 5 and 10, decode and append 21 and 30, engine 5"),
     ] = 0,
     seconds: Annotated[
-        float, typer.Option(help="of timed calls, for each peer of a case; default 10 and 2, decode and append 3 and 2")
+        float,
+        typer.Option(
+            help="of timed calls, for each peer of a case; default 10 and 2, decode and append 3 and 2, engine 60 "
+            "and 10"
+        ),
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for CSV files and charts")] = None,
 ) -> None:
@@ -91,7 +114,9 @@ def main(
     timed; then the preparation suite. preparation: what building a layout and the tables derived from it costs.
     memory: the peak of forward + backward beyond inputs, outputs and gradients, each case in a fresh process.
     decode: tree_decode against decoding branch by branch. merge: fork, merge and planning, and copying instead.
-    append: writing new keys and values into pages. Where two defaults are given, they are those of cpu and cuda.
+    append: writing new keys and values into pages. engine: whole requests against transformers, blocks of parallel
+    paths against the same tokens one path at a time, and the host's part in a step. Where two defaults are given, they
+    are those of cpu and cuda.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check(suite, device, case)
@@ -99,12 +124,12 @@ def main(
     shape = (CACHE_SHAPES if on_cache else SHAPES)[device]
     part = 4 if quick else 1
     shape = replace(shape, tokens=tokens or shape.tokens // part)
-    default = (CACHE_EFFORTS if on_cache else EFFORTS)[device]
+    default = (ENGINE_EFFORTS if suite == "engine" else CACHE_EFFORTS if on_cache else EFFORTS)[device]
     fewer = max(3, default.rounds // part) if on_cache else 3
     effort = Effort(rounds or (fewer if quick else default.rounds), seconds or default.seconds / part, quick)
     screen = report.console()
-    screen.print(f"{where(device)}; {shape.heads} query and {shape.kv_heads} key-value heads of {shape.head_dim}, "
-                 f"{shape.dtype}")  # fmt: skip
+    heads = f"; {shape.heads} query and {shape.kv_heads} key-value heads of {shape.head_dim}, {shape.dtype}"
+    screen.print(where(device) + ("" if suite == "engine" else heads))
     run = Run(screen, out, where(device))
     long = tokens or LONG // part
     try:
@@ -122,6 +147,10 @@ def main(
         if suite == "append":
             shape = replace(shape, tokens=tokens or PREFILL[device] // part)
             append.run(shape, effort, run.sink("append"), run.note, case)
+        if suite == "engine":
+            from benchmarks import engine  # the others run without transformers
+
+            engine.run(device, tokens or ENGINE_TOKENS // part, effort, run.sink("engine"), run.note, case)
     except KeyboardInterrupt:
         run.note("stopped; what follows is what was measured until then")
         raise typer.Exit(130) from None
@@ -174,7 +203,9 @@ class Run:
         """Print the tables and draw the charts of what there is."""
         for name in TABLES:
             for table in TABLES[name] if self.rows.get(name) else ():
-                self.screen.print(table(self.rows[name]))
+                made = table(self.rows[name])
+                if made is not None:  # a table of cases that did not run
+                    self.screen.print(made)
         if self.folder is None:
             return
         try:

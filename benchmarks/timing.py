@@ -56,17 +56,23 @@ class Spread:
 
 
 def measure_rounds(
-    contenders: Sequence[Contender], device: str, rounds: int, seconds: float, cold: bool = False
+    contenders: Sequence[Contender],
+    device: str,
+    rounds: int,
+    seconds: float,
+    cold: bool = False,
+    warm: bool = True,
 ) -> None:
     """Fill `times` and `peaks`, `error` of those that raise. Stopped by a KeyboardInterrupt, what there is stays.
 
     rounds: at most so many; a contender leaves once its calls took `seconds` together, but not before MIN_ROUNDS.
-    cold: on a CPU too, the caches are overwritten before each call.
+    cold: on a CPU too, the caches are overwritten before each call. warm: whether each is called once before the first
+    round, for its peak of memory too; without, it must be warm already.
     """
     for contender in contenders:
         contender.times = {direction: [] for direction in contender.calls}
     live = list(contenders)
-    for contender in contenders:
+    for contender in contenders if warm else ():
         try:
             for direction, call in contender.calls.items():
                 contender.peaks[direction] = peak_mb(call, device)  # and the warm-up
