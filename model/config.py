@@ -10,25 +10,41 @@ from dataclasses import dataclass
 class GenerationConfig:
     """Budgets, limits and sampling of one request. Lengths are in tokens and never count the prompt.
 
-    max_new_tokens      all tokens together, the ones that the engine writes included; there everything stops at once
-    max_critical_path   the longest chain of tokens; a path that comes near it is closed so that its block still merges
+    max_new_tokens      all tokens together, the ones that the engine writes included
+    max_critical_path   the longest chain of tokens. max_path_tokens: the same within one path, nested blocks included
+    max_seconds         wall-clock time, from when the request is made
     max_width           paths per block. max_depth: blocks inside one another; 0 makes the output sequential
+    grammar             the model can write no malformed block: samplers get masks, and the engine writes the indices
+                        of outlines. Without: what is malformed stays text, with a warning
     temperature         0 is greedy. top_k: likeliest tokens kept, 0 for all. top_p: smallest set with this probability
+    min_p               tokens with at least this share of the likeliest's probability are kept
+    repetition_penalty  logits of the tokens that a branch sees (prompt included) are divided by it, negative ones
+                        multiplied; 1 for none. Filters are applied in the order of transformers
+    logprobs            None: no log-probabilities. 0: that of each sampled token. k: also the k likeliest tokens'
     seed                the request's own; the text depends on it, not on the other requests of the batch
     stop                strings that end a branch; None: those of the model's generation config
     eos_token_ids       tokens that end a branch; None: those of the model's generation config
     sequential          advance one path at a time: the same text in as many steps as tokens
+
+    What a budget ends is closed from the inside out, and the tokens for that are set aside before: `</Path>`, an empty
+    conclusion and `</Parallel>` for every open block. So no budget is ever exceeded.
 
     Raises ValueError when a value is out of range.
     """
 
     max_new_tokens: int = 1024
     max_critical_path: int | None = None
+    max_path_tokens: int | None = None
+    max_seconds: float | None = None
     max_width: int = 16
     max_depth: int = 8
+    grammar: bool = True
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
     seed: int = 0
     stop: tuple[str, ...] | None = None
     eos_token_ids: tuple[int, ...] | None = None
@@ -36,14 +52,19 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         self._require("max_new_tokens", "at least 1", self.max_new_tokens >= 1)
-        self._require(
-            "max_critical_path", "at least 1, or None", self.max_critical_path is None or self.max_critical_path >= 1
-        )
+        for name in ("max_critical_path", "max_path_tokens"):
+            value = getattr(self, name)
+            self._require(name, "at least 1, or None", value is None or value >= 1)
+        self._require("max_seconds", "a number > 0, or None", self.max_seconds is None or self.max_seconds > 0)
         self._require("max_width", "at least 1", self.max_width >= 1)
         self._require("max_depth", "at least 0", self.max_depth >= 0)
         self._require("temperature", "a finite number >= 0", math.isfinite(self.temperature) and self.temperature >= 0)
         self._require("top_k", "at least 0", self.top_k >= 0)
         self._require("top_p", "a number in (0, 1]", 0 < self.top_p <= 1)
+        self._require("min_p", "a number in [0, 1]", 0 <= self.min_p <= 1)
+        penalty = self.repetition_penalty
+        self._require("repetition_penalty", "a finite number > 0", math.isfinite(penalty) and penalty > 0)
+        self._require("logprobs", "at least 0, or None", self.logprobs is None or self.logprobs >= 0)
         if isinstance(self.stop, str):
             raise ValueError(f"stop: expected a tuple of strings, got the string {self.stop!r}")
         self._require("stop", "strings that are not empty", all(self.stop or ()))

@@ -1,20 +1,38 @@
-"""Sampling: greedy, temperature, top-k, top-p, bans, and randomness that belongs to the branch alone."""
+"""Sampling: greedy, filters as in transformers, masks, rows of a batch, and randomness of the branch alone."""
 
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig as TransformersConfig
 
 from mvkernels.model.config import GenerationConfig
-from mvkernels.model.sampling import BranchView, branch_key, probabilities, sample, uniform
+from mvkernels.model.penalty import SeenTokens, penalise
+from mvkernels.model.sampling import (
+    BranchView,
+    branch_key,
+    probabilities,
+    request_key,
+    sample,
+    uniform,
+)
+from tests.tiny_model import tiny_model
 
 
-def view(key: str = "k", drawn: int = 0, banned: tuple[int, ...] = (), **config) -> BranchView:
+def view(
+    key: str = "k",
+    drawn: int = 0,
+    banned: tuple[int, ...] = (),
+    allowed: torch.Tensor | None = None,
+    context: list[int] | None = None,
+    seen: SeenTokens | None = None,
+    **config,
+) -> BranchView:
     return BranchView(
         request=0,
         path=(1,),
@@ -23,7 +41,10 @@ def view(key: str = "k", drawn: int = 0, banned: tuple[int, ...] = (), **config)
         state="path",
         config=GenerationConfig(**config),
         banned=banned,
+        allowed=allowed,
         key=key,
+        read_context=lambda: list(context or []),
+        seen=seen,
     )
 
 
@@ -53,35 +74,163 @@ def test_greedy_and_sampled_branches_in_one_batch() -> None:
     assert [together[1], together[3]] == logits[[1, 3]].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"temperature": 0.7},
-        {"temperature": 1.3, "top_k": 5},
-        {"temperature": 1.0, "top_p": 0.6},
-        {"temperature": 2.0, "top_k": 12, "top_p": 0.8},
-        {"temperature": 1.0, "top_k": 1000},
-        {"temperature": 1.0, "top_p": 1e-9},
-    ],
-    ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()),
-)
-def test_probabilities_are_those_of_transformers(config: dict) -> None:
+def by_definition(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """[V] fp64 probabilities of one row, one rule after the other."""
+    scaled = logits.double() / config.temperature
+    if 0 < config.top_k < len(scaled):
+        scaled[scaled < scaled.topk(config.top_k).values[-1]] = -math.inf
+    probability = torch.softmax(scaled, dim=-1)
+    ordered, order = probability.sort(descending=True, stable=True)
+    if config.top_p < 1:
+        probability[order[ordered.cumsum(-1) - ordered >= config.top_p]] = 0
+    probability[probability < config.min_p * probability.max()] = 0
+    return probability / probability.sum()
+
+
+FILTERS = [
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.6},
+    {"temperature": 2.0, "top_k": 12, "top_p": 0.8},
+    {"temperature": 1.0, "top_k": 1000},
+    {"temperature": 1.0, "top_p": 1e-9},
+    {"temperature": 0.8, "min_p": 0.1},
+    {"temperature": 1.5, "top_p": 0.9, "min_p": 0.3},
+    {"temperature": 1.2, "top_k": 30, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3},
+    {"temperature": 1.0, "repetition_penalty": 0.5},
+]
+
+
+@pytest.mark.parametrize("config", FILTERS, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
+def test_choices_are_those_of_transformers(config: dict) -> None:
+    """The processors that transformers makes of the same config, in its order, give the same distribution."""
+    theirs = TransformersConfig(do_sample=True, **({"top_k": 0} | config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a missing prompt
+        processors = tiny_model()._get_logits_processor(generation_config=theirs, device="cpu")
+    assert len(processors) == len(config) - (config["temperature"] == 1)
     for seed in range(10):
-        logits = random_logits(seed, 40)
-        scores = TemperatureLogitsWarper(config["temperature"])(None, logits[None].double())
-        if "top_k" in config:
-            scores = TopKLogitsWarper(config["top_k"])(None, scores)
-        if "top_p" in config:
-            scores = TopPLogitsWarper(config["top_p"])(None, scores)
-        ours = probabilities(logits, GenerationConfig(**config))
+        logits = random_logits(seed, 1, 400)
+        context = torch.randint(400, (1, 60), generator=torch.Generator().manual_seed(seed))
+        wanted = torch.softmax(processors(context, logits.clone()).double(), -1)
+        seen = SeenTokens.rows([SeenTokens(context[0].tolist())], logits)
+        penalised = penalise(logits, seen, [config.get("repetition_penalty", 1.0)])
+        ours = probabilities(penalised, [GenerationConfig(**config)])
         assert ours.dtype == torch.float64 and math.isclose(float(ours.sum()), 1, abs_tol=1e-12)
-        torch.testing.assert_close(ours, torch.softmax(scores[0], -1), atol=1e-12, rtol=0)
+        assert torch.equal(ours > 0, wanted > 0)
+        torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=0)
+        # And what is drawn is drawn from that.
+        v = view(str(seed), context=context[0].tolist(), **config)
+        assert sample([v], logits) == [invert(ours[0], uniform(v.key, 0))]
+
+
+def invert(probability: torch.Tensor, number: float) -> int:
+    """The first token at which the cumulative probability exceeds the number."""
+    return int(torch.searchsorted(probability.cumsum(-1), number, right=True))
+
+
+@pytest.mark.parametrize("spread", [3.0, 0.1], ids=["peaked", "flat"])
+def test_filters_by_definition_in_one_batch(spread: float) -> None:
+    """Flat rows keep more tokens than top-p looks at first."""
+    configs = [GenerationConfig(**config) for config in FILTERS] * 2
+    logits = random_logits(5, len(configs), 1500) * spread
+    ours = probabilities(logits, configs)
+    for row, config in enumerate(configs):
+        wanted = by_definition(logits[row], config)
+        assert torch.equal(ours[row] > 0, wanted > 0), config
+        torch.testing.assert_close(ours[row], wanted, atol=1e-12, rtol=1e-9)
+    assert spread == 3.0 or int((ours > 0).sum(-1)[2]) > 256
+
+
+def test_top_p_among_equals_keeps_the_lowest_ids() -> None:
+    logits = torch.zeros(3, 1024)
+    logits[1, 900:] = 3.0
+    logits[2, ::2] = 1.0
+    kept = probabilities(logits, [GenerationConfig(temperature=1.0, top_p=p) for p in (0.5, 0.25, 0.6)]) > 0
+    assert kept[0].nonzero().flatten().tolist() == list(range(512))
+    high = math.exp(3) / (900 + 124 * math.exp(3))
+    assert kept[1].nonzero().flatten().tolist() == list(range(900, 900 + math.ceil(0.25 / high)))
+    assert kept[2].nonzero().flatten().tolist() == list(range(0, 2 * math.ceil(0.6 * 512 * (1 + math.exp(-1))), 2))
+
+
+def test_a_batch_has_the_bits_of_its_rows() -> None:
+    """Whatever the other rows are, and whichever filters they have."""
+    count = 3 * len(FILTERS)
+    logits = random_logits(7, count, 1003) * torch.linspace(0.02, 2, count)[:, None]
+    mask = torch.arange(1003) % 3 > 0
+    views = [
+        view(
+            f"{row}",
+            drawn=row,
+            allowed=mask if row % 2 else None,
+            banned=(row,) if row % 3 else (),
+            context=list(range(row, 900, 7)),
+            **({} if row % 5 == 4 else FILTERS[row % len(FILTERS)]),
+        )
+        for row in range(count)
+    ]
+    together = sample(views, logits)
+    assert together == [sample([v], logits[row : row + 1])[0] for row, v in enumerate(views)]
+    assert together[::-1] == sample(views[::-1], logits.flip(0))
+    assert len(set(together)) > count // 2
+    sampled = [(row, v.config) for row, v in enumerate(views) if v.config.temperature > 0]
+    whole = probabilities(logits[[row for row, _ in sampled]], [config for _, config in sampled])
+    for i, (row, config) in enumerate(sampled):
+        assert torch.equal(probabilities(logits[row : row + 1], [config])[0], whole[i])
+
+
+def test_large_batches_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(8, 9, 50)
+    views = [view(str(row), temperature=row % 3) for row in range(9)]
+    expected = sample(views, logits)
+    monkeypatch.setattr("mvkernels.model.sampling._LARGEST_GROUP", {"cpu": 100})
+    assert sample(views, logits) == expected
+
+
+def test_masks_of_several_kinds_in_one_batch() -> None:
+    logits = torch.tensor([[0.0, 5.0, 4.0, 1.0]]).repeat(5, 1)
+    even, last = torch.tensor([True, False, True, False]), torch.tensor([False, False, False, True])
+    masks = [even, None, last, even, last]
+    assert sample([view(allowed=mask) for mask in masks], logits) == [2, 1, 3, 2, 3]
+    assert sample([view(allowed=even, banned=(2,))], logits[:1]) == [0]
+    views = [view(drawn=i, allowed=even if i % 2 else None, temperature=9.0) for i in range(200)]
+    tokens = sample(views, logits[:1].expand(200, 4))
+    assert set(tokens[1::2]) == {0, 2} and set(tokens[::2]) == {0, 1, 2, 3}
+
+
+def test_a_repetition_penalty_counts_when_greedy() -> None:
+    logits = torch.tensor([[4.0, 5.0, -1.0], [4.0, 5.0, -1.0], [-3.0, -1.0, -2.5]])
+    views = [view(context=[1, 1], repetition_penalty=1.5), view(context=[1]), view(context=[1], repetition_penalty=3.0)]
+    assert sample(views, logits) == [0, 1, 2]
+
+
+@given(st.integers(0, 10**6))
+def test_seen_tokens_are_those_of_the_context(seed: int) -> None:
+    """Sets grown token by token, forked and joined, against sets of Python; some rows are read on the way."""
+    numbers = torch.randint(10**6, (400,), generator=torch.Generator().manual_seed(seed)).tolist()
+    logits = torch.zeros(1, 97)
+    ours, theirs = [SeenTokens([3])], [{3}]
+    for number in numbers:
+        kind, at = number % 50, number // 50 % len(ours)
+        if kind == 0 and len(ours) < 6:
+            ours.append(ours[at].fork())
+            theirs.append(set(theirs[at]))
+        elif kind == 1 and at:
+            ours[0].join([ours.pop(at)])
+            theirs[0] |= theirs.pop(at)
+        elif kind == 2:
+            assert set(SeenTokens.rows([ours[at]], logits)[0].nonzero().flatten().tolist()) == theirs[at]
+        else:
+            ours[at].add(number // 5000 % 97)
+            theirs[at].add(number // 5000 % 97)
+    rows = SeenTokens.rows(ours, logits)
+    assert [set(row.nonzero().flatten().tolist()) for row in rows] == theirs
 
 
 def test_drawn_frequencies_follow_the_probabilities() -> None:
     logits, count = random_logits(3, 1, 6), 4000
     tokens = sample([view(drawn=i, temperature=1.5) for i in range(count)], logits.expand(count, 6))
-    wanted = probabilities(logits[0], GenerationConfig(temperature=1.5))
+    wanted = probabilities(logits, [GenerationConfig(temperature=1.5)])[0]
     seen = torch.bincount(torch.tensor(tokens), minlength=6) / count
     # Five standard deviations of a binomial frequency.
     assert bool(((seen - wanted).abs() <= 5 * (wanted * (1 - wanted) / count).sqrt()).all()), (seen, wanted)
@@ -94,6 +243,9 @@ def test_draws_differ_by_branch_index_and_seed_and_by_nothing_else() -> None:
     assert uniform("0:0:", 5) == uniform("0:0:", 5)
     # Path 1 of the first block, then of the second; path 11 of none: no two branches have one key.
     assert branch_key(branch_key("", 1, 1), 1, 1) != branch_key("", 11, 1) != branch_key("", 1, 11)
+    # One of n samples alone draws what a request alone draws.
+    assert request_key(3, 4) == request_key(3, 4, 0) == "3:4:"
+    assert len({uniform(request_key(3, 4, j), index) for j in range(12) for index in range(50)}) == 600
 
 
 @given(st.text(max_size=20), st.integers(0, 10**9))
@@ -101,13 +253,13 @@ def test_uniform_is_in_the_unit_interval(key: str, index: int) -> None:
     assert 0 <= uniform(key, index) < 1
 
 
-@given(st.integers(0, 10**6), st.floats(0.05, 10), st.integers(0, 8), st.floats(0.01, 1))
-def test_a_draw_has_a_probability(seed: int, temperature: float, top_k: int, top_p: float) -> None:
+@given(st.integers(0, 10**6), st.floats(1e-6, 10), st.integers(0, 8), st.floats(0.01, 1), st.floats(0, 1))
+def test_a_draw_has_a_probability(seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     logits = random_logits(seed, 1, 16)
     logits[0, seed % 16] = -math.inf
-    v = view(str(seed), temperature=temperature, top_k=top_k, top_p=top_p)
+    v = view(str(seed), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     [token] = sample([v], logits)
-    assert probabilities(logits[0], v.config)[token] > 0
+    assert probabilities(logits, [v.config])[0, token] > 0
 
 
 def test_the_ends_of_the_unit_interval_hit_tokens_with_a_probability(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,11 +269,21 @@ def test_the_ends_of_the_unit_interval_hit_tokens_with_a_probability(monkeypatch
         assert sample([view(temperature=1.0)], logits) == [token]
 
 
-def test_nan_is_refused_and_names_the_branch() -> None:
+@pytest.mark.parametrize("config", [{}, {"temperature": 1.0, "top_p": 0.5, "top_k": 3, "min_p": 0.1}])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused_and_name_the_branch(value: float, config: dict) -> None:
     logits = torch.zeros(2, 4)
-    logits[1, 2] = math.nan
-    with pytest.raises(ValueError, match=r"request 0, path \(1,\): expected logits without NaN"):
-        sample([view(), view()], logits)
+    logits[1, 2] = value
+    found = "NaN" if math.isnan(value) else "infinity"
+    with pytest.raises(ValueError, match=rf"request 0, path \(1,\): expected logits without NaN .*, got {found}"):
+        sample([view(**config), view(**config)], logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_that_leaves_nothing_is_refused(temperature: float) -> None:
+    v = view(allowed=torch.tensor([True, False, False]), banned=(0,), temperature=temperature)
+    with pytest.raises(ValueError, match="expected at least one token that may come, got a mask that leaves none"):
+        sample([v], torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +299,11 @@ def test_nan_is_refused_and_names_the_branch() -> None:
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("logprobs", -1),
         ("stop", ("",)),
         ("stop", "text"),
     ],
