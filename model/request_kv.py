@@ -1,0 +1,321 @@
+"""RequestKV: the cache side of one request. It is told of tokens, forks and merges, and says what goes into a step.
+
+The structure grows first, as fast as the interpreter reads it; the cache follows, with a cursor on each branch:
+
+    extend, fork, merge     the structure: one more token, paths that begin, paths that have joined
+    entries                 tokens that may go into the next step, on which branches; what they follow comes before
+                            them, in this step or an earlier one, and the cache forks and merges when their turn comes
+    sent, unsent            that step was committed, or it was not and the cursors go back
+    evict                   every page goes back and every cursor to 0: what comes next is the whole request again,
+                            token for token and position for position
+
+So a prompt's replay, decoding and the recomputation of a request that had to make room are one thing. A step takes as
+much as the cache allows (`kv_cache`, "Growing"): a branch's tokens up to where it forks, with the first ones of its
+paths; the last tokens of paths, with the first ones behind their join; but only one run of tokens of each branch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mvkernels.kv_cache import PagedKVCache
+from mvkernels.kv_step import Branch
+
+
+class Entry(NamedTuple):
+    """Tokens first .. first + count - 1 of a branch go into a step; handle: the cache's."""
+
+    branch: int
+    handle: Branch
+    first: int
+    count: int
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """Paths that fork from a branch behind its first `at` tokens.
+
+    merged: the structure has joined them. forked, joined: the cache has; a step that is taken back does not undo this.
+    left: of a merged block, the paths whose last tokens were not handed out yet.
+    """
+
+    at: int
+    children: list[_Line]
+    merged: bool = False
+    forked: bool = False
+    joined: bool = False
+    left: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """One branch. tokens: its own. home: the block that it is a path of.
+
+    given: tokens handed out, in the cache or in the step that is made. passed: blocks behind it, handed out too.
+    filled: tokens handed out since the last fork or join, in the node that the cache writes.
+    reached: what its next token follows was handed out. in_step: it has an entry in this step.
+    """
+
+    number: int
+    parent: _Line | None = None
+    home: _Block | None = None
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[_Block] = field(default_factory=list)
+    handle: Branch | None = None
+    given: int = 0
+    passed: int = 0
+    filled: int = 0
+    reached: bool = False
+    in_step: bool = False
+
+    @property
+    def limit(self) -> int:
+        """Tokens that it has before it forks next."""
+        return self.blocks[self.passed].at if self.passed < len(self.blocks) else len(self.tokens)
+
+    @property
+    def through(self) -> bool:
+        """Whether all that it has was handed out."""
+        return self.reached and self.passed == len(self.blocks) and self.given == len(self.tokens)
+
+
+class RequestKV:
+    """See the module's docstring. Branches are numbers of the caller's; 0 is the trunk, and there from the beginning.
+
+    It holds nothing in the cache before the first `entries`. Figures, all kept as they change:
+
+    unsent_tokens   tokens that are not handed out
+    most_pages      pages of the whole structure. num_pages: those that are in the cache
+    starved         whether the latest `entries` left a branch out for want of pages
+    """
+
+    def __init__(self, cache: PagedKVCache) -> None:
+        self.cache = cache
+        self.unsent_tokens = self.most_pages = self.num_pages = 0
+        self.starved = False
+        self._trunk = _Line(0, reached=True)
+        self._lines: dict[int, _Line] = {0: self._trunk}
+        self._ready: dict[_Line, None] = {}  # reached, with tokens; whoever waits longest comes first
+        self._due: list[_Line] = []  # reached, and to fork or to join before the next step
+        self._step: list[_Line] | None = None  # what has an entry in the step that is made
+        self._queue: deque[_Line] = deque()
+        # What `unsent` restores: cursors one by one, and the rest as it was.
+        self._undo: list[tuple[Any, str, Any]] = []
+        self._before: tuple[dict[_Line, None], list[_Line], int, int] = ({}, [], 0, 0)
+
+    # ---- the structure
+
+    def tokens(self, branch: int) -> list[int]:
+        """The branch's own tokens so far; `extend` lengthens this list."""
+        return self._lines[branch].tokens
+
+    def extend(self, branch: int, token: int) -> None:
+        """One more token on a branch that no open block stands behind."""
+        line = self._growing(branch)
+        if (len(line.tokens) - (line.blocks[-1].at if line.blocks else 0)) % self.cache.page_size == 0:
+            self.most_pages += 1
+        line.tokens.append(token)
+        self.unsent_tokens += 1
+        if line.reached and line.passed == len(line.blocks):
+            self._ready[line] = None
+
+    def fork(self, branch: int, children: Sequence[int]) -> None:
+        """Paths with fresh numbers begin behind what the branch has."""
+        line = self._growing(branch)
+        fresh = [number for number in children if number not in self._lines]
+        if not children or len({*fresh}) < len(children):
+            raise ValueError(f"fork: expected fresh numbers of branches, got {list(children)}")
+        block = _Block(len(line.tokens), [])
+        for number in children:
+            self._lines[number] = child = _Line(number, line, block)
+            block.children.append(child)
+        if line.through:
+            self._due.append(line)
+        line.blocks.append(block)
+
+    def merge(self, branch: int) -> None:
+        """The paths of the branch's open block have ended; the branch goes on behind them."""
+        self._between_steps()
+        line = self._lines[branch]
+        if not line.blocks or line.blocks[-1].merged:
+            raise ValueError(f"merge: expected a branch with an open block, got {branch}")
+        block = line.blocks[-1]
+        for child in block.children:
+            if child.blocks and not child.blocks[-1].merged:
+                raise ValueError(f"merge: expected paths without open blocks, got {child.number} with one")
+        block.merged = True
+        if line.passed == len(line.blocks) - 1 and block.children[0].handle is not None:
+            block.left = sum(not child.through for child in block.children)
+            if not block.left:
+                self._due.append(line)
+
+    def has_all(self, branch: int) -> bool:
+        """Whether the branch's last token was handed out, and nothing stands behind it."""
+        return self._lines[branch].through
+
+    # ---- steps
+
+    def entries(
+        self,
+        max_tokens: int,
+        max_branches: int | None = None,
+        max_pages: int | None = None,
+        may: Callable[[int], bool] | None = None,
+    ) -> list[Entry]:
+        """What goes into the next step, in the order in which it is to be planned; then `sent` or `unsent`.
+
+        The branches that have waited longest come first. At most max_tokens tokens of max_branches branches, in
+        max_pages new pages. may: which branches are allowed. Raises what the cache raises; nothing is handed out then.
+        """
+        self._between_steps()
+        self._before = dict(self._ready), list(self._due), self.unsent_tokens, self.num_pages
+        self._step, self.starved = [], False
+        try:
+            return self._entries(max_tokens, max_branches, max_pages, may)
+        except BaseException:
+            self.unsent()
+            raise
+
+    def _entries(
+        self, tokens: int, branches: int | None, pages: int | None, may: Callable[[int], bool] | None
+    ) -> list[Entry]:
+        assert self._step is not None
+        if self._trunk.handle is None:
+            self._trunk.handle = self.cache.new()
+        due, self._due = self._due, []
+        for line in due:
+            self._settle(line)
+        queue = self._queue = deque(self._ready)
+        size, undo, out = self.cache.page_size, self._undo, []
+        while queue and tokens > 0 and (branches is None or len(out) < branches):
+            line = queue.popleft()
+            if may is not None and not may(line.number):
+                continue
+            limit, first = line.limit, line.given
+            count = min(limit - first, tokens)
+            room = -line.filled % size
+            new = 0
+            if count > room:
+                new = -(-(count - room) // size)
+                if pages is not None and new > pages:
+                    new, count = pages, room + pages * size
+                    if not count:
+                        self.starved = True
+                        continue
+            if pages is not None:
+                pages -= new
+            assert line.handle is not None
+            undo.append((line, "given", first))
+            undo.append((line, "filled", line.filled))
+            out.append(Entry(line.number, line.handle, first, count))
+            self._step.append(line)
+            line.in_step = True
+            line.given += count
+            line.filled += count
+            tokens -= count
+            self.unsent_tokens -= count
+            self.num_pages += new
+            del self._ready[line]
+            if line.given < limit:
+                self._ready[line] = None  # behind those that had no turn
+            else:
+                self._settle(line)
+        return out
+
+    def sent(self) -> None:
+        """The step was committed."""
+        for line in self._step or ():
+            line.in_step = False
+        self._step = None
+        self._undo.clear()
+
+    def unsent(self) -> None:
+        """The step was not committed: its tokens are to be handed out again. Without a step it changes nothing."""
+        if self._step is None:
+            return
+        for item, name, value in reversed(self._undo):
+            setattr(item, name, value)
+        self._ready, self._due, self.unsent_tokens, self.num_pages = self._before
+        self.sent()
+
+    def evict(self) -> None:
+        """Gives every page back; what is handed out next is the whole request again."""
+        self._between_steps()
+        if self._trunk.handle is not None:
+            self.cache.evict(self._trunk.handle)
+        self.unsent_tokens = self.num_pages = 0
+        for line in self._lines.values():
+            line.handle, line.given, line.passed, line.filled, line.reached = None, 0, 0, 0, False
+            self.unsent_tokens += len(line.tokens)
+            for block in line.blocks:
+                block.forked = block.joined = False
+        self._trunk.reached = True
+        self._ready.clear()
+        self._due = [self._trunk]
+
+    # ---- inside
+
+    def _between_steps(self) -> None:
+        if self._step is not None:
+            raise RuntimeError("expected the step before to be sent or taken back, got one that is made still")
+
+    def _growing(self, branch: int) -> _Line:
+        self._between_steps()
+        line = self._lines[branch]
+        if (line.blocks and not line.blocks[-1].merged) or (line.home is not None and line.home.merged):
+            raise ValueError(f"expected a branch that may grow, got {branch}, which has ended or waits for its paths")
+        return line
+
+    def _set(self, item: _Line | _Block, name: str, value: object) -> None:
+        self._undo.append((item, name, getattr(item, name)))
+        setattr(item, name, value)
+
+    def _settle(self, line: _Line) -> None:
+        """All that stands before a line's cursor is handed out: what comes next, here and on whoever waited for it."""
+        work = [line]
+        while work:
+            line = work.pop()
+            block = line.blocks[line.passed] if line.passed < len(line.blocks) else None
+            if line.given < line.limit:
+                self._ready[line] = None
+                self._queue.append(line)
+            elif block is not None and line.reached:
+                self._begin(line, block)
+                work += reversed(block.children)
+            elif block is not None:  # all of its paths are through
+                if line.in_step:  # its tokens before the fork are in this step, and it can have no others
+                    self._due.append(line)
+                    continue
+                self._join(line, block)
+                work.append(line)
+            elif line.home is not None and line.home.merged:
+                self._set(line.home, "left", line.home.left - 1)
+                if not line.home.left:
+                    assert line.parent is not None
+                    work.append(line.parent)
+
+    def _begin(self, line: _Line, block: _Block) -> None:
+        """The paths of a block may begin."""
+        assert line.handle is not None
+        if not block.forked:
+            handles = self.cache.fork(line.handle, len(block.children))
+            for child, handle in zip(block.children, handles, strict=True):
+                child.handle = handle
+            block.forked = True
+        self._set(line, "reached", False)
+        self._set(block, "left", len(block.children))
+        for child in block.children:
+            self._set(child, "reached", True)
+
+    def _join(self, line: _Line, block: _Block) -> None:
+        """A branch goes on behind the paths of a block."""
+        assert line.handle is not None
+        if not block.joined:
+            self.cache.merge(line.handle, [child.handle for child in block.children if child.handle is not None])
+            block.joined = True
+        self._set(line, "passed", line.passed + 1)
+        self._set(line, "filled", 0)
+        self._set(line, "reached", True)
