@@ -13,6 +13,8 @@ fork (the children start after them), and merged children may after the merge (t
 within one step, where entries count in the order in which they are planned. With the first token of the parent after
 a merge, the handles of the merged children are dead.
 
+The device has the same page lists in tables (`kv_device`), which are brought up to the tree when a step is planned.
+
 One step is open at a time. Planning another, and changing the tree by fork, merge or free, discards it: its pages
 return to the free ones, and its use raises StaleStep. So a step that is abandoned on an error leaks nothing.
 """
@@ -25,6 +27,7 @@ import torch
 
 from mvkernels.errors import BranchError, OutOfPages, StaleStep
 from mvkernels.kv_check import check_cache
+from mvkernels.kv_device import DeviceTables, default_size
 from mvkernels.kv_nodes import (
     BranchState,
     Link,
@@ -49,6 +52,11 @@ class PagedKVCache:
 
     num_pages, page_size   capacity in tokens is their product; a page is owned by one node only
     num_layers, num_kv_heads, head_dim, dtype, device   of the stored keys and values; memory is not initialised
+    device_tables   whether to keep the page lists on the device, for its kernels; None: where that is a GPU. The
+                    attribute of this name is the `DeviceTables`, or None
+    table_size      (rows, entries of each) of those tables: branches that own tokens, and pages of one branch with all
+                    that was merged into it; 8 bytes an entry. None: `kv_device.default_size`, at most 16 MiB. What does
+                    not fit works as well, but page lists are uploaded at every step
     """
 
     def __init__(
@@ -60,6 +68,9 @@ class PagedKVCache:
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        device_tables: bool | None = None,
+        table_size: tuple[int, int] | None = None,
     ) -> None:
         shape = (num_pages, page_size, num_kv_heads, head_dim)
         if min(num_layers, *shape) < 1:
@@ -74,6 +85,11 @@ class PagedKVCache:
         self.k = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
         self.v = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
         self.device = self.k[0].device
+        if device_tables is None:
+            device_tables = self.device.type == "cuda"
+        self.device_tables: DeviceTables | None = None
+        if device_tables:
+            self.device_tables = DeviceTables(*(table_size or default_size(num_pages)), page_size, self.device)
         self._free = FreePages(num_pages)
         self._nodes: dict[int, Node] = {}
         self._branches: dict[int, BranchState] = {}
@@ -124,7 +140,10 @@ class PagedKVCache:
         for child in joined:
             for node in suffix(child.head, before):
                 last = make_link(node, last)
-        state.head = self._make_tail(last, tuple(child.tail for child in joined), forked=False)
+        tails = tuple(child.tail for child in joined)
+        state.head = self._make_tail(last, tails, forked=False)
+        if self.device_tables is not None:
+            self.device_tables.rows.merged(before.node, tails, state.tail)
         state.children.clear()
         for child in joined:
             child.merged, child.parent, child.tail.merged_branch = True, None, child.id
@@ -193,7 +212,11 @@ class PagedKVCache:
             )
             for node, pages in zip(lengths, wanted, strict=True)
         )  # fmt: skip
-        self._open = make_step(tuple(entries), planned, self.page_size, self.device, reserve)
+        try:
+            self._open = make_step(tuple(entries), planned, self.page_size, self.device, reserve, self.device_tables)
+        except BaseException:  # of the device: its memory may be full
+            self._take_back(planned)
+            raise
         return self._open
 
     def append(
@@ -222,7 +245,10 @@ class PagedKVCache:
         """The tokens of a step become part of their branches. Raises StaleStep."""
         self._require_open(step)
         for planned in step.planned:
-            self._free.give_back(self._grow(planned))
+            spare = self._grow(planned)
+            self._free.give_back(spare)
+            if self.device_tables is not None and (spare or step.index):
+                self.device_tables.rows.changed(planned.node)
         self._open, step.state.closed = None, "committed"
 
     def advance(self, step: Step, tensors: bool = True) -> Step:
@@ -269,6 +295,8 @@ class PagedKVCache:
         kept = -(-node.length // self.page_size)
         self._free.give_back(node.pages[kept:])
         del node.pages[kept:]
+        if self.device_tables is not None:
+            self.device_tables.rows.changed(node)
         if node.length == 0:
             node.start = None
             tokens_vanish(node)
@@ -340,11 +368,16 @@ class PagedKVCache:
 
     def _discard(self, why: str) -> None:
         if self._open is not None:
-            for planned in self._open.planned:
-                if planned.pages:
-                    self._free.give_back(planned.pages)
+            self._take_back(self._open.planned)
             self._open.state.closed = why
             self._open = None
+
+    def _take_back(self, planned: Sequence[PlannedNode]) -> None:
+        for p in planned:
+            if p.pages:
+                self._free.give_back(p.pages)
+            if self.device_tables is not None:
+                self.device_tables.rows.changed(p.node)
 
     def _grow(self, planned: PlannedNode) -> list[int]:
         """Adds the tokens of a plan to its node; returns the pages that are left of those set aside for it."""
@@ -382,6 +415,8 @@ class PagedKVCache:
         for node in release(head):
             self._free.give_back(node.pages)
             del self._nodes[node.id]
+            if self.device_tables is not None:
+                self.device_tables.rows.died(node)
             self._forget_merged(node)
             if node.length:
                 tokens_vanish(node)

@@ -20,12 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from mvkernels.kv_pages import Contents
 from mvkernels.ops.decode_tasks import page_counts
+
+if TYPE_CHECKING:
+    from mvkernels.kv_spots import Spot
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -45,6 +49,8 @@ class Node:
     # The handle of a merged branch whose tail this is: it may still write here until the node may not grow.
     merged_branch: int | None = None
     _page_array: Int32Array | None = None
+    # Where its pages stand in the tables on the device, if the cache keeps some and it ever had a token.
+    spot: Spot | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
         return f"Node({self.id}, {self.length} tokens)"
@@ -192,12 +198,16 @@ def contents_of(link: Link | None, page_size: int) -> Contents | None:
         behind.append(link)
         link = link.before
     found = None if link is None else link.contents
+    apart = False
     for link in reversed(behind):
+        # Siblings do not go on in the array of what they all see: the branch that they are merged into does. So a log
+        # holds nodes of one branch's own list, one right after the other.
+        apart = apart or link.forked
         if link.node.length:
             counts = page_counts(len(link.node.pages), link.node.length, page_size)
-            # Siblings do not go on in the array of what they all see: the branch that they are merged into does.
-            found = Contents.after(found, link.node.page_array(), counts, link.node.length, apart=link.forked)
+            found = Contents.after(found, link.node, counts, apart)
             link.contents, link.seen = found, link.node.length
+            apart = False
     return found
 
 

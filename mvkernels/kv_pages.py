@@ -5,19 +5,24 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from mvkernels.errors import CacheError
 
+if TYPE_CHECKING:
+    from mvkernels.kv_nodes import Node
+
 Int32Array = npt.NDArray[np.int32]
 
 
 class PageLog:
-    """Pages and the tokens written in each, in two arrays that grow at the end only."""
+    """Pages and the tokens written in each, in two arrays that grow at the end only. first: the first node in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: Node) -> None:
+        self.first = first
         self.size = 0
         self._rows = np.empty((2, 16), np.int32)
 
@@ -48,16 +53,14 @@ class Contents:
     before: Contents | None
 
     @classmethod
-    def after(
-        cls, before: Contents | None, pages: Int32Array, counts: Int32Array, tokens: int, apart: bool
-    ) -> Contents:
-        """Some pages after `before`: in its log where nothing else stands behind it there, unless `apart`."""
+    def after(cls, before: Contents | None, node: Node, counts: Int32Array, apart: bool) -> Contents:
+        """A node with tokens after `before`: in its log where nothing else stands behind it there, unless `apart`."""
         if before is None or apart or before.log.size != before.end:
-            log, outer = PageLog(), before
+            log, outer = PageLog(node), before
         else:
             log, outer = before.log, before.before
-        log.extend(pages, counts)
-        return cls(log, log.size, tokens + (0 if before is None else before.tokens), outer)
+        log.extend(node.page_array(), counts)
+        return cls(log, log.size, node.length + (0 if before is None else before.tokens), outer)
 
     def back(self) -> Iterator[Contents]:
         """This and what stands before it, the last first: one for each log."""

@@ -13,10 +13,12 @@ import torch
 from mvkernels.errors import StaleStep
 from mvkernels.kv_nodes import contents_of
 from mvkernels.kv_pages import Contents, PageLog
-from mvkernels.ops.decode_tasks import EntryView, KeyRun, StepViews
+from mvkernels.kv_spots import Target
+from mvkernels.ops.decode_tasks import DevicePages, EntryView, KeyRun, StepViews, page_counts
 
 if TYPE_CHECKING:
     from mvkernels.kv_cache import PagedKVCache
+    from mvkernels.kv_device import DeviceTables
     from mvkernels.kv_nodes import Link, Node
 
 
@@ -117,12 +119,13 @@ def make_step(
     page_size: int,
     device: torch.device,
     reserve: int = 0,
+    tables: DeviceTables | None = None,
 ) -> Step:
     """The open step that commits `planned`, entry by entry. Reads the nodes as they are now, and changes none.
 
-    reserve: how many more steps the pages of `planned` are for.
+    reserve: how many more steps the pages of `planned` are for. tables: the cache's, which are brought up to this step.
     """
-    whole = _Lists(planned, page_size)
+    whole = _Lists(planned, page_size, reserve, tables)
     views: list[EntryView] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -139,7 +142,7 @@ def make_step(
             slots.append(page * page_size + offset)
     row = len(positions)
     ahead = None
-    if reserve and row == len(planned) and not whole.linked:
+    if whole.reserve:
         ahead = torch.from_numpy(_slots_ahead(planned, whole.runs, reserve, page_size)).to(device)
     return Step(
         total_rows=row,
@@ -147,7 +150,7 @@ def make_step(
         row_offsets=tuple(row_offsets),
         positions=torch.tensor(positions, dtype=torch.int32).to(device),
         slots=torch.tensor(slots, dtype=torch.int64).to(device),
-        views=StepViews(tuple(views), page_size, row, reserve if ahead is not None else 0),
+        views=StepViews(tuple(views), page_size, row, whole.reserve, device_pages=whole.device_pages),
         planned=tuple(planned),
         state=StepState(),
         ahead=ahead,
@@ -177,23 +180,37 @@ class _Lists:
 
     The end of a list is taken node by node, for its nodes may still grow, in this step too. What stands before the last
     link with an `after` is fixed, and lies in logs; those are cut where some entry's list ends.
+
+    runs            of the planned nodes, with the step's tokens, and of others in the ends of lists
+    reserve         of the step; 0 where it cannot be advanced: some entry has several tokens, or sees another's
+    device_pages    the cache's, where they hold all of it
     """
 
-    def __init__(self, planned: Sequence[PlannedNode], page_size: int) -> None:
+    def __init__(
+        self, planned: Sequence[PlannedNode], page_size: int, reserve: int, tables: DeviceTables | None
+    ) -> None:
         self.page_size = page_size
-        self.runs = {p.node: KeyRun.of_node(_pages_after(p), p.base + p.num_tokens, page_size) for p in planned}
-        self.linked = False  # whether an entry sees tokens that another one adds in this step
         self._near: dict[int, tuple[Contents | None, list[Node]]] = {}
         ends: dict[PageLog, set[int]] = {}
         for p in planned:
             chain = p.node.chain
             if id(chain) in self._near:  # siblings have one
                 continue
-            fixed, near = self._near[id(chain)] = self._split(chain)
-            self.linked = self.linked or any(node in self.runs for node in near)
+            fixed, _ = self._near[id(chain)] = self._split(chain)
             for contents in fixed.back() if fixed is not None else ():
                 ends.setdefault(contents.log, set()).add(contents.end)
         self._cuts = {log: sorted(ends[log]) for log in ends}
+        near = {node: None for _, nodes in self._near.values() for node in nodes}
+        alone = all(p.num_tokens == 1 and p.node not in near for p in planned)
+        self.reserve = reserve if alone else 0
+        held = {p.node: self._held(p) for p in planned}
+        self.device_pages: DevicePages | None = None
+        if tables is not None:
+            self.device_pages = tables.sync(held, [*near, *(log.first for log in self._cuts)])
+        self._tables = tables if self.device_pages is not None else None
+        self.runs = {
+            node: KeyRun(target.pages, target.counts, target.tokens, self._place(node)) for node, target in held.items()
+        }
         self._logs: dict[tuple[PageLog, int], KeyRun] = {}
         self._lists: dict[int, tuple[KeyRun, ...]] = {}
 
@@ -207,6 +224,16 @@ class _Lists:
             self._lists[id(chain)] = tuple(reversed(runs))
         return self._lists[id(chain)]
 
+    def _held(self, planned: PlannedNode) -> Target:
+        """What a planned node holds with its tokens, in pages that have room for those of the steps to come, too."""
+        tokens = planned.base + planned.num_tokens
+        size = -(-(tokens + self.reserve) // self.page_size)
+        pages = planned.node.page_array()
+        if size > len(pages):
+            added = planned.pages[: size - len(pages)]
+            pages = np.concatenate([pages, np.array(added, dtype=np.int32)])
+        return Target(pages, page_counts(size, tokens, self.page_size), tokens, planned.start + tokens)
+
     def _split(self, link: Link | None) -> tuple[Contents | None, list[Node]]:
         """(what is fixed, the nodes behind it, the last first)."""
         near = []
@@ -215,9 +242,13 @@ class _Lists:
             link = link.before
         return contents_of(link, self.page_size), near
 
+    def _place(self, node: Node) -> int | None:
+        return None if self._tables is None else self._tables.rows.place(node)
+
     def _node_run(self, node: Node) -> KeyRun:
         if node not in self.runs:
-            self.runs[node] = KeyRun.of_node(node.page_array(), node.length, self.page_size)
+            pages = node.page_array()
+            self.runs[node] = KeyRun.of_node(pages, node.length, self.page_size, self._place(node))
         return self.runs[node]
 
     def _log_runs(self, contents: Contents) -> list[KeyRun]:
@@ -228,12 +259,10 @@ class _Lists:
                 break
             if (contents.log, last) not in self._logs:
                 pages, counts = contents.log.slice(first, last)
-                self._logs[contents.log, last] = KeyRun(pages, counts, int(counts.sum()))
+                # The nodes of a log stand one right after the other on the device too.
+                begin = self._place(contents.log.first)
+                place = None if begin is None else begin + first
+                self._logs[contents.log, last] = KeyRun(pages, counts, int(counts.sum()), place)
             found.append(self._logs[contents.log, last])
             first = last
         return found
-
-
-def _pages_after(planned: PlannedNode) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    own = planned.node.page_array()
-    return np.concatenate([own, np.array(planned.pages, dtype=np.int32)]) if planned.pages else own

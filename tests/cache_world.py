@@ -9,14 +9,20 @@ import torch
 
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Branch, Step
+from mvkernels.ops.decode_tasks import KeyRun
 from mvkernels.reference.decode import ReferenceBranch, Token, flatten
 
 NAN = float("nan")
 
 
-def poisoned_cache(num_pages, page_size, layers=1, kv_heads=1, head_dim=2, dtype=torch.float32, device="cpu"):
-    """A cache whose unwritten memory holds NaN, so that reading any of it shows."""
-    cache = PagedKVCache(num_pages, page_size, layers, kv_heads, head_dim, dtype, device)
+def poisoned_cache(
+    num_pages, page_size, layers=1, kv_heads=1, head_dim=2, dtype=torch.float32, device="cpu", table_size=None
+):
+    """A cache whose unwritten memory holds NaN, so that reading any of it shows. table_size: of its device tables."""
+    cache = PagedKVCache(
+        num_pages, page_size, layers, kv_heads, head_dim, dtype, device,
+        device_tables=table_size is not None, table_size=table_size,
+    )  # fmt: skip
     for tensor in (*cache.k, *cache.v):
         tensor.fill_(NAN)
     return cache
@@ -105,6 +111,7 @@ class World:
     def write(self, entries: Sequence[tuple[Branch, int]], append: str = "auto", reserve: int = 0) -> Step:
         """Plans a step that must succeed, checks its positions, and writes it to both; `commit` it afterwards."""
         step = self.cache.plan(entries, reserve) if reserve else self.cache.plan(entries)
+        check_device_tables(step)
         self.fill(step, entries, append)
         return step
 
@@ -130,9 +137,14 @@ class World:
         assert step.positions.dtype == torch.int32 and step.slots.dtype == torch.int64
 
     def advance(self, step: Step) -> Step:
-        """Commits a written step and writes the next one."""
+        """Commits a written step and writes the next one. The device counts its tokens itself, as `DecodeTables` do."""
         following = self.cache.advance(step)
         self.bury()
+        held = following.views.device_pages
+        if held is not None:
+            for view in following.views.entries:
+                held.counts[view.own.place + (view.own.tokens - 1) // self.cache.page_size] += 1
+            check_runs(following)
         self.fill(following, step.entries)
         return following
 
@@ -193,6 +205,45 @@ class World:
             by_token = keys[:, 0, 0].argsort()
             assert torch.equal(keys[by_token], expected_keys[order] + layer)
             assert torch.equal(values[by_token], expected_values[order] + layer)
+
+
+def check_runs(step: Step) -> None:
+    """The device holds every run of the step at its place, or the step has no tables on the device."""
+    held = step.views.device_pages
+    for view in step.views.entries:
+        for run in (*view.whole, view.own):
+            if held is None:
+                assert run.place is None
+                continue
+            at = slice(run.place, run.place + len(run.pages))
+            assert held.pages[at].tolist() == run.pages.tolist()
+            assert held.counts[at].tolist() == run.counts.tolist()
+
+
+def check_device_tables(step: Step) -> None:
+    """After a plan: all runs, and for each branch of the step its row in the tables and its position, by definition."""
+    check_runs(step)
+    cache = step.entries[0][0].cache
+    if step.views.device_pages is None:
+        return
+    tables = cache.device_tables.tables
+    own = {p.node: view.own for p, view in zip(step.planned, step.views.entries, strict=True)}
+    for (branch, _), planned in zip(step.entries, step.planned, strict=True):
+        state = cache._state(branch)
+        if state.merged:
+            continue
+        pages, counts = [], []
+        for link in state.head.back():
+            run = own.get(link.node) or KeyRun.of_node(link.node.page_array(), link.node.length, cache.page_size)
+            pages, counts = run.pages.tolist() + pages, run.counts.tolist() + counts
+            if link.forked:
+                break
+        slot = own[planned.node].place // tables.capacity
+        used = int(tables.used[slot])
+        assert tables.pages[slot, :used].tolist() == pages
+        assert tables.counts[slot, :used].tolist() == counts
+        assert int(tables.position[slot]) == planned.start + planned.base + planned.num_tokens
+    assert int(tables.error) == 0
 
 
 def sees(viewer: ReferenceBranch, path: ReferenceBranch) -> bool:
