@@ -10,12 +10,15 @@ A row sees every key of the nodes before its own, tokens of this step included, 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
 
 from mvkernels.kv_step import Step
 from mvkernels.ops.backends import choose_backend, dtype_names, triton_interpreted, triton_reason
+from mvkernels.ops.decode_calls import plan_calls
+from mvkernels.ops.decode_cpu import decode_cpu
 from mvkernels.ops.decode_tasks import DecodePath
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,19 +78,18 @@ def tree_decode(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    chosen = choose_backend(backend, backend_reasons(q), auto=("cpu", "triton"))
-    with torch.no_grad():
+    chosen = _choose(backend, q)
+    lse: torch.Tensor | None
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if chosen == "triton":
             from mvkernels.ops.decode_triton import decode_triton
 
             out, lse = decode_triton(q, k_layer, v_layer, step.views, scale, batch_invariant)
         elif chosen == "cpu":
-            from mvkernels.ops.decode_cpu import decode_cpu
-
-            out, lse = decode_cpu(q, k_layer, v_layer, step.views, scale, batch_invariant)
+            out, lse = decode_cpu(q, k_layer, v_layer, step.views, scale, batch_invariant, return_lse)
         else:
             out, lse = _decode_reference(q, k_layer, v_layer, step, scale)
-    return (out, lse) if return_lse else out
+    return out if lse is None or not return_lse else (out, lse)
 
 
 def decode_path(
@@ -106,7 +108,7 @@ def decode_path(
     The backends choose by what they cost: what sharing saves must be more than another call or launch, and the merge.
     """
     check_arguments(q, k_layer, v_layer, step)
-    chosen = choose_backend(backend, backend_reasons(q), auto=("cpu", "triton"))
+    chosen = _choose(backend, q)
     heads, kv_heads = q.shape[1], k_layer.shape[2]
     if chosen == "triton":
         from mvkernels.ops.decode_triton import plan_tables
@@ -114,8 +116,6 @@ def decode_path(
         tables = plan_tables(step.views, heads, kv_heads, q.shape[2], q.element_size(), q.device, batch_invariant)
         return tables.path
     if chosen == "cpu":
-        from mvkernels.ops.decode_cpu import plan_calls
-
         return plan_calls(step.views, heads // kv_heads, kv_heads, batch_invariant).path
     return "direct"
 
@@ -145,6 +145,13 @@ def check_arguments(q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tenso
             raise ValueError(f"{name}: expected contiguous storage as in PagedKVCache, got strides {tensor.stride()}")
     if torch.is_grad_enabled() and q.requires_grad:
         raise ValueError("q: expected a tensor outside autograd, got one that requires grad: use torch.no_grad()")
+
+
+def _choose(backend: str, q: torch.Tensor) -> str:
+    """The backend to run; on a CPU nothing is asked about Triton unless it is wanted."""
+    if backend in ("auto", "cpu") and q.is_cpu and q.dtype in CPU_DTYPES:
+        return "cpu"
+    return choose_backend(backend, backend_reasons(q), auto=("cpu", "triton"))
 
 
 def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:

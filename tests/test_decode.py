@@ -5,6 +5,8 @@ Caches hold NaN wherever nothing was written, so a key beyond a node's end would
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from mvkernels.decode import decode_path, tree_decode
 from mvkernels.errors import BackendError, StaleStep
-from mvkernels.ops import decode_cpu, decode_invariant
+from mvkernels.ops import decode_calls, decode_cpu, decode_invariant
 from mvkernels.ops.backends import choose_backend
 from mvkernels.ops.decode_tasks import EntryView, KeyRun, build_tasks
 from tests.cache_world import World, may_grow, poisoned_cache
@@ -101,8 +103,9 @@ def test_layers_and_scale_are_kept_apart():
     w = make_world(layers=3)
     step = w.write(CASES["siblings"](w))
     q = queries(w, step.total_rows, 4)
-    for layer in range(3):
-        out, lse = tree_decode(q, w.cache.k[layer], w.cache.v[layer], step, scale=0.7, return_lse=True)
+    stores = zip(w.cache.k, w.cache.v, strict=True)
+    found = [tree_decode(q, k, v, step, scale=0.7, return_lse=True) for k, v in stores]
+    for layer, (out, lse) in enumerate(found):  # after all of them: layers gather into the same memory
         assert_decodes(w, step, q, out, lse, layer, scale=0.7)
 
 
@@ -137,7 +140,7 @@ def test_strided_queries():
 @pytest.mark.parametrize("view_tokens", [1, 8, 10**6], ids=["every run apart", "mixed", "all gathered"])
 def test_scattered_pages(view_tokens, monkeypatch):
     """Two branches that grow by turns own every other page; the result is the same however runs are attended to."""
-    monkeypatch.setattr(decode_cpu, "CALL_TOKENS", view_tokens)
+    monkeypatch.setattr(decode_calls, "CALL_TOKENS", view_tokens)
     w = make_world(page_size=4)
     a, b = w.new(), w.new()
     w.step((a, 19))
@@ -146,7 +149,7 @@ def test_scattered_pages(view_tokens, monkeypatch):
     step = w.write([(b, 1), (a, 6)])
     q = queries(w, step.total_rows, 2)
     out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True)
-    calls = decode_cpu.plan_calls(step.views, 1, 2).calls
+    calls = decode_calls.plan_calls(step.views, 1, 2).calls
     gathered = [call for call in calls if isinstance(call.slots, torch.Tensor)]
     assert len(gathered) > 0 if view_tokens > 1 else len(calls) > 6
     assert_decodes(w, step, q, out, lse)
@@ -168,7 +171,7 @@ def test_pages_used_again_hide_what_they_held():
 def test_long_prefill_takes_one_call_and_no_gather():
     w = make_world(page_size=16, tokens=4096)
     step = w.write([(w.new(), 3000)])
-    plan = decode_cpu.plan_calls(step.views, 1, 2)
+    plan = decode_calls.plan_calls(step.views, 1, 2)
     (call,) = plan.calls
     assert (call.rows, call.slots, call.causal) == (slice(0, 3000), slice(0, 3000), True)
     assert plan.path == "direct" and not plan.merges
@@ -212,7 +215,7 @@ def test_short_lists_of_unequal_lengths_are_one_call():
     step = w.write([(child, 1) for child in children])
     q = queries(w, 6, 4)
     out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
-    prefix, lists = decode_cpu.plan_calls(step.views, 2, 2).calls
+    lists, prefix = decode_calls.plan_calls(step.views, 2, 2).calls
     assert prefix.num_rows == lists.num_rows == 6 and lists.lists and lists.bias.shape == (6, 1, 1, 51)
     assert_decodes(w, step, q, out, lse)
 
@@ -228,12 +231,87 @@ def test_long_runs_are_cut_where_threads_would_idle(threads, rows, dtype, monkey
     step = w.write([(child, 1) for child in w.fork(root, rows)])
     q = queries(w, rows, 4)
     out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
-    assert [call.parts for call in decode_cpu.plan_calls(step.views, 4, 1).calls if call.parts > 1] == [threads]
+    assert [call.parts for call in decode_calls.plan_calls(step.views, 4, 1).calls if call.parts > 1] == [threads]
     assert_decodes(w, step, q, out, lse)
 
 
+def plans_alike(one: decode_calls.CallPlan, other: decode_calls.CallPlan) -> bool:
+    def same(a: object, b: object) -> bool:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+
+    def all_same(ones: tuple, others: tuple) -> bool:
+        pairs = zip(ones, others, strict=True)
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for a, b in pairs for f in dataclasses.fields(a))
+
+    return (
+        (one.stacked, one.path, one.cut) == (other.stacked, other.path, other.cut)
+        and len(one.calls) == len(other.calls)
+        and len(one.merges) == len(other.merges)
+        and all_same(one.calls, other.calls)
+        and all_same(one.merges, other.merges)
+    )
+
+
 @pytest.mark.parametrize("page_size", [3, 16])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 64), (14, 2, 8)])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_plans_advance_with_their_steps(page_size, kv_heads, monkeypatch):
+    """The plan of an advanced step is the one that would be made anew, but is seldom made anew."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    build, built = decode_calls._plan, []
+    monkeypatch.setattr(decode_calls, "_plan", lambda *given: built.append(1) or build(*given))
+    w = make_world(page_size, kv_heads, tokens=6000)
+    root, alone, *nearly_long = (w.new() for _ in range(4))
+    w.step((root, 700))
+    children = w.fork(root, 3)  # lists of unequal lengths; below, lists that get too long, and keys for one part more
+    w.step((children[0], 5), (children[1], 40), (children[2], 40))
+    scattered = [w.new(), w.new()]
+    for _ in range(40):  # by turns, so that no run of pages is long
+        w.step((scattered[0], 13), (scattered[1], 13))
+    w.step(*((branch, 490) for branch in nearly_long))
+    w.step((alone, 1515))  # last, and first to be planned: so its pages go on in one piece
+    step = w.write([(branch, 1) for branch in (alone, *children, *scattered, *nearly_long)], reserve=40)
+    for _ in range(40):
+        q = queries(w, 8, 4)
+        out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
+        assert_decodes(w, step, q, out, lse)
+        plan = decode_calls.plan_calls(step.views, 4 // kv_heads, kv_heads)
+        assert plans_alike(plan, build(step.views, decode_calls.Cut(4 // kv_heads, kv_heads, 3)))
+        step = w.advance(step)
+    assert len(built) <= 4
+    w.commit(step)
+
+
+def test_many_partials_are_merged_piece_by_piece(monkeypatch):
+    monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(decode_cpu, "MERGE_NUMBERS", 1)
+    w = make_world(page_size=3)
+    step = w.write(CASES["prefill_on_prefix"](w))
+    q = queries(w, step.total_rows, 4)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True, batch_invariant=True)
+    assert_decodes(w, step, q, out, lse)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 20])
+def test_batch_invariant_calls_are_never_of_one_problem(branches, monkeypatch):
+    """Alone, a 16-bit problem is multiplied in another way than among others: bits differed with AVX512_BF16."""
+    flash, problems = decode_cpu._flash, []
+
+    def watched(q, *given, **named):
+        problems.append(q.shape[0] * q.shape[1])
+        return flash(q, *given, **named)
+
+    monkeypatch.setattr(decode_cpu, "_flash", watched)
+    w = make_world(page_size=16, kv_heads=1, dtype=torch.bfloat16)
+    root = w.new()
+    w.step((root, 40))
+    step = w.write([(child, 1) for child in w.fork(root, branches)])
+    q = queries(w, branches, 3)
+    tree_decode(q, w.cache.k[0], w.cache.v[0], step, batch_invariant=True)
+    assert problems and min(problems) >= 2
+
+
+@pytest.mark.parametrize("page_size", [3, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 64), (14, 2, 8), (40, 1, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_invariance(page_size, heads, kv_heads, head_dim, dtype, monkeypatch):
     monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 16)

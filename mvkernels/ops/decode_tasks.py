@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -25,23 +24,37 @@ T = TypeVar("T")
 DecodePath = Literal["shared", "split", "direct"]
 
 
-@dataclass(frozen=True, eq=False)
 class KeyRun:
     """Keys that lie in pages: of page pages[p] the first counts[p] tokens, [P] int32 both; `tokens` in all.
 
     place: where the run's first page stands in the step's `DevicePages`, the others right after it; None where the
-    step has none.
+    step has none. A step makes one for every entry: so counts that follow from the tokens are made when asked for.
     """
 
-    pages: Int32Array
-    counts: Int32Array
-    tokens: int
-    place: int | None = None
+    __slots__ = ("_counts", "_page_size", "pages", "place", "tokens")
+
+    def __init__(self, pages: Int32Array, counts: Int32Array | None, tokens: int, place: int | None = None) -> None:
+        self.pages, self.tokens, self.place = pages, tokens, place
+        self._counts = counts
+        self._page_size = 0
 
     @classmethod
     def of_node(cls, pages: Int32Array, tokens: int, page_size: int, place: int | None = None) -> KeyRun:
         """All pages full, but for the last that is written."""
-        return cls(pages, page_counts(len(pages), tokens, page_size), tokens, place)
+        run = cls(pages, None, tokens, place)
+        run._page_size = page_size
+        return run
+
+    @property
+    def counted(self) -> bool:
+        """Whether there are counts already."""
+        return self._counts is not None
+
+    @property
+    def counts(self) -> Int32Array:
+        if self._counts is None:
+            self._counts = page_counts(len(self.pages), self.tokens, self._page_size)
+        return self._counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +65,7 @@ class DevicePages:
     counts: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: one is made for every entry of a step, and that takes twice the time
 class EntryView:
     """What the rows of one entry see: rows first_row .. first_row + num_rows - 1 are the last tokens of `own`.
 
@@ -70,29 +83,38 @@ class EntryView:
         return self.own.tokens - self.num_rows
 
 
-@dataclass(frozen=True, eq=False)
 class DecodeTask:
     """Rows, and the keys they attend to; the module's docstring has the legend. `base` is None unless causal.
 
-    runs: what `pages` and `counts` are made of, in order. shared: the rows are of several entries.
+    runs: what `pages` and `counts` are made of, in order. shared: the rows are of several entries. tokens: keys in all.
     """
 
-    rows: Int32Array
-    runs: tuple[KeyRun, ...]
-    base: int | None = None
-    shared: bool = False
+    __slots__ = ("_counts", "_pages", "base", "rows", "runs", "shared", "tokens")
+
+    def __init__(
+        self, rows: Int32Array, runs: tuple[KeyRun, ...], base: int | None = None, shared: bool = False
+    ) -> None:
+        self.rows, self.runs, self.base, self.shared = rows, runs, base, shared
+        self.tokens = sum([run.tokens for run in runs])
+        self._pages: Int32Array | None = None
+        self._counts: Int32Array | None = None
 
     @property
-    def tokens(self) -> int:
-        return sum(run.tokens for run in self.runs)
-
-    @cached_property
     def pages(self) -> Int32Array:
-        return self.runs[0].pages if len(self.runs) == 1 else np.concatenate([run.pages for run in self.runs])
+        if self._pages is None:
+            self._pages = join_runs(self.runs, "pages")
+        return self._pages
 
-    @cached_property
+    @property
     def counts(self) -> Int32Array:
-        return self.runs[0].counts if len(self.runs) == 1 else np.concatenate([run.counts for run in self.runs])
+        if self._counts is None:
+            self._counts = join_runs(self.runs, "counts")
+        return self._counts
+
+
+def join_runs(runs: Sequence[KeyRun], name: Literal["pages", "counts"]) -> Int32Array:
+    """One of the arrays of some runs, one run after the other."""
+    return getattr(runs[0], name) if len(runs) == 1 else np.concatenate([getattr(run, name) for run in runs])
 
 
 # share(rows of each entry that sees them, runs of keys): see `build_tasks`.
@@ -104,6 +126,13 @@ class AdvancingTables(Protocol):
     """Tables on a device that turn into those of the next step by work on the device alone."""
 
     def advance(self, cursor: torch.Tensor) -> None: ...
+
+
+@runtime_checkable
+class AdvancingPlan(Protocol):
+    """What the host derived from a step, and can turn into that of the next with less work than making it anew."""
+
+    def advanced(self, views: StepViews) -> AdvancingPlan | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,13 +165,17 @@ class StepViews:
                 value.advance(cursor)
 
     def advanced(self) -> StepViews:
-        """The views of the next step. Tables that have advanced on the device stay; what the host derived goes."""
+        """The views of the next step. Tables that have advanced on the device stay, plans of the host advance."""
         entries = tuple(
             replace(entry, own=KeyRun.of_node(entry.own.pages, entry.own.tokens + 1, self.page_size, entry.own.place))
             for entry in self.entries
         )
-        kept = {key: value for key, value in self._cache.items() if isinstance(value, AdvancingTables)}
-        return replace(self, entries=entries, index=self.index + 1, _cache=kept)
+        kept: dict[Hashable, Any] = {k: value for k, value in self._cache.items() if isinstance(value, AdvancingTables)}
+        following = replace(self, entries=entries, index=self.index + 1, _cache=kept)
+        for key, value in self._cache.items():
+            if isinstance(value, AdvancingPlan) and (plan := value.advanced(following)) is not None:
+                kept[key] = plan
+        return following
 
     def tasks(self) -> tuple[DecodeTask, ...]:
         """The tasks in which all keys that several entries see are read once."""
@@ -173,6 +206,18 @@ def page_slots(pages: Int32Array, counts: Int32Array, page_size: int) -> Int64Ar
     return np.repeat(first, counts) + np.arange(total, dtype=np.int64)
 
 
+def run_slots(runs: Sequence[KeyRun], page_size: int) -> Int64Array:
+    """Slots of all keys of some runs, one run after the other. Counts that no run has yet are made at once for all."""
+    pages = join_runs(runs, "pages")
+    if len(runs) == 1 or any(run.counted for run in runs):
+        return page_slots(pages, join_runs(runs, "counts"), page_size)
+    sizes = np.array([len(run.pages) for run in runs])
+    ends = np.cumsum(sizes)
+    tokens = np.repeat(np.array([run.tokens for run in runs]) + (ends - sizes) * page_size, sizes)
+    counts = np.clip(tokens - np.arange(len(pages)) * page_size, 0, page_size)
+    return page_slots(pages, counts.astype(np.int32), page_size)
+
+
 def build_tasks(entries: Sequence[EntryView], share: Share | None = None) -> tuple[DecodeTask, ...]:
     """The tasks of a step, shared ones first, in the order in which their keys are first met: the same step gives the
     same tasks. Every row is in at least one task that shows it a key.
@@ -190,13 +235,14 @@ def build_tasks(entries: Sequence[EntryView], share: Share | None = None) -> tup
     tasks = []
     covered: set[int] = set()  # own nodes of one token's entry that others see too: already in a task
     for readers, runs in grouped.items():
-        own = [i for i in readers if any(run is entries[i].own for run in runs)]
+        found = {id(run) for run in runs}
+        own = [i for i in readers if id(entries[i].own) in found]
         if share is None or share([entries[i].num_rows for i in readers], runs):
             tasks.append(DecodeTask(entry_rows(entries, readers), tuple(runs), shared=True))
             covered.update(own)
             continue
         for i in readers:
-            private[i] += [run for run in runs if run is not entries[i].own]
+            private[i] += [run for run in runs if run is not entries[i].own] if own else runs
     for index, entry in enumerate(entries):
         seen = private[index]
         base = None if entry.num_rows == 1 else sum(run.tokens for run in seen) + entry.base
@@ -229,7 +275,8 @@ def _readers(entries: Sequence[EntryView]) -> list[tuple[KeyRun, list[int]]]:
 
 
 def entry_rows(entries: Sequence[EntryView], indices: Sequence[int]) -> Int32Array:
-    """The rows of some entries, one entry after the other."""
-    return np.concatenate(
-        [np.arange(entries[i].first_row, entries[i].first_row + entries[i].num_rows, dtype=np.int32) for i in indices]
-    )
+    """The rows of some entries, given in ascending order, one entry after the other."""
+    if indices[-1] - indices[0] == len(indices) - 1:
+        last = entries[indices[-1]]
+        return np.arange(entries[indices[0]].first_row, last.first_row + last.num_rows, dtype=np.int32)
+    return np.concatenate([entry_rows(entries, (index,)) for index in indices])
