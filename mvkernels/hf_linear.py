@@ -1,0 +1,169 @@
+"""Linear layers on a CPU with weights packed for oneDNN, for inference: `pack_linear` and its undoing.
+
+A step of decoding multiplies a few rows with every weight, so it is as fast as the weights are read. PyTorch hands
+fp32 products of that shape to MKL, which reads them several times over for 2 to 8 rows; oneDNN with weights in its own
+order reads them once. Layers that get the same input (queries, keys and values; gate and up) are one product. Rows are
+padded to 4, for which oneDNN has faster kernels than for fewer.
+
+The parameters stay as they are and where they are; packing takes as much memory again. It is done when a layer is first
+called without gradients, and again when its weight has changed: another tensor, or written to in place. Writing through
+`weight.data` is not seen. With gradients, under autocast or torch.compile, in another dtype and on another device, a
+layer is what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+# Projections that get the same input, by their names in transformers' modules.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+MIN_ROWS = 4
+DTYPES = (torch.float32, torch.bfloat16)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def pack_linear(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """Let the linear layers of a model use packed weights, in place; returns it. Packing twice only changes the dtype.
+
+    Every `torch.nn.Linear` (no subclass) takes part that is on a CPU, in fp32 or bf16. dtype: of the packed weights and
+    the product; None: the layer's. torch.bfloat16 halves what is read and changes the result: an opt-in.
+    Raises ValueError for another dtype, and for bf16 on a CPU without it.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"pack_linear: expected torch.float32, torch.bfloat16 or None, got {dtype}")
+    if dtype is torch.bfloat16 and not _takes(dtype):
+        raise ValueError("pack_linear: expected a CPU with bf16 instructions for torch.bfloat16, got one without")
+    unpack_linear(model)
+    taken: set[nn.Module] = set()
+    for module in model.modules():
+        for names in TOGETHER:
+            group = [getattr(module, name, None) for name in names]
+            if all(_fits(one, dtype) for one in group) and len({one.weight.shape[1] for one in group}) == 1:  # type: ignore[union-attr]
+                taken.update(group)  # type: ignore[arg-type]
+                _install(group, dtype)  # type: ignore[arg-type]
+    for module in model.modules():
+        if module not in taken and _fits(module, dtype):
+            _install([module], dtype)  # type: ignore[list-item]
+    return model
+
+
+def unpack_linear(model: Model) -> Model:
+    """Restore the layers that `pack_linear` changed, and free what was packed; returns the model."""
+    for module in model.modules():
+        if isinstance(getattr(module.__dict__.get("forward"), "func", None), _Pack):
+            del module.__dict__["forward"]
+    return model
+
+
+def _install(layers: Sequence[nn.Linear], dtype: torch.dtype | None) -> None:
+    pack = _Pack(layers, dtype)
+    for place, layer in enumerate(layers):
+        layer.forward = partial(pack, place)  # type: ignore[method-assign]
+
+
+def _fits(module: Any, dtype: torch.dtype | None) -> bool:
+    if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+        return False
+    return module.weight.dtype in DTYPES and _takes(dtype or module.weight.dtype)
+
+
+def _takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there, with this dtype."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not available or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _Pack:
+    """Linear layers with the same input as one product. Called with a layer's place among them, it gives its part.
+
+    The product is kept from the first layer's call to the last one's, beside the very tensor it was made of.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype | None) -> None:
+        self.layers, self.dtype = list(layers), dtype
+        self.forget()
+
+    def forget(self) -> None:
+        """What was made from the weights."""
+        self._packed: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+        self._seen: list[tuple[int, int] | None] = []
+        self._bounds: list[tuple[int, int]] = []
+        self._latest: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "dtype": self.dtype}  # a packed tensor can neither be pickled nor copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layers, self.dtype = state["layers"], state["dtype"]
+        self.forget()
+
+    def __call__(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        latest = self._latest
+        if place and latest is not None and latest[0] is x:
+            out = latest[1]
+        else:
+            layer = self.layers[place]
+            if (
+                torch.is_grad_enabled()
+                or torch.compiler.is_compiling()
+                or x.device.type != "cpu"
+                or layer.weight.device.type != "cpu"
+                or x.dtype is not layer.weight.dtype
+                or x.dtype not in DTYPES
+                or torch.is_autocast_enabled("cpu")
+            ):
+                return nn.functional.linear(x, layer.weight, layer.bias)
+            out = self._product(x)
+        if len(self.layers) == 1:
+            return out
+        self._latest = None if place == len(self.layers) - 1 else (x, out)
+        first, last = self._bounds[place]
+        return out[..., first:last]
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """All layers' results side by side, [.., sum of their sizes], in x's dtype."""
+        seen = [_state(weight) for layer in self.layers for weight in layer._parameters.values()]
+        if seen != self._seen:
+            self._pack()
+            self._seen = seen
+        rows, dtype = x.shape[-2] if x.dim() > 1 else 1, x.dtype
+        few = rows < MIN_ROWS and x.dim() > 1 and x.numel() == rows * x.shape[-1]
+        if few:
+            x = nn.functional.pad(x, (0, 0, 0, MIN_ROWS - rows))
+        if self.dtype is not None:
+            x = x.to(self.dtype)
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        out = out.to(dtype)
+        return out[..., :rows, :] if few else out
+
+    def _pack(self) -> None:
+        dtype = self.dtype or self.layers[0].weight.dtype
+        with torch.no_grad():
+            weights = [layer.weight.detach() for layer in self.layers]
+            whole = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).contiguous()
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(whole, None)
+            self._bias = None
+            if any(layer.bias is not None for layer in self.layers):
+                parts = [
+                    layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+                    for layer in self.layers
+                ]
+                self._bias = torch.cat(parts).to(dtype)
+        ends = torch.tensor([layer.out_features for layer in self.layers]).cumsum(0).tolist()
+        self._bounds = list(zip([0, *ends], ends, strict=False))
+
+
+def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
+    """Where a tensor is, and how often it was written to; those of inference mode do not count that."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,159 @@
+"""Packed linear layers give what the layers give, follow their weights, and leave training alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers", reason="needs the hf extra: transformers is not installed")
+
+from mvkernels import hf_linear
+from mvkernels.hf_linear import pack_linear, unpack_linear
+from mvkernels.model import Engine, GenerationConfig
+from tests.tiny_model import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(not hf_linear._takes(torch.float32), reason="needs PyTorch with oneDNN")
+IDS = torch.arange(40).view(1, 40) % 7
+# Relative to the logits; fp32 with another order of summation was seen to differ by 3e-6.
+TOLERANCE = 1e-5
+
+
+def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids, use_cache=False).logits
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    return float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+def packs(model: nn.Module) -> set[hf_linear._Pack]:
+    return {module.forward.func for module in model.modules() if "forward" in module.__dict__}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 40])
+def test_the_logits_are_those_of_the_layers(rows: int) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.normal_()  # Qwen2's projections have one, o_proj has none
+    expected = logits(model, IDS[:, :rows])
+    assert pack_linear(model) is model
+    assert close(logits(model, IDS[:, :rows]), expected)
+    assert close(logits(model, IDS[0, :rows].view(rows, 1)), logits(unpack_linear(model), IDS[0, :rows].view(rows, 1)))
+
+
+def test_layers_with_the_same_input_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pack_linear(tiny_model())
+    assert sorted(len(pack.layers) for pack in packs(model)) == [1, 1, 1, 1, 1, 2, 2, 3, 3]
+    calls: list[int] = []
+    product = hf_linear._Pack._product
+    monkeypatch.setattr(hf_linear._Pack, "_product", lambda self, x: calls.append(len(self.layers)) or product(self, x))
+    logits(model)
+    assert sorted(calls) == [1, 1, 1, 1, 1, 2, 2, 3, 3]
+    assert all(pack._latest is None for pack in packs(model))  # nothing of the step is kept
+
+
+def test_a_layer_that_is_called_with_another_input() -> None:
+    attention = tiny_model().model.layers[0].self_attn
+    x, y = torch.randn(2, 1, 5, 64)
+    with torch.no_grad():
+        expected = [attention.q_proj(x), attention.k_proj(y), attention.v_proj(x), attention.k_proj(x)]
+        pack_linear(attention)
+        found = [attention.q_proj(x), attention.k_proj(y), attention.v_proj(x), attention.k_proj(x)]
+    assert all(close(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_weights_that_change_are_packed_again() -> None:
+    model = pack_linear(tiny_model())
+    before = logits(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    trained = logits(model)
+    assert not close(trained, before, 1e-3)
+    assert close(trained, logits(unpack_linear(model)))
+    pack_linear(model)
+    logits(model)
+    other = tiny_model(seed=1)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert close(logits(model), logits(other))
+
+
+def test_training_is_what_it_was() -> None:
+    plain, packed = tiny_model().train(), pack_linear(tiny_model()).train()
+    logits(packed)
+    for model in (plain, packed):
+        model(IDS, labels=IDS).loss.backward()
+    for one, other in zip(plain.parameters(), packed.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(packed(IDS).logits, plain(IDS).logits)
+
+
+def test_unpacking_leaves_nothing_behind() -> None:
+    model = tiny_model()
+    expected = logits(model)
+    pack_linear(model)
+    logits(model)
+    assert unpack_linear(model) is model
+    assert not packs(model) and torch.equal(logits(model), expected)
+    assert unpack_linear(model) is model
+
+
+def test_packed_models_are_copied_and_pickled() -> None:
+    model = pack_linear(tiny_model())
+    expected = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(packs(other)) == len(packs(model)) and not packs(other) & packs(model)
+        assert torch.equal(logits(other), expected)
+        with torch.no_grad():
+            other.lm_head.weight.zero_()
+        assert not logits(other).any() and torch.equal(logits(model), expected)
+
+
+def test_what_takes_no_part() -> None:
+    class Other(nn.Linear):
+        pass
+
+    model = nn.Sequential(Other(4, 4), nn.Linear(4, 4, dtype=torch.float64), nn.Linear(4, 4, device="meta"))
+    assert not packs(pack_linear(model))
+    moved = pack_linear(nn.Sequential(nn.Linear(4, 4))).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(moved(x), nn.functional.linear(x, moved[0].weight, moved[0].bias))
+
+
+def test_one_vector_and_no_rows() -> None:
+    layer = nn.Linear(8, 5)
+    vector, none = torch.randn(8), torch.randn(0, 8)
+    with torch.no_grad():
+        expected = layer(vector)
+        pack_linear(layer)
+        assert close(layer(vector), expected) and layer(none).shape == (0, 5)
+
+
+def test_bf16_weights_are_an_opt_in() -> None:
+    with pytest.raises(ValueError, match=r"expected torch\.float32, torch\.bfloat16 or None, got torch\.float16"):
+        pack_linear(tiny_model(), torch.float16)
+    if not hf_linear._takes(torch.bfloat16):
+        with pytest.raises(ValueError, match="expected a CPU with bf16"):
+            pack_linear(tiny_model(), torch.bfloat16)
+        pytest.skip("needs a CPU with bf16 instructions")
+    model = tiny_model()
+    expected = logits(model)
+    found = logits(pack_linear(model, torch.bfloat16))
+    assert found.dtype == torch.float32 and close(found, expected, 0.1) and not close(found, expected, 1e-4)
+    assert close(logits(pack_linear(model)), expected)
+
+
+def test_the_engine_generates_the_same() -> None:
+    tokenizer = tiny_tokenizer()
+    config = GenerationConfig(max_new_tokens=60, eos_token_ids=(), stop=())
+    plain = Engine(tiny_model(), tokenizer).generate(["a b", "12 + 3"], config)
+    packed = Engine(pack_linear(tiny_model()), tokenizer).generate(["a b", "12 + 3"], config)
+    assert [one.token_ids for one in plain] == [one.token_ids for one in packed]
