@@ -258,8 +258,8 @@ def _draw(probability: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """[n] tokens. probability: [n, V] fp64, of any sum. numbers: [n] fp64 in [0, 1)."""
     cumulative = _as_integers(probability).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    # The product may round up to the total, behind which there is no token.
-    threshold = (numbers[:, None] * total).long().minimum(total - 1)
+    # Always below the total: a number is at most 1 - 2**-53, and times fp64(total) that rounds to a smaller one.
+    threshold = (numbers[:, None] * total).long()
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 

@@ -15,6 +15,7 @@ from mvkernels.model.config import GenerationConfig
 from mvkernels.model.penalty import SeenTokens, penalise
 from mvkernels.model.sampling import (
     BranchView,
+    _draw,
     branch_key,
     probabilities,
     request_key,
@@ -267,6 +268,15 @@ def test_the_ends_of_the_unit_interval_hit_tokens_with_a_probability(monkeypatch
     for number, token in ((0.0, 1), (0.5 - 2**-53, 1), (0.5, 2), (1 - 2**-53, 2)):
         monkeypatch.setattr("mvkernels.model.sampling.uniform", lambda key, index, number=number: number)
         assert sample([view(temperature=1.0)], logits) == [token]
+
+
+@given(st.lists(st.integers(0, 2**61), min_size=1, max_size=40).filter(any))
+def test_the_last_number_never_passes_the_last_token(counts: list[int]) -> None:
+    """Whatever the sum, and however it rounds in fp64."""
+    probability = torch.tensor([counts], dtype=torch.float64) / max(sum(counts), 1)
+    last = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert int(_draw(probability, last)) <= max(i for i, count in enumerate(probability[0]) if count > 0)
+    assert int(_draw(probability * 2.0**-40, last)) < len(counts)
 
 
 @pytest.mark.parametrize("config", [{}, {"temperature": 1.0, "top_p": 0.5, "top_k": 3, "min_p": 0.1}])
