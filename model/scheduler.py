@@ -1,0 +1,193 @@
+"""Continuous batching: which requests run, and what of them goes into the next step. Plain Python, no tensors.
+
+    waiting    holds nothing in the cache. The oldest is admitted first, as soon as there are pages for all that it has,
+               and one for every request that runs
+    running    takes part in every step; its waiting paths keep their pages. Who decodes comes before who is behind with
+               a prompt, or is computed again: their tokens fill the step up
+    preempted  when pages run out, unused prefixes go first, then the youngest request. It waits again, and once it is
+               admitted all that it has is computed again, in as few steps as its structure allows. The oldest is never
+               preempted, so there is always one that gets on
+
+Requests depend on one another in nothing but the tokens of a step and pages: a path that runs long holds nobody up.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from mvkernels.model.request_kv import Entry, RequestKV
+
+
+class Schedulable(Protocol):
+    """What the scheduler knows of a request."""
+
+    @property
+    def kv(self) -> RequestKV: ...
+
+    def entries(self, max_tokens: int, max_branches: int | None, max_pages: int | None) -> list[Entry]:
+        """What it puts into the next step, as `RequestKV.entries`."""
+        ...
+
+    def finish(self, reason: str) -> None:
+        """It ends here; `kv` keeps its pages until they are asked for."""
+        ...
+
+
+R = TypeVar("R", bound=Schedulable)
+
+
+@dataclass
+class _Step(Generic[R]):
+    """A step while it is put together. tokens: how many more fit. pages: that it takes so far. chosen: of each request
+    its entries and new pages.
+    """
+
+    tokens: int
+    pages: int = 0
+    chosen: dict[R, tuple[list[Entry], int]] = field(default_factory=dict)
+
+    def add(self, request: R, entries: list[Entry], pages: int) -> None:
+        self.chosen[request] = entries, pages
+        self.pages += pages
+        self.tokens -= sum(entry.count for entry in entries)
+
+    def drop(self, request: R) -> None:
+        entries, pages = self.chosen.pop(request, ((), 0))
+        self.pages -= pages
+        self.tokens += sum(entry.count for entry in entries)
+
+
+class Scheduler(Generic[R]):
+    """See the module's docstring.
+
+    free_pages       how many pages the next step may take. make_room: asks for so many that nobody needs; whether any
+                     came. failed: told of a request whose side of the cache raised an error; it removes the request
+    max_step_tokens  tokens of a step. max_step_width: branches of one request in a step; they take turns
+    max_requests     requests that run at once
+    """
+
+    def __init__(
+        self,
+        free_pages: Callable[[], int],
+        make_room: Callable[[int], bool],
+        failed: Callable[[R, Exception], None],
+        max_step_tokens: int,
+        max_step_width: int,
+        max_requests: int,
+    ) -> None:
+        self.max_step_tokens, self.max_step_width, self.max_requests = max_step_tokens, max_step_width, max_requests
+        self.preemptions = 0  # how often a request had to make room
+        self._free_pages, self._make_room, self._failed = free_pages, make_room, failed
+        self._arrivals = 0
+        self._arrived: dict[R, int] = {}
+        self._waiting: list[R] = []  # the oldest first, as in all lists
+        self._running: list[R] = []
+        self._admitted: set[R] = set()  # those that run
+        self._behind: set[R] = set()  # of those, the ones that were not once all in the cache since
+        self._turn = 0
+
+    def __len__(self) -> int:
+        """Requests that were added and not removed."""
+        return len(self._arrived)
+
+    def __iter__(self) -> Iterator[R]:
+        """Those that run, then those that wait."""
+        yield from self._running
+        yield from self._waiting
+
+    @property
+    def running(self) -> tuple[R, ...]:
+        """The requests that run, the oldest first."""
+        return tuple(self._running)
+
+    def add(self, request: R) -> None:
+        """A request joins; it waits until it is admitted."""
+        self._arrivals += 1
+        self._arrived[request] = self._arrivals
+        self._waiting.append(request)
+
+    def remove(self, request: R) -> None:
+        """The request has ended. Its pages are its own concern."""
+        if self._arrived.pop(request, None) is None:
+            return
+        (self._running if request in self._admitted else self._waiting).remove(request)
+        self._admitted.discard(request)
+        self._behind.discard(request)
+
+    def preempt(self, request: R) -> None:
+        """A request that runs gives its pages back, and waits."""
+        request.kv.unsent()
+        try:
+            request.kv.evict()
+        except Exception as error:
+            return self._failed(request, error)
+        self._running.remove(request)
+        self._admitted.discard(request)
+        self._behind.discard(request)
+        insort(self._waiting, request, key=self._arrived.__getitem__)
+        self.preemptions += 1
+        return None
+
+    def sent(self, request: R) -> None:
+        """What `schedule` chose of it is in the cache."""
+        if not request.kv.unsent_tokens:
+            self._behind.discard(request)
+
+    def schedule(self) -> list[tuple[R, list[Entry]]]:
+        """What goes into the next step: of some requests some entries. They are to be `sent` or taken back.
+
+        A request that is alone and has no page for any of its tokens ends with "out_of_pages".
+        """
+        self._admit()
+        step: _Step[R] = _Step(self.max_step_tokens)
+        decoding = [request for request in self._running if request not in self._behind]
+        behind = [request for request in self._running if request in self._behind]
+        first = self._turn % max(len(decoding), 1)  # where they do not all fit into one step, they take turns
+        for served, request in enumerate((*decoding[first:], *decoding[:first], *behind)):
+            if step.tokens <= 0:
+                self._turn = first + served
+                break
+            if request in self._admitted:  # and was not preempted meanwhile, nor ended
+                self._choose(request, step)
+        return [(request, entries) for request, (entries, _) in step.chosen.items()]
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.max_requests:
+            request = self._waiting[0]
+            promised = sum(other.kv.most_pages - other.kv.num_pages for other in self._behind)
+            missing = request.kv.most_pages + promised + len(self._running) - self._free_pages()
+            if self._running and missing > 0:
+                if self._make_room(missing):
+                    continue
+                return
+            self._running.append(self._waiting.pop(0))
+            self._admitted.add(request)
+            self._behind.add(request)
+
+    def _choose(self, request: R, step: _Step[R]) -> None:
+        """Adds what a request may put into the step; who is younger may have to give up his pages, and his part."""
+        kv = request.kv
+        while True:
+            held = kv.num_pages
+            try:
+                entries = request.entries(step.tokens, self.max_step_width, self._free_pages() - step.pages)
+            except Exception as error:
+                return self._failed(request, error)
+            if not kv.starved or (entries and len(self._running) == 1):
+                break
+            kv.unsent()
+            if self._make_room(1):
+                continue
+            youngest = self._running[-1]
+            if youngest is request and len(self._running) == 1:
+                return request.finish("out_of_pages")
+            step.drop(youngest)
+            self.preempt(youngest)
+            if youngest is request:
+                return None
+        if entries:
+            return step.add(request, entries, kv.num_pages - held)
+        return kv.unsent()
