@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from mvkernels import BackendError, PagedKVCache, Rope, rotate
+from mvkernels.ops.append import append_rows
 from mvkernels.reference.rope import rotate as rotate_reference
 from tests.cache_world import poisoned_cache
 from tests.conftest import interpreting
@@ -208,6 +209,25 @@ def test_append_rotates_the_keys_and_nothing_else(backend: str, heads: int, dim:
     if backend != "reference":  # the same bits as rotation by itself
         assert torch.equal(keys[step.slots], rotate(k_new, step.positions, rope, backend))
     cache.rollback(step)
+
+
+@pytest.mark.parametrize("rotate_keys", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_a_slot_are_written_nowhere(backend: str, rotate_keys: bool) -> None:
+    """Of a step with fewer rows than what runs it: slot -1 is no slot, and no last one either."""
+    device = device_of(backend)
+    cache = poisoned_cache(4, 3, 1, 2, 40, device=device)
+    k_new, v_new = rows(5, 2, 40, device=device), rows(5, 2, 40, device=device, seed=1)
+    slots = torch.tensor([7, -1, 0, -1, 5], device=device)
+    rope = Rope.from_config(make_config("default", 40), device)
+    positions = torch.tensor([3, 0, 70, 0, 9], dtype=torch.int32, device=device)
+    append_rows(cache.k[0], cache.v[0], k_new, v_new, slots, backend, rope.at(positions) if rotate_keys else None)
+    wanted = rotate(k_new, positions, rope, backend) if rotate_keys else k_new
+    live = slots >= 0
+    for stored, new in ((cache.k[0], wanted), (cache.v[0], v_new)):
+        found = stored.flatten(0, 1)
+        torch.testing.assert_close(found[slots[live]], new[live])
+        assert int(torch.isnan(found).all(dim=(1, 2)).sum()) == len(found) - 3
 
 
 def test_the_same_attention_as_keys_rotated_before() -> None:

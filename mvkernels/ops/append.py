@@ -2,7 +2,8 @@
 
     k_cache[slot // page_size, slot % page_size] = k_new[row]   for slot = slots[row]; v alike
 
-k_cache, v_cache: [num_pages, page_size, Hkv, D]; k_new, v_new: [N, Hkv, D]; slots: [N] int64, all different.
+k_cache, v_cache: [num_pages, page_size, Hkv, D]; k_new, v_new: [N, Hkv, D]; slots: [N] int64, all different but for
+-1, of rows that are written nowhere: a CUDA graph has as many rows as the largest step that it serves.
 With a rotation (`ops.rope`) the keys are rotated on the way, in the same launch.
 """
 
@@ -50,5 +51,9 @@ def append_rows(
         launch_append(k_cache, v_cache, k_new, v_new, slots, rotation)
         return
     with torch.no_grad():
-        k_cache.view(-1, *k_cache.shape[2:])[slots] = k_new if rotation is None else rotate_rows(k_new, rotation)
+        k_new = k_new if rotation is None else rotate_rows(k_new, rotation)
+        written = slots >= 0
+        if not bool(written.all()):
+            slots, k_new, v_new = slots[written], k_new[written], v_new[written]
+        k_cache.view(-1, *k_cache.shape[2:])[slots] = k_new
         v_cache.view(-1, *v_cache.shape[2:])[slots] = v_new

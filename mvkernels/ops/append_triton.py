@@ -1,6 +1,6 @@
 """append on a GPU: one program per (row, part of a row), keys and values together; and rotation, fused or alone.
 
-    k_cache[slots[row], e] = k_new[row, e // D, e % D]   for the Hkv * D elements e of a row; v alike
+    k_cache[slots[row], e] = k_new[row, e // D, e % D]   for the Hkv * D elements e of a row; v alike; none for slot -1
 
 k_new, v_new: [N, Hkv, D], any strides of rows and heads; caches: [capacity, Hkv * D] contiguous; slots: [N] int64.
 With a rotation the keys are rotated on the way (`ops.rope`): positions [N], inv_freq [HALF] float32.
@@ -26,7 +26,7 @@ def append_kernel(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)  # int64: a cache may hold more than 2**31 elements
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    inside = e < HEADS * D
+    inside = e < tl.where(slot >= 0, HEADS * D, 0)
     head = (e // D).to(tl.int64)
     d = e % D
     k = tl.load(k_new_ptr + row * stride_kn + head * stride_kh + d, mask=inside)
@@ -78,7 +78,7 @@ def append_rotated_kernel(
     slot = tl.load(slots_ptr + row)
     position = tl.load(positions_ptr + row)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    inside = e < HEADS * D
+    inside = e < tl.where(slot >= 0, HEADS * D, 0)
     head = (e // D).to(tl.int64)
     d = e % D
     k = rotated(
