@@ -94,6 +94,17 @@ def test_merge_kernel(capability, tmp_path):
     assert_fits(compiled, capability, tmp_path)
 
 
+@pytest.mark.parametrize("page_size", [1, 16, 24])
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_advance_kernel(capability, page_size, tmp_path):
+    from mvkernels.ops.decode_triton import ADVANCE_BLOCK, advance_kernel
+
+    names = ("state_ptr", "cursor_ptr", "pages_ptr", "counts_ptr", "positions_ptr")
+    types = dict.fromkeys(names, "*i32") | {"slots_ptr": "*i64", "num_rows": "i32"}
+    constants = {"PAGE_SIZE": page_size, "BLOCK": ADVANCE_BLOCK}
+    assert_fits(compile_kernel(advance_kernel, types, constants, capability), capability, tmp_path)
+
+
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_append_kernel(capability, tmp_path):
     from mvkernels.ops.append_triton import append_kernel

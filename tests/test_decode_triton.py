@@ -167,8 +167,8 @@ def test_tiles_hold_the_rows_of_a_long_task(rows, dtype, block_m):
     assert plan.config.block_m == block_m
 
 
-def plan_of(shared_by, element_size=2, own=50, page_size=16):
-    """The plan for nodes of (tokens, branches that see it), each branch with `own` tokens."""
+def views_of(shared_by, own=50, page_size=16):
+    """Steps over nodes of (tokens, branches that see it), each branch with `own` tokens."""
     entries, page = [], 0
 
     def node(tokens):
@@ -180,8 +180,11 @@ def plan_of(shared_by, element_size=2, own=50, page_size=16):
     for tokens, branches in shared_by:
         whole = (node(tokens),)
         entries += [EntryView(len(entries) + i, 1, node(own), whole) for i in range(branches)]
-    views = StepViews(tuple(entries), page_size, len(entries))
-    return decode_tiles.plan_decode(views, decode_tiles.Shape(4, 8, 128, element_size, 132))
+    return StepViews(tuple(entries), page_size, len(entries))
+
+
+def plan_of(shared_by, element_size=2, own=50):
+    return decode_tiles.plan_decode(views_of(shared_by, own), decode_tiles.Shape(4, 8, 128, element_size, 132))
 
 
 def test_the_plan_is_the_cheaper_one():

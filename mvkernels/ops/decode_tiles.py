@@ -1,15 +1,10 @@
-"""Device tables of tree decode: how a step is cut into tiles of rows and chunks of keys, and the order of their merge.
+"""How a step of tree decode is cut into tiles of rows and chunks of keys: a cost model chooses.
 
-A task's keys are numbered by lanes: lane t is key t % page_size of the task's page t // page_size, so lanes beyond the
-count of a ragged page hold no key. A work item is a tile of rows on one chunk of lanes; it writes one partial result
-per row. Where each row has one, they are numbered as the rows are: entries are taken in order. All sizes are run-time
-values, so that nothing compiles again when branches come and go.
-
-    work [W, 8] int32   first index into pages, first lane, end lane, first index into rows, rows in the tile,
-                        limit: row i of the tile sees lanes <= limit + i, first partial, 0; longest first
-    pages, counts [P]   of all tasks, one after the other, int32
-    rows [R]            of all tasks, int32
-    merge_ptr [N + 1]   partials of row r are merge_ids[merge_ptr[r]:merge_ptr[r + 1]], merged in that order, int32
+A task's keys are numbered by lanes: lane t is key t % page_size of page t // page_size of its list, so lanes beyond the
+count of a ragged page hold no key. Where the page lists are on the device already, a task's runs may stand apart there:
+it is read in segments, and lanes are numbered from the first page of each. A work item is a tile of rows on one chunk
+of a segment; it gives one partial result per row. `decode_tables` has the tables that come of a plan. All sizes are
+run-time values, so that nothing compiles again when branches come and go.
 
 The cost model. Its unit is the time in which one of the multiprocessors reads one lane (a key and a value of one head)
 with its share of the memory bandwidth; the figures are an H200's, from its data sheet: 4.8 TB/s, 132 multiprocessors.
@@ -25,7 +20,8 @@ Those of an item and a merge are estimates, not measurements.
     step       (sum of tiles + items + partials) / multiprocessors + longest item + merge     (Graham's bound)
 
 Chunks: the length with the least time. Keys that several entries see are read once for all of them where that is less
-than reading them apart, and the whole step is taken apart where that is less (short prefixes, few branches).
+than reading them apart, and the whole step is taken apart where that is less (short prefixes, few branches). Segments
+that stand apart are items and partials of their own in both.
 """
 
 from __future__ import annotations
@@ -36,7 +32,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mvkernels.ops.decode_invariant import invariant_tasks
 from mvkernels.ops.decode_tasks import (
@@ -44,7 +39,6 @@ from mvkernels.ops.decode_tasks import (
     DecodeTask,
     EntryView,
     Int32Array,
-    Int64Array,
     KeyRun,
     StepViews,
     build_tasks,
@@ -57,7 +51,6 @@ MERGE_BYTES = 128 * 1024  # 3.6 us
 CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, EVERYTHING)
 TILES = (16, 32, 64, 128)
 INVARIANT_TILE = 64
-ALIGN = 64  # tables start at multiples of 256 bytes, for Triton compiles a pointer's alignment in
 
 
 class Shape(NamedTuple):
@@ -89,42 +82,32 @@ class DecodeConfig:
     num_stages: int
 
 
+class Segment(NamedTuple):
+    """Keys of a task that lie one after the other in a page list; row i of the task sees lanes <= limit + i.
+
+    rows: how many the task has. place: of the first page in the step's device pages; None where the whole task is one
+    segment, and its list is uploaded.
+    """
+
+    rows: int
+    lanes: int
+    limit: int
+    place: int | None
+
+
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """How a step is decoded: what is read for whom, in which tiles, `chunk` lanes at a time. time: in lanes."""
+    """How a step is decoded: what is read for whom, in which tiles, `chunk` lanes at a time. time: in lanes.
+
+    segments: of each task.
+    """
 
     tasks: tuple[DecodeTask, ...]
+    segments: tuple[tuple[Segment, ...], ...]
     config: DecodeConfig
     chunk: int
     path: DecodePath
     time: float
-
-
-@dataclass(frozen=True, eq=False)
-class DecodeTables:
-    """The module's docstring has the legend; tensors share one upload, but for `ahead`.
-
-    ahead [1 + reserve, E] int64: where in `counts` the page stands that the step's token of each entry goes to; None
-    where no step is to come.
-    """
-
-    config: DecodeConfig
-    path: DecodePath
-    work: torch.Tensor
-    pages: torch.Tensor
-    counts: torch.Tensor
-    rows: torch.Tensor
-    merge_ptr: torch.Tensor
-    merge_ids: torch.Tensor
-    num_partials: int
-    ahead: torch.Tensor | None = None
-    ones: torch.Tensor | None = None
-
-    def advance(self, cursor: torch.Tensor) -> None:
-        """The page that each entry writes in step `cursor` ([1] int64) holds one token more. Device work only."""
-        if self.ahead is None or self.ones is None:
-            raise ValueError("expected tables of a step with tokens in reserve, got others")
-        self.counts.index_add_(0, self.ahead.index_select(0, cursor)[0], self.ones)
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------
@@ -145,15 +128,20 @@ def tile_shapes(shape: Shape) -> list[DecodeConfig]:
 
 
 def plan_decode(views: StepViews, shape: Shape, batch_invariant: bool = False) -> DecodePlan:
-    """The plan with the least time by the cost model; for batch-invariant decoding one that does not look at it."""
+    """The plan with the least time by the cost model; for batch-invariant decoding one that does not look at it.
+
+    Nor does that look at device pages: where a list lies apart follows from what else the cache has held.
+    """
     entries = final_entries(views)
     if batch_invariant:
         tasks = invariant_tasks(entries, views.page_size)
         configs = tile_shapes(shape)
         config = next((c for c in configs if c.block_m >= INVARIANT_TILE), configs[-1])
-        return DecodePlan(tasks, config, EVERYTHING, path_of(tasks, False), 0.0)
+        segments = tuple((_whole(task, views.page_size),) for task in tasks)
+        return DecodePlan(tasks, segments, config, EVERYTHING, path_of(tasks, False), 0.0)
     apart = _plan_tasks(build_tasks(entries, lambda *_: False), views, shape)
-    tasks = build_tasks(entries, lambda rows, runs: _saves(rows, runs, views.page_size, shape))
+    placed = views.device_pages is not None
+    tasks = build_tasks(entries, lambda rows, runs: _saves(rows, runs, views.page_size, shape, placed))
     if not any(task.shared for task in tasks):
         return apart
     together = _plan_tasks(tasks, views, shape)
@@ -170,27 +158,36 @@ def final_entries(views: StepViews) -> tuple[EntryView, ...]:
     if not left:
         return views.entries
     return tuple(
-        replace(entry, own=KeyRun.of_node(entry.own.pages, entry.own.tokens + left, views.page_size))
+        replace(entry, own=KeyRun.of_node(entry.own.pages, entry.own.tokens + left, views.page_size, entry.own.place))
         for entry in views.entries
     )
 
 
-def _saves(rows: Sequence[int], runs: Sequence[KeyRun], page_size: int, shape: Shape) -> bool:
-    """Whether reading keys once for entries with so many rows takes less than each reading them with its own."""
-    lanes = sum(_lanes(run.pages, run.counts, page_size) for run in runs)
+def _saves(rows: Sequence[int], runs: Sequence[KeyRun], page_size: int, shape: Shape, placed: bool) -> bool:
+    """Whether reading keys once for entries with so many rows takes less than each reading them with its own.
+
+    placed: in the device's page lists, where what does not stand side by side is a segment of its own either way.
+    """
+    lanes = sum(_lanes(run.counts, page_size) for run in runs)
+    segments = len(_side_by_side(runs)) if placed else 1
+    item = ITEM_BYTES / shape.lane_bytes * segments
+    partials = sum(rows) * shape.group * _partial_lanes(shape) * segments
     tile = tile_shapes(shape)[-1].rows_per_tile
-    apart = sum(-(-count // tile) for count in rows) * lanes
-    partials = sum(rows) * shape.group * _partial_lanes(shape)
-    return -(-sum(rows) // tile) * (lanes + ITEM_BYTES / shape.lane_bytes) + partials < apart
+    apart: float = sum(-(-count // tile) for count in rows) * lanes
+    if placed:
+        apart += len(rows) * item + partials
+    return -(-sum(rows) // tile) * (lanes + item) + partials < apart
 
 
 def _plan_tasks(tasks: tuple[DecodeTask, ...], views: StepViews, shape: Shape) -> DecodePlan:
     """Tile and chunk with the least time for these tasks."""
-    rows = np.array([len(task.rows) for task in tasks])
-    lanes = np.array([_lanes(task.pages, task.counts, views.page_size) for task in tasks])
+    placed = views.device_pages is not None
+    segments = tuple(_placed(task, views.page_size) if placed else (_whole(task, views.page_size),) for task in tasks)
+    every = [segment for parts in segments for segment in parts]
+    rows, lanes = np.array([segment.rows for segment in every]), np.array([segment.lanes for segment in every])
     once = int(rows.sum()) == views.total_rows  # every row is in at least one task
     # A tile of a causal task sees what its last row sees: on average about half of the new tokens.
-    seen = lanes - np.array([len(task.rows) // 2 if task.base is not None else 0 for task in tasks])
+    seen = lanes - np.array([segment.rows // 2 if segment.limit < EVERYTHING else 0 for segment in every])
     item = ITEM_BYTES / shape.lane_bytes
 
     def reading(config: DecodeConfig) -> float:
@@ -201,114 +198,71 @@ def _plan_tasks(tasks: tuple[DecodeTask, ...], views: StepViews, shape: Shape) -
     weight = max(1.0, config.block_m / shape.balance)
     tiles = -(-rows // config.rows_per_tile)
     chunks = np.array(sorted({-(-chunk // config.block_n) * config.block_n for chunk in CHUNKS}))[:, None]
-    pieces = -(-seen // np.minimum(chunks, seen))  # [chunks, tasks]
+    pieces = -(-seen // np.minimum(chunks, seen))  # [chunks, segments]
     direct: npt.NDArray[np.bool_] = np.logical_and(np.all(chunks >= lanes, axis=1), once)
     partials = np.where(direct, 0, (pieces * rows).sum(1)) * shape.group * _partial_lanes(shape)
     work = (tiles * seen).sum() * weight + (pieces * tiles).sum(1) * item + partials
     longest = np.minimum(chunks, lanes).max(1) * weight
     time = work * shape.kv_heads / shape.num_sms + longest + np.where(direct, 0, MERGE_BYTES / shape.lane_bytes)
     best = int(time.argmin())
-    return DecodePlan(tasks, config, int(chunks[best, 0]), path_of(tasks, bool(direct[best])), float(time[best]))
+    path = path_of(tasks, bool(direct[best]))
+    return DecodePlan(tasks, segments, config, int(chunks[best, 0]), path, float(time[best]))
 
 
 def _partial_lanes(shape: Shape) -> float:
     return 2 * 4 * shape.head_dim / shape.lane_bytes
 
 
-def _lanes(pages: Int32Array, counts: Int32Array, page_size: int) -> int:
-    return (len(pages) - 1) * page_size + int(counts[-1])
+# -- segments ----------------------------------------------------------------------------------------------------
 
 
-# -- the tables --------------------------------------------------------------------------------------------------
+def _whole(task: DecodeTask, page_size: int) -> Segment:
+    """A task whose pages are put side by side."""
+    limit = EVERYTHING if task.base is None else _lane_of(task.base, task.counts, page_size)
+    return Segment(len(task.rows), _lanes(task.counts, page_size), limit, None)
 
 
-def build_tables(plan: DecodePlan, views: StepViews, device: torch.device) -> DecodeTables:
-    """Cuts the tasks, numbers the partials, and uploads everything at once."""
-    tasks = plan.tasks
-    work, rows_of_partials = [], []
-    first_page = first_row = first_partial = 0
-    for task in tasks:
-        items = _cut(task, views.page_size, plan.config.rows_per_tile, plan.chunk)
-        partials = np.cumsum(items[:, 4]) - items[:, 4]
-        # Partial by partial, which row of the task it belongs to.
-        within = np.arange(int(items[:, 4].sum())) - np.repeat(partials, items[:, 4])
-        rows_of_partials.append(task.rows[np.repeat(items[:, 3], items[:, 4]) + within])
-        items[:, 0] = first_page
-        items[:, 3] += first_row
-        items[:, 6] = first_partial + partials
-        work.append(items)
-        first_page, first_row = first_page + len(task.pages), first_row + len(task.rows)
-        first_partial += len(within)
-    items = np.concatenate(work)
-    longest_first = np.argsort(items[:, 1] - items[:, 2], kind="stable")
-    by_row = np.concatenate(rows_of_partials)
-    merge_ptr = np.concatenate([[0], np.cumsum(np.bincount(by_row, minlength=views.total_rows))])
-    pages = np.concatenate([task.pages for task in tasks])
-    counts = np.concatenate([task.counts for task in tasks])
-    ahead, ones = None, None
-    if views.reserve:
-        ahead = torch.from_numpy(_lay_ahead(views, pages, counts)).to(device)
-        ones = torch.ones(len(views.entries), dtype=torch.int32, device=device)
-    arrays = [
-        items[longest_first].reshape(-1),
-        pages,
-        counts,
-        np.concatenate([task.rows for task in tasks]),
-        merge_ptr,
-        np.argsort(by_row, kind="stable"),  # stable: in the order of tasks and chunks
-    ]
-    uploaded = _upload([np.asarray(array, dtype=np.int32) for array in arrays], device)
-    table, pages_there, counts_there, rows, ptr, ids = uploaded
-    return DecodeTables(
-        plan.config, plan.path, table.view(-1, 8), pages_there, counts_there, rows, ptr, ids, len(by_row), ahead, ones
-    )
+def _placed(task: DecodeTask, page_size: int) -> tuple[Segment, ...]:
+    """A task's pages where they stand on the device."""
+    found, before = [], 0  # before: keys of the task so far
+    for runs in _side_by_side(task.runs):
+        counts = runs[0].counts if len(runs) == 1 else np.concatenate([run.counts for run in runs])
+        tokens = sum(run.tokens for run in runs)
+        limit = EVERYTHING
+        if task.base is not None and task.base < before + tokens:  # else every row sees all of these keys
+            limit = _lane_of(task.base - before, counts, page_size)
+        found.append(Segment(len(task.rows), _lanes(counts, page_size), limit, runs[0].place))
+        before += tokens
+    return tuple(found)
 
 
-def _lay_ahead(views: StepViews, pages: Int32Array, counts: Int32Array) -> Int64Array:
-    """Sets the counts of the entries' own pages back to this step's, and returns `DecodeTables.ahead`.
+def _side_by_side(runs: Sequence[KeyRun]) -> list[list[KeyRun]]:
+    """Runs in groups whose pages follow one another on the device. Raises ValueError for a run without a place."""
+    groups: list[list[KeyRun]] = []
+    end = None
+    for run in runs:
+        if run.place is None:
+            raise ValueError(f"expected runs of keys with a place in the device pages, got {run.tokens} keys without")
+        if groups and run.place == end:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+        end = run.place + len(run.pages)
+    return groups
 
-    In a step with a reserve an entry's own pages stand in one task only.
-    """
-    place = np.zeros(int(pages.max()) + 1, dtype=np.int64)
-    place[pages] = np.arange(len(pages))
-    columns = []
-    steps = np.arange(1 + views.reserve) - views.index
-    for entry in views.entries:
-        counts[place[entry.own.pages]] = entry.own.counts
-        token = np.maximum(entry.own.tokens - 1 + steps, 0)  # steps that are past are not asked for
-        columns.append(place[entry.own.pages[token // views.page_size]])
-    return np.stack(columns, axis=1)
 
-
-def _cut(task: DecodeTask, page_size: int, rows_per_tile: int, chunk: int) -> Int64Array:
-    """Work items of a task, [items, 8], with rows, pages and partials counted from the task's own first."""
-    lanes = _lanes(task.pages, task.counts, page_size)
-    chunk = min(chunk, lanes)
-    tile, part = np.meshgrid(np.arange(0, len(task.rows), rows_per_tile), np.arange(0, lanes, chunk), indexing="ij")
-    items = np.zeros((tile.size, 8), dtype=np.int64)
-    items[:, 1] = part.reshape(-1)
-    items[:, 2] = np.minimum(items[:, 1] + chunk, lanes)
-    items[:, 3] = tile.reshape(-1)
-    items[:, 4] = np.minimum(len(task.rows) - items[:, 3], rows_per_tile)
-    items[:, 5] = EVERYTHING if task.base is None else _lane_of(task.base, task.counts, page_size) + items[:, 3]
-    # The last row of a tile sees the most: lanes up to limit + rows - 1.
-    items[:, 2] = np.minimum(items[:, 2], items[:, 5] + items[:, 4])
-    return items[items[:, 1] < items[:, 2]]
+def _lanes(counts: Int32Array, page_size: int) -> int:
+    """Up to the last key; pages behind it are of a reserve that nothing is planned for."""
+    last = len(counts) - 1
+    while last and not counts[last]:
+        last -= 1
+    return last * page_size + int(counts[last])
 
 
 def _lane_of(key: int, counts: Int32Array, page_size: int) -> int:
-    """The lane of a task's key; of one before the task's first, how many lanes before."""
+    """The lane of a key; of one before the first, how many lanes before."""
     if key < 0:
         return key
     ends = np.cumsum(counts)
     page = int(np.searchsorted(ends, key, side="right"))
     return page * page_size + key - int(ends[page] - counts[page])
-
-
-def _upload(arrays: Sequence[Int32Array], device: torch.device) -> list[torch.Tensor]:
-    starts = np.cumsum([0, *(-(-len(array) // ALIGN) * ALIGN for array in arrays)])
-    packed = np.zeros(int(starts[-1]), dtype=np.int32)
-    for array, start in zip(arrays, starts[:-1], strict=True):
-        packed[start : start + len(array)] = array
-    tensor = torch.from_numpy(packed).to(device)
-    return [tensor[start : start + len(array)] for array, start in zip(arrays, starts[:-1].tolist(), strict=True)]

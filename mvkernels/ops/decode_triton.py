@@ -17,11 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from mvkernels.ops.decode_tables import DecodeTables, build_tables
 from mvkernels.ops.decode_tasks import StepViews
-from mvkernels.ops.decode_tiles import DecodeTables, Shape, build_tables, plan_decode
+from mvkernels.ops.decode_tiles import Shape, plan_decode
 
 LOG2_E = math.log2(math.e)
 MERGE_BLOCK = 8  # partials that a program merges at a time
+ADVANCE_BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -30,7 +32,11 @@ def decode_kernel(
     HQ: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """DIRECT: part and part_lse are the step's out and lse, natural log; else partial results."""
+    """DIRECT: part and part_lse are the step's out and lse, natural log; else partial results.
+
+    An item without lanes gives its rows 0 and -inf, one without rows loads and stores nothing: there are such in tables
+    of fixed capacity. A branch of their own around the rest would cost registers, and with them occupancy.
+    """
     item_ptr = work_ptr + tl.program_id(0) * 8
     kv_head = tl.program_id(1)
     first_page = tl.load(item_ptr + 0)
@@ -120,10 +126,36 @@ def merge_kernel(
         acc = acc * keep + tl.sum(out * weight[:, None], 0)
         total = total * keep + tl.sum(weight, 0, keep_dims=True)
         top = new_top
+    # A row that sees nothing, as those beyond a step's own in buffers of fixed capacity: 0, -inf.
+    divisor = tl.where(total == 0.0, 1.0, total)
     at = (row * HQ + head) * D + d
-    tl.store(out_ptr + at, (acc / total).to(out_ptr.dtype.element_ty), mask=in_d)
-    lse = (top + tl.log2(total)) * 0.6931471805599453
+    tl.store(out_ptr + at, (acc / divisor).to(out_ptr.dtype.element_ty), mask=in_d)
+    lse = tl.where(total == 0.0, float("-inf"), (top + tl.log2(divisor)) * 0.6931471805599453)
     tl.store(lse_ptr + head.to(tl.int64) * num_rows + row + one, lse)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def advance_kernel(
+    state_ptr, cursor_ptr, pages_ptr, counts_ptr, positions_ptr, slots_ptr, num_rows,
+    PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The step number `cursor` of tables of fixed capacity (`decode_buffers`): a row's position and slot, and the count
+    of the page that its entry's last row writes.
+    """
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = r < num_rows
+    cursor = tl.load(cursor_ptr)
+    token = tl.load(state_ptr + r, mask=inside, other=0) + cursor
+    place = tl.load(state_ptr + num_rows + r, mask=inside, other=-1)
+    position = tl.load(state_ptr + 2 * num_rows + r, mask=inside, other=0) + cursor
+    last = tl.load(state_ptr + 3 * num_rows + r, mask=inside, other=0)
+    live = place >= 0
+    at = place + token // PAGE_SIZE
+    offset = token % PAGE_SIZE
+    page = tl.load(pages_ptr + at, mask=live, other=0).to(tl.int64)
+    tl.store(slots_ptr + r, tl.where(live, page * PAGE_SIZE + offset, -1), mask=inside)
+    tl.store(positions_ptr + r, tl.where(live, position, 0), mask=inside)
+    tl.store(counts_ptr + at, offset + 1, mask=live & (last == 1))
 
 
 def decode_triton(
@@ -162,6 +194,23 @@ def decode_triton(
     return out, lse
 
 
+def launch_advance(
+    state: torch.Tensor,
+    cursor: torch.Tensor,
+    pages: torch.Tensor,
+    counts: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    page_size: int,
+) -> None:
+    """Writes positions, slots and counts in place; `decode_buffers` has the legend."""
+    rows = state.shape[1]
+    with torch.cuda.device_of(state):
+        advance_kernel[(triton.cdiv(rows, ADVANCE_BLOCK),)](
+            state, cursor, pages, counts, positions, slots, rows, PAGE_SIZE=page_size, BLOCK=ADVANCE_BLOCK
+        )
+
+
 def plan_tables(
     views: StepViews,
     heads: int,
@@ -174,8 +223,19 @@ def plan_tables(
     """The device tables of a step, made once for all layers, and for the steps to come where it has a reserve."""
 
     def build() -> DecodeTables:
-        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        shape = Shape(heads // kv_heads, kv_heads, dim, element_size, sms)
+        shape = decode_shape(heads, kv_heads, dim, element_size, device)
         return build_tables(plan_decode(views, shape, batch_invariant), views, device)
 
-    return views.cached(("triton", heads, kv_heads, dim, element_size, device, batch_invariant), build)
+    return views.cached(tables_key(heads, kv_heads, dim, element_size, device, batch_invariant), build)
+
+
+def tables_key(
+    heads: int, kv_heads: int, dim: int, element_size: int, device: torch.device, batch_invariant: bool = False
+) -> tuple[object, ...]:
+    """Under which the views of a step keep its tables."""
+    return ("triton", heads, kv_heads, dim, element_size, device, batch_invariant)
+
+
+def decode_shape(heads: int, kv_heads: int, dim: int, element_size: int, device: torch.device) -> Shape:
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return Shape(heads // kv_heads, kv_heads, dim, element_size, sms)
