@@ -46,10 +46,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @dataclass
 class _Patch:
-    """What `unpatch_model` needs: the implementation that was there before, and the hook."""
+    """What `unpatch_model` needs: the implementation that was there before, and the hook; and the backend asked for."""
 
     previous: str | None
     hook: RemovableHandle
+    backend: str
 
 
 def patch_model(model: Model, backend: str = "auto") -> Model:
@@ -78,7 +79,7 @@ def patch_model(model: Model, backend: str = "auto") -> Model:
     # The base model, so that both `model(...)` and `model.model(...)` pass through it, and once only. A partial and no
     # closure, so that a patched model can be pickled.
     hook = model.base_model.register_forward_pre_hook(partial(_prepare, backend=backend), with_kwargs=True)
-    setattr(model, _STATE, _Patch(before, hook))
+    setattr(model, _STATE, _Patch(before, hook, backend))
     return model
 
 
@@ -98,6 +99,14 @@ def unpatch_model(model: Model) -> Model:
 def is_patched(model: PreTrainedModel) -> bool:
     """Whether `patch_model` is in force."""
     return hasattr(model, _STATE)
+
+
+def patched_backend(model: PreTrainedModel) -> str:
+    """The backend that `patch_model` was given. Raises ValueError when the model is not patched."""
+    patch: _Patch | None = getattr(model, _STATE, None)
+    if patch is None:
+        raise ValueError(f"expected a model patched by patch_model, got an unpatched {type(model).__name__}")
+    return patch.backend
 
 
 def _check_model(model: PreTrainedModel) -> None:

@@ -1,76 +1,70 @@
-"""DecodeGraph: whole decode steps of a patched model, captured once as a CUDA graph and replayed while a tree stands.
+"""DecodeGraph: whole decode steps of a patched model, captured as CUDA graphs that serve any tree.
 
-    plan      slots for one token of each branch, and for `reserve` more                   (PagedKVCache.plan)
-    eager     the first steps of a plan run as they are: tables are built, kernels compiled
-    capture   [tensors of the step advance; embedding .. layers with append and tree decode .. logits]
-    replay    token ids into a static buffer, one graph launch, bookkeeping on the host     (PagedKVCache.advance)
+    plan      slots for one token of each branch, and for `reserve` more (PagedKVCache.plan); the tables of the step are
+              copied into memory of fixed addresses and capacity, that of its bucket (`decode_fixed`, `hf_buckets`)
+    capture   once for each bucket: [tensors of the step advance; embedding .. layers with append and tree decode ..
+              logits], for as many rows as the bucket has
+    replay    token ids into a static buffer, one graph launch, bookkeeping on the host (PagedKVCache.advance)
 
-The tensors of a step advance at the beginning of what is captured. So the last of the reserved steps reads no further
-than its tables go, and between two runs the tree on the host is what it is after any other step: all tokens committed.
+Between two runs the tree on the host is what it is after any other step: all tokens committed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from mvkernels.decode_fixed import fixed_reason, plan_fixed
 from mvkernels.errors import BackendError, OutOfPages
-from mvkernels.hf import is_patched
+from mvkernels.hf import is_patched, patched_backend
+from mvkernels.hf_buckets import Bucket, Buckets
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Branch, Step
 
-#: Steps of a plan that run eagerly. The first builds the tables of all layers, the second advances them: what either
-#: compiles, allocates for good or copies from the host may not happen while a graph is captured.
-EAGER_STEPS = 2
 BACKENDS = ("cuda_graph", "eager")
+#: Steps that add several tokens to a branch run in buckets up to so many tokens in all: what an engine writes between
+#: samples. Longer ones are prompts, each of another length, and keep a GPU busy without a graph.
+MOST_TOKENS = 64
 
 Entries = Sequence[Branch | tuple[Branch, int]]
 
 
 @dataclass(eq=False)
 class _Plan:
-    """Steps that follow one another. step: the open one. ids [1, T] int64: its tokens, at one address for all steps.
+    """Steps that follow one another. step: the open one. bucket: whose memory they run through; None: their own.
 
-    keep: the rows whose logits are asked for, None for all. runs: how many steps have run; context: the most tokens
-    that a row of the first one sees.
+    ends: the rows whose logits are asked for, None for all. runs: how many steps have run; context: the most tokens
+    that a row of the first one sees, where a window is to be looked at.
     """
 
     entries: tuple[tuple[Branch, int], ...]
     step: Step
-    ids: torch.Tensor
-    keep: torch.Tensor | None
+    bucket: Bucket | None
+    ends: torch.Tensor | None
     context: int
     runs: int = 0
-    captured: _Captured | None = None
-
-
-@dataclass(eq=False)
-class _Captured:
-    """A graph and the logits that it writes."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor
 
 
 class DecodeGraph:
-    """Runs decode steps of a patched model over a paged cache; on a GPU by replaying a CUDA graph.
+    """Runs decode steps of a patched model over a paged cache; on a GPU by replaying CUDA graphs.
 
     model     patched by `patch_model`, on one device; its weights must stay where they are (`reset` after a move)
     cache     its `PagedKVCache`, on the same device
-    reserve   tokens of each branch that a plan sets pages aside for beyond the first: one plan and one capture serve
-              1 + reserve steps. Where so many pages are not free, half of it is tried, and so on
-    backend   "cuda_graph"; "eager", the same without capture, on any device; "auto": whichever fits
+    reserve   tokens of each branch that a plan sets pages aside for beyond the first: one plan serves 1 + reserve
+              steps. Where so many pages are not free, half of it is tried, and so on
+    backend   "cuda_graph"; "eager", the same without graphs, on any device; "auto": whichever fits
 
-    What is captured when. A capture holds the addresses of a plan's tables, so each plan has its own: a new one is made
-    when other branches, or the same in another order, are asked for, when anything but this object changes the tree or
-    plans a step (fork, merge, free, truncate, evict, plan), and when the reserve is used up. The first two steps of
-    every plan run eagerly, the third is captured, all others are replays; a plan whose branches see one another's new
-    tokens, or add several at once, is one eager step. All captures share one memory pool, and only the latest is kept.
+    What is captured when. A step of one new token a branch, or of few tokens in all, runs through the memory of its
+    *bucket*: steps of about as many rows, with tables of about the same size. The first step of a bucket runs as it is,
+    which compiles kernels; at the second a graph is captured, which all others replay, whatever the tree. A plan is
+    made, and its tables copied to the bucket's memory, when other branches, or the same in another order, are asked
+    for, when anything but this object changes the tree or plans a step (fork, merge, free, truncate, evict, plan), and
+    when the reserve is used up. Longer steps, prompts, run without a graph. The graphs share one memory pool; of more
+    than `hf_buckets.MOST` buckets those not used for longest are given up.
 
     Raises ValueError for a model that is not patched or on another device than the cache, and for a bad reserve;
     BackendError when the backend asked for by name cannot be used.
@@ -84,20 +78,24 @@ class DecodeGraph:
         if reserve < 0:
             raise ValueError(f"reserve: expected at least 0 tokens, got {reserve}")
         self.model, self.cache, self.reserve = model, cache, reserve
-        self.backend = _choose(backend, model, cache.device)
-        self.captures = 0  # how many graphs were captured so far
+        self.backend = _choose(backend, model, cache)
         config = model.config.get_text_config()
+        self._heads: int = config.num_attention_heads
         self._vocabulary: int = config.vocab_size
         self._window: int | None = getattr(config, "sliding_window", None) or None
         self._plan: _Plan | None = None
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
-        self._latest: _Captured | None = None  # keeps the pool alive, which is handed from one capture to the next
+        self._buckets = Buckets(cache.device)
+
+    @property
+    def captures(self) -> int:
+        """How many graphs were captured so far."""
+        return self._buckets.captures
 
     @property
     def captured(self) -> bool:
         """Whether the next run of the same branches replays a graph that is there already."""
-        return self._plan is not None and self._plan.captured is not None and self._plan.step.state.closed is None
+        plan = self._plan
+        return plan is not None and self._goes_on(plan) and plan.bucket is not None and plan.bucket.replay is not None
 
     def run(self, entries: Entries, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """One step: the new tokens of the branches go through the model and are committed.
@@ -110,26 +108,24 @@ class DecodeGraph:
         """
         listed = tuple(entry if isinstance(entry, tuple) else (entry, 1) for entry in entries)
         ids = self._checked(token_ids, sum(count for _, count in listed))
-        with torch.inference_mode():  # of the plan's tensors too: they are written to in every step
+        device = torch.cuda.device(self.cache.device) if self.cache.device.type == "cuda" else nullcontext()
+        with device, torch.inference_mode():  # of the plan's tensors too: they are written to in every step
             plan = self._plan_for(listed)
             try:
-                with torch.cuda.device(self.cache.device) if self.cache.device.type == "cuda" else nullcontext():
-                    plan.ids.copy_(ids[None])
-                    logits = self._step(plan)
+                logits = self._eager(plan, ids) if plan.bucket is None else self._fixed(plan, plan.bucket, ids)
             except BaseException:
-                self.reset()
+                self._give_up()
                 raise
             self._close(plan)
-        return logits.clone()  # outside of inference mode: the caller may write to it
+        # In memory of their own, outside of inference mode: the caller may write to it.
+        return logits.clone() if plan.bucket is None or plan.ends is None else logits.index_select(0, plan.ends)
 
     def reset(self) -> None:
-        """Gives up the plan with the pages in its reserve, and the graph. Nothing that was committed is lost."""
-        plan, self._plan = self._plan, None
-        if plan is not None and plan.step.state.closed is None:
-            self.cache.rollback(plan.step)
-        self._latest = self._pool = None
+        """Gives up the plan with the pages in its reserve, and the graphs. Nothing that was committed is lost."""
+        self._give_up()
+        self._buckets.clear()
 
-    # -- inside --------------------------------------------------------------------------------------------------
+    # -- plans ---------------------------------------------------------------------------------------------------
 
     def _checked(self, token_ids: Sequence[int] | torch.Tensor, expected: int) -> torch.Tensor:
         """[T] integers, on the device they came on."""
@@ -149,109 +145,99 @@ class DecodeGraph:
                 raise ValueError(f"token_ids: expected ids from 0 to {self._vocabulary - 1}, got {wrong}")
         return ids
 
+    def _goes_on(self, plan: _Plan) -> bool:
+        """Whether the plan's next step may run. In a bucket no layer looks whether a row has outgrown its window."""
+        outgrown = self._window is not None and plan.context + plan.runs > self._window
+        return plan.step.state.closed is None and not (outgrown and plan.bucket is not None)
+
     def _plan_for(self, entries: tuple[tuple[Branch, int], ...]) -> _Plan:
         """The plan that goes on, or a new one."""
         plan = self._plan
-        if plan is not None and plan.entries == entries and plan.step.state.closed is None:
+        if plan is not None and plan.entries == entries and self._goes_on(plan):
             return plan
-        step = self._plan_step(entries)
+        tokens = [count for _, count in entries]
+        single = all(count == 1 for count in tokens)
+        in_bucket = self.backend == "cuda_graph" and (single or sum(tokens) <= MOST_TOKENS)
+        reserve = self.reserve if single else 0
+        step = self._plan_step(entries, reserve, tensors=not in_bucket)
+        context = step.longest_context if self._window is not None else 0
+        if in_bucket and self._window is not None and context > self._window:  # only layers know whether they look
+            in_bucket, step = False, self._plan_step(entries, reserve, tensors=True)
         # The cache has discarded what was planned before, if it was open still.
-        device, rows = self.cache.device, step.total_rows
-        keep = None
-        if rows > len(entries):
-            ends = [first + count - 1 for first, (_, count) in zip(step.row_offsets, entries, strict=True)]
-            keep = torch.tensor(ends, device=device)
-        ids = torch.zeros((1, rows), dtype=torch.int64, device=device)
-        self._plan = _Plan(entries, step, ids, keep, step.longest_context if self._window else 0)
-        return self._plan
+        self._plan = plan = _Plan(entries, step, None, None, context)
+        ends = None if single else [first + n - 1 for first, n in zip(step.row_offsets, tokens, strict=True)]
+        try:
+            if in_bucket:
+                plan.bucket = self._buckets.lay(plan_fixed(step, self._heads, self._buckets.pages), step, ends or ())
+                plan.ends = None if ends is None else plan.bucket.memory.keep[: len(ends)]
+            elif ends is not None:
+                plan.ends = torch.tensor(ends, device=self.cache.device)
+        except BaseException:
+            self._give_up()
+            raise
+        return plan
 
-    def _plan_step(self, entries: tuple[tuple[Branch, int], ...]) -> Step:
+    def _plan_step(self, entries: tuple[tuple[Branch, int], ...], reserve: int, tensors: bool) -> Step:
         """With as much of the reserve as there is room for."""
-        reserve = self.reserve if all(count == 1 for _, count in entries) else 0
         while True:
             try:
-                return self.cache.plan(entries, reserve)
+                return self.cache.plan(entries, reserve, tensors)
             except OutOfPages:
                 if not reserve:
                     raise
                 reserve //= 2
 
-    def _step(self, plan: _Plan) -> torch.Tensor:
-        """Runs the open step; its logits [entries, V]."""
-        # A window that some row may have grown out of: only an eager step looks.
-        grown_out = self._window is not None and plan.context + plan.runs > self._window
-        if self.backend == "eager" or plan.runs < EAGER_STEPS or grown_out:
-            with self._beside():
-                return self._forward(plan)
-        if plan.captured is None:
-            plan.captured = self._capture(plan)
-        plan.captured.graph.replay()
-        return plan.captured.logits
-
-    def _forward(self, plan: _Plan) -> torch.Tensor:
-        """What is captured. The tensors of the step are still those of the one before it, if there was one."""
-        if plan.runs:
-            plan.step.advance_tensors()
-        kept = {} if plan.keep is None else {"logits_to_keep": plan.keep}
-        logits: torch.Tensor = self.model(
-            input_ids=plan.ids,
-            position_ids=plan.step.positions[None],
-            paged_kv=(self.cache, plan.step),
-            use_cache=False,
-            **kept,
-        ).logits[0]
-        return logits
-
-    def _capture(self, plan: _Plan) -> _Captured:
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        try:
-            # Other threads may use the GPU meanwhile: what they do is not ours to forbid.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                logits = self._forward(plan)
-        except BackendError:
-            raise
-        except Exception as error:
-            # What went wrong first: ending a capture that has failed is an error of its own.
-            reason = error.__context__ or error
-            raise BackendError(f"DecodeGraph: the step cannot be captured as a CUDA graph: {reason}") from error
-        self.captures += 1
-        self._latest = _Captured(graph, logits)
-        return self._latest
-
     def _close(self, plan: _Plan) -> None:
         """Commits the step that ran; opens the next one where pages are set aside for it."""
         plan.runs += 1
         step = plan.step
-        if step.ahead is not None and step.index + 1 < len(step.ahead):
-            plan.step = self.cache.advance(step, tensors=False)
+        if step.index < step.views.reserve:
+            plan.step = self.cache.advance(step, tensors=plan.bucket is None)
         else:
             self.cache.commit(step)
             self._plan = None
 
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On the stream that captures run on, so that what libraries keep for a stream is there before."""
-        if self.cache.device.type != "cuda":
-            yield
-            return
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        here = torch.cuda.current_stream()
-        self._stream.wait_stream(here)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            here.wait_stream(self._stream)
+    def _give_up(self) -> None:
+        plan, self._plan = self._plan, None
+        if plan is not None and plan.step.state.closed is None:
+            self.cache.rollback(plan.step)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _eager(self, plan: _Plan, ids: torch.Tensor) -> torch.Tensor:
+        """Runs the open step over its own tensors; its logits [entries, V]."""
+        return self._forward(plan.step, ids.to(self.cache.device)[None], plan.ends)
+
+    def _fixed(self, plan: _Plan, bucket: Bucket, ids: torch.Tensor) -> torch.Tensor:
+        """Runs the open step through its bucket's memory; logits [rows, V], of which some are asked for."""
+        bucket.take(ids)
+        logits = self._buckets.run(bucket, lambda: self._captured(bucket))
+        return logits if plan.ends is not None else logits[: plan.step.total_rows]
+
+    def _captured(self, bucket: Bucket) -> torch.Tensor:
+        """What is captured: the open step, over the memory of its bucket alone. Logits of all its rows."""
+        if self._plan is None:
+            raise BackendError("DecodeGraph: expected a planned step, got none")
+        bucket.memory.advance()
+        step = bucket.memory.step(self._plan.step)
+        logits = self._forward(step, bucket.ids)
+        bucket.memory.check(step)
+        return logits
+
+    def _forward(self, step: Step, ids: torch.Tensor, ends: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of all rows, or of `ends`."""
+        kept = {} if ends is None else {"logits_to_keep": ends}
+        logits: torch.Tensor = self.model(
+            input_ids=ids, position_ids=step.positions[None], paged_kv=(self.cache, step), use_cache=False, **kept
+        ).logits[0]
+        return logits
 
 
-def _choose(requested: str, model: PreTrainedModel, device: torch.device) -> str:
+def _choose(requested: str, model: PreTrainedModel, cache: PagedKVCache) -> str:
     if requested not in ("auto", *BACKENDS):
         expected = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend: expected one of {expected}, got {requested!r}")
-    reason = _reason(model, device)
+    reason = _reason(model, cache)
     if requested == "auto":
         return "eager" if reason else "cuda_graph"
     if requested == "cuda_graph" and reason:
@@ -259,11 +245,13 @@ def _choose(requested: str, model: PreTrainedModel, device: torch.device) -> str
     return requested
 
 
-def _reason(model: PreTrainedModel, device: torch.device) -> str | None:
+def _reason(model: PreTrainedModel, cache: PagedKVCache) -> str | None:
     """Why steps of this model cannot be captured, or None."""
-    if device.type != "cuda":
-        return f"expected a model on cuda, got {device.type}"
+    if cache.device.type != "cuda":
+        return f"expected a model on cuda, got {cache.device.type}"
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") == "dynamic":
         return "rope_type 'dynamic' decides on the host, in every forward pass, by the longest sequence"
-    return None
+    if patched_backend(model) not in ("auto", "triton"):
+        return f"expected a model patched with backend 'auto' or 'triton', got {patched_backend(model)!r}"
+    return fixed_reason(cache)

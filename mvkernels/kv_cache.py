@@ -170,10 +170,11 @@ class PagedKVCache:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def plan(self, entries: Sequence[tuple[Branch, int]], reserve: int = 0) -> Step:
+    def plan(self, entries: Sequence[tuple[Branch, int]], reserve: int = 0, tensors: bool = True) -> Step:
         """Reserves slots for new tokens: (branch, number of tokens >= 1) each, no branch twice.
 
-        reserve: sets pages aside for that many further tokens of each branch, one a step: see `advance`. Raises
+        reserve: sets pages aside for that many further tokens of each branch, one a step: see `advance`. tensors: False
+        where a CUDA graph has positions and slots of its own: the step's stay on the host, and do not advance. Raises
         OutOfPages when they do not all fit, and BranchError when a branch is gone or may not grow, be it by a token
         that was committed after it or by an earlier entry of this step; ValueError for a bad number of tokens.
         """
@@ -213,7 +214,8 @@ class PagedKVCache:
             for node, pages in zip(lengths, wanted, strict=True)
         )  # fmt: skip
         try:
-            self._open = make_step(tuple(entries), planned, self.page_size, self.device, reserve, self.device_tables)
+            device = self.device if tensors else torch.device("cpu")
+            self._open = make_step(tuple(entries), planned, self.page_size, device, reserve, self.device_tables)
         except BaseException:  # of the device: its memory may be full
             self._take_back(planned)
             raise
@@ -360,7 +362,7 @@ class PagedKVCache:
 
     def _require_open(self, step: Step) -> None:
         step.require_open()
-        if step is not self._open:
+        if self._open is None or step.state is not self._open.state:
             raise StaleStep("expected a step of this cache, got one of another")
 
     def _reserved(self) -> int:

@@ -5,36 +5,62 @@ Each test drives a graph and, in a cache of its own, plain plan and commit steps
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvkernels import BackendError, BranchError, DecodeGraph, OutOfPages, PagedKVCache, StaleStep, patch_model
-from mvkernels.hf_graph import EAGER_STEPS, _Captured
+from mvkernels import (
+    BackendError,
+    BranchError,
+    DecodeGraph,
+    OutOfPages,
+    PagedKVCache,
+    StaleStep,
+    hf_buckets,
+    patch_model,
+)
+from mvkernels.hf_buckets import WARM_UPS
 from tests.conftest import interpreting
 from tests.test_hf import make
 from tests.tiny_model import tiny_model
 
 PAGE = 4
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"  # of kernels, or of the interpreter
 
 
-def make_cache(model, num_pages: int = 64) -> PagedKVCache:
+def make_cache(model, num_pages: int = 64, **options) -> PagedKVCache:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return PagedKVCache(
-        num_pages, PAGE, config.num_hidden_layers, config.num_key_value_heads, head_dim, model.dtype, model.device
-    )
+        num_pages, PAGE, config.num_hidden_layers, config.num_key_value_heads, head_dim, model.dtype, model.device,
+        **options,
+    )  # fmt: skip
 
 
 class Twin:
-    """A graph and a plain cache with the same branches, numbered; every step is run by both and compared."""
+    """A graph and a plain cache with the same branches, numbered; every step is run by both and compared.
 
-    def __init__(self, device: str = "cpu", reserve: int = 64, num_pages: int = 64, model=None, **options) -> None:
+    plain_model: for the plain steps, with the same weights; None: the same model. device_tables: of the graph's cache.
+    """
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        reserve: int = 64,
+        num_pages: int = 64,
+        model=None,
+        plain_model=None,
+        device_tables: bool | None = None,
+        **options,
+    ) -> None:
         self.model = model or patch_model(tiny_model(head_dim=32).to(device))
-        self.graph = DecodeGraph(self.model, make_cache(self.model, num_pages), reserve, **options)
+        self.plain_model = plain_model or self.model
+        cache = make_cache(self.model, num_pages, device_tables=device_tables)
+        self.graph = DecodeGraph(self.model, cache, reserve, **options)
         self.plain = make_cache(self.model, 256)
         self.branches = [(self.graph.cache.new(), self.plain.new())]
         self.generator = torch.Generator().manual_seed(3)
@@ -51,7 +77,7 @@ class Twin:
     def plain_logits(self, entries: Sequence[tuple[int, int]], ids: torch.Tensor) -> torch.Tensor:
         step = self.plain.plan([(self.branches[number][1], count) for number, count in entries])
         with torch.no_grad():
-            logits = self.model(ids[None].to(self.model.device), paged_kv=(self.plain, step)).logits[0]
+            logits = self.plain_model(ids[None].to(self.model.device), paged_kv=(self.plain, step)).logits[0]
         self.plain.commit(step)
         return logits[torch.tensor([count for _, count in entries]).cumsum(0) - 1]
 
@@ -86,7 +112,7 @@ def test_a_tree_of_branches_across_page_borders(device: str) -> None:
     twin.merge(0, paths)
     for _ in range(6):
         twin.run(0)
-    assert twin.graph.captures == (2 if on_gpu(twin) else 0)
+    assert twin.graph.captures == (2 if on_gpu(twin) else 0)  # of three rows, and of one
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -98,7 +124,7 @@ def test_a_reserve_that_is_used_up_is_planned_anew(device: str, monkeypatch: pyt
     for _ in range(15):
         twin.run(1, 2)
     assert plans == [5, 5, 5]  # 1 + 5 steps each
-    assert twin.graph.captures == (2 if on_gpu(twin) else 0)  # the third plan made three steps: one is captured
+    assert twin.graph.captures == (1 if on_gpu(twin) else 0)
     assert twin.graph.cache.num_free_pages == 64 - 1 - 2 * 5  # 3 reserved steps are within pages that are written
 
 
@@ -106,7 +132,12 @@ def count_plans(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The reserves of the plans that the graph's cache makes from here on."""
     plans: list[int] = []
     plan = twin.graph.cache.plan
-    monkeypatch.setattr(twin.graph.cache, "plan", lambda e, reserve=0: (plans.append(reserve), plan(e, reserve))[1])
+
+    def counted(entries, reserve=0, *rest):
+        plans.append(reserve)
+        return plan(entries, reserve, *rest)
+
+    monkeypatch.setattr(twin.graph.cache, "plan", counted)
     return plans
 
 
@@ -123,7 +154,7 @@ def test_branches_come_and_go(device: str, monkeypatch: pytest.MonkeyPatch) -> N
         for _ in range(4):
             twin.run(*branches)
     assert plans == [64] * 6
-    assert twin.graph.captures == (6 if on_gpu(twin) else 0)
+    assert twin.graph.captures == (3 if on_gpu(twin) else 0)  # of one row, of two, and of up to four
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -290,9 +321,8 @@ def test_bad_arguments_say_what_was_expected() -> None:
 
 @pytest.mark.triton
 def test_the_tables_of_the_kernels_advance_with_the_steps() -> None:
-    """As a replay will have it: tables are made once for a plan, and turn into those of the next step by themselves."""
-    device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
-    twin = Twin(model=patch_model(tiny_model(head_dim=16).to(device), "triton"), reserve=9, backend="eager")
+    """Without graphs too tables are made once for a plan, and turn into those of the next step by themselves."""
+    twin = Twin(model=patch_model(tiny_model(head_dim=16).to(DEVICE), "triton"), reserve=9, backend="eager")
     twin.run((0, 6))
     twin.fork(0, 2)
     twin.run((1, 2), (2, 3))
@@ -320,81 +350,21 @@ class NoHost(TorchDispatchMode):
 @pytest.mark.triton
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
 def test_what_is_captured_asks_the_host_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
-    model = patch_model(make(family, head_dim=16).to(device), "triton")
-    graph = DecodeGraph(model, make_cache(model), backend="eager")
+    model = patch_model(make(family, head_dim=16).to(DEVICE), "triton")
+    graph = DecodeGraph(model, make_cache(model))
     branch = graph.cache.new()
-    graph.run([(branch, 3)], [1, 2, 3])
-    for token in range(EAGER_STEPS):
-        graph.run([branch], [token])
-    forward, watched = graph._forward, []
+    watched = []
 
-    def watch(plan):
+    def record(function):
         with NoHost():
-            watched.append(forward(plan))
-        return watched[-1]
+            watched.append(function())
+        return lambda: watched[-1]
 
-    monkeypatch.setattr(graph, "_forward", watch)
-    graph.run([branch], [4])
-    assert len(watched) == 1 and branch.num_tokens == 4 + EAGER_STEPS
-
-
-# -- when a graph is captured and when it is replayed, with graphs that call the model ---------------------------
-
-
-class Replayed:
-    """In place of a CUDA graph: what was captured runs from the host, and writes where the captured one writes."""
-
-    def __init__(self, graph: DecodeGraph, plan) -> None:
-        self.graph, self.plan, self.replays = graph, plan, 0
-        self.logits = torch.zeros(len(plan.entries), 300)
-
-    def replay(self) -> None:
-        assert not self.graph.model.training and self.plan.runs >= EAGER_STEPS
-        self.replays += 1
-        self.logits.copy_(self.graph._forward(self.plan))
-
-
-def replaying(twin: Twin) -> list[Replayed]:
-    """Makes the twin's graph believe in graphs; returns those that it will capture."""
-    graph, made = twin.graph, []
-
-    def capture(plan):
-        made.append(Replayed(graph, plan))
-        return _Captured(made[-1], made[-1].logits)
-
-    graph.backend, graph._capture = "cuda_graph", capture
-    return made
-
-
-def test_each_plan_is_captured_once_after_two_eager_steps() -> None:
-    twin = Twin(reserve=6, num_pages=128)
-    made = replaying(twin)
-    twin.run((0, 5))
-    twin.fork(0, 3)
-    for done in range(10):  # plans of 1 + 6 steps
-        assert twin.graph.captured == (EAGER_STEPS < done < 7 or done == 10)
-        twin.run(1, 2, 3)
-    assert [graph.replays for graph in made] == [5, 1]
-    for _ in range(4):
-        twin.run(2, 3)
-    for _ in range(EAGER_STEPS):  # not worth a capture
-        twin.run(1)
-    assert [graph.replays for graph in made] == [5, 1, 2]
-    twin.graph.reset()
-    assert not twin.graph.captured
-
-
-def test_a_step_out_of_a_sliding_window_is_not_replayed() -> None:
-    window = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 0}
-    twin = Twin(model=patch_model(tiny_model(head_dim=32, **window)))
-    made = replaying(twin)
-    twin.run((0, 8))
-    for _ in range(4):
-        twin.run(0)
-    with pytest.raises(BackendError, match="sliding window of 12 tokens, got 13"):
-        twin.graph.run([twin.branches[0][0]], [1])
-    assert [graph.replays for graph in made] == [2]
+    graph.backend, graph._buckets.record = "cuda_graph", record
+    graph.run([(branch, 70)], [1] * 70)
+    for token in range(WARM_UPS + 1):
+        graph.run([branch], [token])
+    assert len(watched) == 1 and branch.num_tokens == 71 + WARM_UPS
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------
@@ -406,21 +376,64 @@ def test_replays_launch_no_kernel_from_the_host(monkeypatch: pytest.MonkeyPatch)
     twin.run((0, 5))
     twin.fork(0, 3)
     for done in range(10):
-        assert twin.graph.captured == (done > EAGER_STEPS)
+        assert twin.graph.captured == (done > WARM_UPS)
         twin.run(1, 2, 3)
     assert twin.graph.captures == 1
+    twin.graph.cache.truncate(twin.branches[1][0], 2)  # another plan, the same graph
+    twin.plain.truncate(twin.branches[1][1], 2)
     monkeypatch.setattr(twin.model, "forward", broken)  # a replay does not come by
     branches = [pair[0] for pair in twin.branches[1:]]
-    logits = twin.graph.run(branches, [7, 8, 9])
+    logits = [twin.graph.run(branches, ids) for ids in ([7, 8, 9], [4, 5, 6])]
     monkeypatch.undo()
-    torch.testing.assert_close(logits, twin.plain_logits([(1, 1), (2, 1), (3, 1)], torch.tensor([7, 8, 9])))
+    for got, ids in zip(logits, ([7, 8, 9], [4, 5, 6]), strict=True):
+        wanted = twin.plain_logits([(1, 1), (2, 1), (3, 1)], torch.tensor(ids))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert twin.graph.captures == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+def test_graphs_of_a_random_tree(seed: int) -> None:
+    """Forks, merges, tags and lost tokens, by far fewer graphs than plans."""
+    rng, twin = random.Random(seed), Twin("cuda", reserve=8, num_pages=256)
+    twin.run((0, 70))
+    for _ in range(12):
+        paths = twin.fork(0, rng.randint(2, 6))
+        twin.run((0, 1), *((path, rng.randint(1, 4)) for path in paths))
+        for _ in range(rng.randint(1, 12)):
+            twin.run(*paths)
+        some = rng.sample(paths, 2)
+        for i, cache in enumerate((twin.graph.cache, twin.plain)):
+            cache.truncate(twin.branches[some[0]][i], 1)
+        twin.run(*some)
+        twin.merge(0, paths)
+        for _ in range(rng.randint(1, 4)):
+            twin.run(0)
+    captured = [bucket for bucket in twin.graph._buckets._kept.values() if bucket.replay is not None]
+    assert twin.graph.captures == len(captured) <= 16
+
+
+@pytest.mark.gpu
+def test_graphs_that_are_given_up_free_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_buckets, "MOST", 2)
+    twin = Twin("cuda", reserve=4)
+    twin.run((0, 70))
+    twin.fork(0, 8)
+    allocated = []
+    for round_ in range(3):
+        for count in (1, 2, 4, 8):
+            for _ in range(WARM_UPS + 2):
+                twin.run(*range(1, 1 + count))
+        assert twin.graph.captures == 4 * (round_ + 1) and len(twin.graph._buckets._kept) == 2
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[2] <= allocated[1]
 
 
 @pytest.mark.gpu
 def test_what_cannot_be_captured_is_a_backend_error(monkeypatch: pytest.MonkeyPatch) -> None:
     twin = Twin("cuda")
     twin.run((0, 5))
-    for _ in range(EAGER_STEPS):
+    for _ in range(WARM_UPS):
         twin.run(0)
     head = twin.model.lm_head.forward
 
@@ -431,7 +444,7 @@ def test_what_cannot_be_captured_is_a_backend_error(monkeypatch: pytest.MonkeyPa
     with pytest.raises(BackendError, match="the step cannot be captured as a CUDA graph"):
         twin.graph.run([twin.branches[0][0]], [1])
     monkeypatch.undo()
-    assert twin.branches[0][0].num_tokens == 5 + EAGER_STEPS
+    assert twin.branches[0][0].num_tokens == 5 + WARM_UPS
     for _ in range(6):
         twin.run(0)
     assert twin.graph.captures == 1
