@@ -191,16 +191,20 @@ class PagedKVCache:
                 raise ValueError(f"plan: expected at least 1 token for branch {branch.id}, got {count}")
             if node in lengths:
                 raise ValueError(f"plan: expected each branch once, got branch {branch.id} twice")
-            earlier = next((blocked[link] for link in node.links if link in blocked), None)
-            if node.frozen or earlier is not None:
+            frozen = False
+            earlier: Branch | None = None
+            for link in node.links:  # as `node.frozen`, but generators would take longer than the loop
+                frozen = frozen or link.after > 0
+                earlier = earlier or blocked.get(link)
+            if frozen or earlier is not None:
                 by = "tokens after it" if earlier is None else f"branch {earlier.id} earlier in this step"
                 raise BranchError(f"plan: expected a branch with nothing after it, got {branch.id}, followed by {by}")
             starts[node] = resolve_start(node, starts, lengths)
             lengths[node] = node.length + count
-            link = node.chain
-            while link is not None and not link.after and link not in blocked:
-                blocked[link] = branch
-                link = link.before
+            above = node.chain
+            while above is not None and not above.after and above not in blocked:
+                blocked[above] = branch
+                above = above.before
         wanted = [-(-(length + reserve) // self.page_size) - len(node.pages) for node, length in lengths.items()]
         free = len(self._free) + self._reserved()
         if sum(wanted) > free:

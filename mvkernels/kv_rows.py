@@ -305,17 +305,14 @@ class Rows:
         node, target = spot.node, self._targets.get(spot.node)
         if row.slot is None:
             return
-        if target is not None:
-            pages, counts, tokens = target.pages, target.counts, target.tokens
-        else:
-            pages, counts = node.page_array(), page_counts(len(node.pages), node.length, self.page_size)
-            tokens = node.length
+        pages, tokens = (node.page_array(), node.length) if target is None else (target.pages, target.tokens)
         at, size = row.slot * self.capacity + spot.first, len(pages)
         if spot.paged < size:
             writes.update(zip(range(at + spot.paged, at + size), pages[spot.paged :].tolist(), strict=True))
             self.uploaded_entries += size - spot.paged
         if spot.full < size:
             at += self.counts_at
+            counts = page_counts(size, tokens, self.page_size)
             writes.update(zip(range(at + spot.full, at + size), counts[spot.full :].tolist(), strict=True))
         spot.entries = spot.paged = size
         spot.full = tokens // self.page_size

@@ -60,9 +60,8 @@ class Spot:
 
 
 class Target(NamedTuple):
-    """What a node holds in a step: `tokens` in pages [P], counts [P] of them in each; the next position after them."""
+    """What a node holds in a step: `tokens` in pages [P], the first ones full; the next position after them."""
 
     pages: Int32Array
-    counts: Int32Array
     tokens: int
     position: int

@@ -14,7 +14,7 @@ from mvkernels.errors import StaleStep
 from mvkernels.kv_nodes import contents_of
 from mvkernels.kv_pages import Contents, PageLog
 from mvkernels.kv_spots import Target
-from mvkernels.ops.decode_tasks import DevicePages, EntryView, KeyRun, StepViews, page_counts
+from mvkernels.ops.decode_tasks import DevicePages, EntryView, KeyRun, StepViews
 
 if TYPE_CHECKING:
     from mvkernels.kv_cache import PagedKVCache
@@ -40,7 +40,7 @@ class Branch:
         return self.cache.num_tokens(self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: one is made for every entry of a step, and that takes twice the time
 class PlannedNode:
     """What committing an entry does to its node. `pages` are set aside for it: the first ones for the entry's tokens,
     which are appended to the node's, the others for the tokens of the steps to come.
@@ -209,7 +209,8 @@ class _Lists:
             self.device_pages = tables.sync(held, [*near, *(log.first for log in self._cuts)])
         self._tables = tables if self.device_pages is not None else None
         self.runs = {
-            node: KeyRun(target.pages, target.counts, target.tokens, self._place(node)) for node, target in held.items()
+            node: KeyRun.of_node(target.pages, target.tokens, page_size, self._place(node))
+            for node, target in held.items()
         }
         self._logs: dict[tuple[PageLog, int], KeyRun] = {}
         self._lists: dict[int, tuple[KeyRun, ...]] = {}
@@ -232,7 +233,7 @@ class _Lists:
         if size > len(pages):
             added = planned.pages[: size - len(pages)]
             pages = np.concatenate([pages, np.array(added, dtype=np.int32)])
-        return Target(pages, page_counts(size, tokens, self.page_size), tokens, planned.start + tokens)
+        return Target(pages, tokens, planned.start + tokens)
 
     def _split(self, link: Link | None) -> tuple[Contents | None, list[Node]]:
         """(what is fixed, the nodes behind it, the last first)."""
