@@ -1,11 +1,13 @@
-"""What a generation tells while it runs, and what it is in the end. All are plain values."""
+"""What a generation tells while it runs. All are plain values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mvkernels.layout import BranchLayout
+from mvkernels.model.generation import Generation
+
+__all__ = ["Event", "FinishEvent", "ForkEvent", "Generation", "MergeEvent", "PathEndEvent", "TokenEvent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,9 @@ class TokenEvent:
 
     request: index of the request in its batch. path: (2, 1) for path 2.1, () for the trunk. position: of the token.
     text: what the branch's text grows by; empty while a character's bytes are incomplete, and for end-of-text tokens.
-    forced: the engine wrote it, the model did not sample it.
+    forced: the engine wrote it, the model did not sample it. branch: its number within the request, which no other
+    branch ever has (a path of the next block has the same `path`); the trunk is 0. logprob: of a sampled token, and
+    top_logprobs: (token id, log-probability) of the likeliest ones, best first, where the config asks for them.
     """
 
     request: int
@@ -23,15 +27,34 @@ class TokenEvent:
     text: str
     position: int
     forced: bool
+    branch: int = 0
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ForkEvent:
-    """The branch `path` waits from here on while its `width` paths run."""
+    """The branch `path` waits from here on while its `width` paths run. children: their branch numbers, in order."""
 
     request: int
     path: tuple[int, ...]
     width: int
+    branch: int = 0
+    children: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PathEndEvent:
+    """The path has ended with its `</Path>`. position: the next one behind it.
+
+    reason: None where the model wrote that tag, else why the engine did: "end of text", a stop string, a budget.
+    """
+
+    request: int
+    path: tuple[int, ...]
+    position: int
+    branch: int = 0
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,35 +64,7 @@ class MergeEvent:
     request: int
     path: tuple[int, ...]
     position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """The outcome of one request.
-
-    text             what was generated, in sequence order (path 1 whole, path 2 whole, ..., conclusion), no prompt
-    token_ids        prompt and generated tokens in sequence order
-    layout           the layout of exactly these tokens; its `sampled` is False for the prompt and what the engine wrote
-    prompt_length    leading tokens that are the prompt
-    finish_reason    "stop", "max_new_tokens", "max_critical_path", "max_positions" or "out_of_pages"
-    total_tokens     generated tokens. critical_path: by how much they lengthen the prompt's. steps: forwards taken
-    warnings         what was not as the grammar has it, in order
-    """
-
-    text: str
-    token_ids: list[int]
-    layout: BranchLayout
-    prompt_length: int
-    finish_reason: str
-    total_tokens: int
-    critical_path: int
-    steps: int
-    warnings: list[str]
-
-    @property
-    def parallelism(self) -> float:
-        """Generated tokens / critical path."""
-        return self.total_tokens / max(self.critical_path, 1)
+    branch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +75,4 @@ class FinishEvent:
     generation: Generation
 
 
-Event: TypeAlias = TokenEvent | ForkEvent | MergeEvent | FinishEvent
+Event: TypeAlias = TokenEvent | ForkEvent | PathEndEvent | MergeEvent | FinishEvent

@@ -73,9 +73,15 @@ def generate(
     max_critical_path: Annotated[int | None, typer.Option(help="Tokens on the longest chain.")] = None,
     max_width: Annotated[int | None, typer.Option(help="Paths per block.")] = None,
     max_depth: Annotated[int | None, typer.Option(help="Blocks inside one another; 0: no block.")] = None,
+    max_path_tokens: Annotated[int | None, typer.Option(help="Tokens on the longest chain within one path.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Wall-clock time.")] = None,
+    no_grammar: Annotated[bool, typer.Option("--no-grammar", help="Let the model write malformed blocks.")] = False,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the smallest set of this probability.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the most likely tokens only.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Least share of the likeliest token's probability.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens less likely again.")] = None,
+    logprobs: Annotated[int | None, typer.Option(help="Log-probabilities, with so many likeliest tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling, and of the problem where no PROMPT is given.")] = 0,
     sequential: Annotated[bool, typer.Option("--sequential", help="Advance one path at a time.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Then again sequentially, and compare.")] = False,
@@ -83,7 +89,8 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, balanced, ...")] = None,
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead, one line a generation.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file: tree, timeline, text.")] = None,
 ) -> None:
     """Generate: show every path as it grows, the merged answer, and what it took."""
     settings = {
@@ -91,9 +98,15 @@ def generate(
         "max_critical_path": max_critical_path,
         "max_width": max_width,
         "max_depth": max_depth,
+        "max_path_tokens": max_path_tokens,
+        "max_seconds": max_seconds,
+        "grammar": False if no_grammar else None,
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "logprobs": logprobs,
         "seed": seed,
         "sequential": sequential,
     }
@@ -102,7 +115,7 @@ def generate(
     with one_line_errors():
         from mvkernels.commands import generate as command
 
-        command.run(prompt, model, given, placement, compare=compare, raw=raw, as_json=as_json)
+        command.run(prompt, model, given, placement, compare=compare, raw=raw, as_json=as_json, html=html)
 
 
 @app.command("add-tags")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import pytest
 from mvkernels import TagTokens
 from mvkernels.commands.generate import EMBEDDED
 from mvkernels.grammar import TAGS
-from mvkernels.model import Engine, GenerationConfig
+from mvkernels.model import Engine, Generation, GenerationConfig
 from mvkernels.model.tasks import arithmetic
 from tests.test_cli import ROOT, assert_one_line_error, invoke
+from tests.test_trace_html import data_of
 from tests.tiny_model import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 # The model has random weights and would never write a block: this prompt ends where two paths begin.
@@ -39,24 +41,45 @@ def untagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def generate_json(*arguments: object) -> dict:
+def generate_json(*arguments: object) -> list[dict]:
+    """One document a line."""
     result = invoke("generate", "--json", *arguments)
     assert result.exit_code == 0, (result.output, result.exception)
-    return json.loads(result.stdout)
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def test_generate_is_what_the_engine_generates(checkpoint: Path):
     """Every option reaches the engine: the same config by hand gives the same text and figures."""
     options = ("--max-critical-path", 40, "--temperature", 0.8, "--top-k", 20, "--top-p", 0.9, "--seed", 3)
-    [run] = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-tokens", 120, *options)["runs"]
+    [found] = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-tokens", 120, "--logprobs", 1, *options)
     config = GenerationConfig(max_new_tokens=120, max_critical_path=40, temperature=0.8, top_k=20, top_p=0.9, seed=3)
-    [expected] = Engine.from_pretrained(checkpoint).generate([BLOCK], config)
-    assert run["text"] == expected.text and run["text"].count("</Path>") == 2
-    assert (run["tokens"], run["critical_path"]) == (expected.total_tokens, expected.critical_path)
-    assert (run["steps"], run["finish_reason"]) == (expected.steps, expected.finish_reason)
-    assert run["parallelism"] > 1 and run["seconds"] > 0
-    assert run["tokens_per_second"] == pytest.approx(run["tokens"] / run["seconds"])
-    assert run["correct"] is None
+    [expected] = Engine.from_pretrained(checkpoint).generate([BLOCK], replace(config, logprobs=1))
+    assert expected.text.count("</Path>") == 2 and any(expected.logprobs) and expected.parallelism > 1
+    assert Generation.from_json(json.dumps(found)) == expected
+    run = found.pop("run")
+    assert found == expected.to_dict()
+    assert run["prompt"] == BLOCK and run["correct"] is None and run["seconds"] > 0
+    assert run["tokens_per_second"] == pytest.approx(expected.total_tokens / run["seconds"])
+
+
+def test_a_page_of_the_same_runs(checkpoint: Path, tmp_path: Path):
+    page = tmp_path / "out.html"
+    options = ("--model", checkpoint, "--raw", "--max-critical-path", 40, "--html", page)
+    shown = invoke("generate", BLOCK, *options, "--compare")
+    assert shown.exit_code == 0 and shown.stdout.splitlines()[-1] == f"page: {page}", shown.output
+    compared = data_of(page.read_text(encoding="utf-8"))
+    assert [run["name"] for run in compared["runs"]] == ["parallel", "one path at a time"]
+    assert compared["prompt"] == BLOCK
+    [found] = generate_json(BLOCK, *options, "--logprobs", 2)
+    data = data_of(page.read_text(encoding="utf-8"))
+    [run] = data["runs"]
+    for name in ("texts", "logprobs", "top_logprobs", "steps_of", "steps"):
+        assert run[name] == found[name] == (compared["runs"][0] | {"top_logprobs": run["top_logprobs"]})[name], name
+    lengths = {0 if top is None else len(top) for top in run["top_logprobs"]}
+    assert lengths == {0, 2} and {len(top) for top in compared["runs"][0]["top_logprobs"] if top} == {5}
+    assert run["seconds"] == found["run"]["seconds"]
+    tokenizer = Engine.from_pretrained(checkpoint).tokenizer
+    assert data["names"] and all(tokenizer.decode([int(token)]) == text for token, text in data["names"].items())
 
 
 def test_every_option_reaches_the_config(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
@@ -69,7 +92,9 @@ def test_every_option_reaches_the_config(checkpoint: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Engine, "stream", spy)
     limits = ("--max-tokens", 5, "--max-critical-path", 4, "--max-width", 3, "--max-depth", 2, "--sequential")
+    limits += ("--max-path-tokens", 300, "--max-seconds", 90, "--no-grammar")
     sampling = ("--temperature", 0.5, "--top-p", 0.6, "--top-k", 7, "--seed", 9)
+    sampling += ("--min-p", 0.1, "--repetition-penalty", 1.2, "--logprobs", 3)
     generate_json("two", "--model", checkpoint, *limits, *sampling)
     generate_json("two", "--model", checkpoint, "--max-tokens", 5)
     assert seen == [
@@ -78,9 +103,15 @@ def test_every_option_reaches_the_config(checkpoint: Path, monkeypatch: pytest.M
             max_critical_path=4,
             max_width=3,
             max_depth=2,
+            max_path_tokens=300,
+            max_seconds=90,
+            grammar=False,
             temperature=0.5,
             top_p=0.6,
             top_k=7,
+            min_p=0.1,
+            repetition_penalty=1.2,
+            logprobs=3,
             seed=9,
             sequential=True,
         ),
@@ -89,12 +120,16 @@ def test_every_option_reaches_the_config(checkpoint: Path, monkeypatch: pytest.M
 
 
 def test_compare_gives_one_text_in_more_steps(checkpoint: Path):
-    runs = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-critical-path", 40, "--compare")["runs"]
-    assert [run["run"] for run in runs] == ["parallel", "one path at a time"]
+    runs = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-critical-path", 40, "--compare")
+    assert [run["run"]["name"] for run in runs] == ["parallel", "one path at a time"]
     assert runs[0]["text"] == runs[1]["text"]
     assert runs[0]["steps"] < runs[1]["steps"]
-    [alone] = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-critical-path", 40, "--sequential")["runs"]
-    assert (alone["run"], alone["steps"], alone["text"]) == ("one path at a time", runs[1]["steps"], runs[1]["text"])
+    [alone] = generate_json(BLOCK, "--model", checkpoint, "--raw", "--max-critical-path", 40, "--sequential")
+    assert (alone["run"]["name"], alone["steps"], alone["text"]) == (
+        "one path at a time",
+        runs[1]["steps"],
+        runs[1]["text"],
+    )
 
 
 def test_generate_prints_paths_answer_and_figures(checkpoint: Path):
@@ -114,16 +149,18 @@ def test_generate_prints_paths_answer_and_figures(checkpoint: Path):
 
 def test_a_chat_template_is_applied_unless_raw(checkpoint: Path):
     prompts = [
-        generate_json("two", "--model", checkpoint, "--max-tokens", 1, *raw)["prompt"] for raw in ((), ("--raw",))
+        generate_json("two", "--model", checkpoint, "--max-tokens", 1, *raw)[0]["run"]["prompt"]
+        for raw in ((), ("--raw",))
     ]
     assert prompts == [[{"role": "user", "content": "two"}], "two"]
     assert "user" in CHAT_TEMPLATE or "role" in CHAT_TEMPLATE
 
 
 def test_a_tokenizer_without_tags_generates_and_says_so(untagged: Path):
-    found = generate_json("two", "--model", untagged, "--max-tokens", 4)
-    assert (found["runs"][0]["run"], found["runs"][0]["tokens"]) == ("one chain, no blocks", 4)
-    assert len(found["notes"]) == 1 and "generates sequentially" in found["notes"][0]
+    [found] = generate_json("two", "--model", untagged, "--max-tokens", 4)
+    run = found["run"]
+    assert (run["name"], found["total_tokens"]) == ("one chain, no blocks", 4)
+    assert len(run["notes"]) == 1 and "generates sequentially" in run["notes"][0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         shown = invoke("generate", "two", "--model", untagged, "--max-tokens", 4)
@@ -154,6 +191,15 @@ def test_generate_with_bad_input(checkpoint: Path, tmp_path: Path):
     assert_one_line_error(invoke("generate", "two", *on, "--max-tokens", 0), "max_new_tokens", "at least 1", "got 0")
     assert_one_line_error(invoke("generate", "two", *on, "--top-p", 2), "top_p", "got 2.0")
     assert_one_line_error(invoke("generate", "two", *on, "--temperature", -1), "temperature", "got -1.0")
+    assert_one_line_error(invoke("generate", "two", *on, "--min-p", 2), "min_p", "got 2.0")
+    assert_one_line_error(invoke("generate", "two", *on, "--logprobs", -1), "logprobs", "got -1")
+    missing = tmp_path / "none" / "out.html"
+    assert_one_line_error(
+        invoke("generate", "two", *on, "--html", missing), "--html", "expected a folder", str(missing.parent)
+    )
+    assert_one_line_error(
+        invoke("generate", "two", *on, "--html", tmp_path), "--html", "expected a file", str(tmp_path)
+    )
     assert_one_line_error(invoke("generate", "two", *on, "--dtype", "int8"), "--dtype", "bfloat16", "'int8'")
     assert_one_line_error(invoke("generate", "two", *on, "--device", "abacus"), "--device", "'abacus'")
     assert_one_line_error(invoke("generate", "two", *on, "--device", "cuda:99"), "does not see it")
@@ -201,17 +247,18 @@ def test_env_lists_versions_and_backends():
 
 def test_the_embedded_model_answers_a_fresh_problem():
     assert (EMBEDDED / "config.json").exists(), "the embedded model is missing"
-    found = generate_json("--seed", 11, "--compare")
+    parallel, sequential, chain = generate_json("--seed", 11, "--compare")
     problem = next(arithmetic.generate(11, "test"))
-    assert found["prompt"] == problem.prompt() and found["expected_answer"] == problem.answer
-    parallel, sequential, chain = found["runs"]
+    known = parallel["run"]
+    assert known["prompt"] == problem.prompt() and known["expected_answer"] == problem.answer
+    assert chain["run"]["prompt"] == problem.prompt(parallel=False)
     assert parallel["text"] == sequential["text"] and parallel["finish_reason"] == "stop"
-    assert parallel["correct"] == arithmetic.grade(parallel["text"], problem)
+    assert known["correct"] == arithmetic.grade(parallel["text"], problem)
     assert parallel["steps"] < sequential["steps"]
-    assert "<Parallel>" not in chain["text"] and chain["correct"] == arithmetic.grade(chain["text"], problem)
-    asked = generate_json(problem.question)
-    assert asked["prompt"] == [{"role": "user", "content": problem.question}]
-    assert asked["runs"][0]["text"] == parallel["text"], "the chat template asks for a parallel answer"
+    assert "<Parallel>" not in chain["text"] and chain["run"]["correct"] == arithmetic.grade(chain["text"], problem)
+    [asked] = generate_json(problem.question)
+    assert asked["run"]["prompt"] == [{"role": "user", "content": problem.question}]
+    assert asked["text"] == parallel["text"], "the chat template asks for a parallel answer"
 
 
 TINY = ("--tokens-per-step", 300, "--hidden-size", 32, "--layers", 1, "--intermediate-size", 32)
@@ -225,7 +272,7 @@ def test_train_makes_a_model_that_generates(tmp_path: Path):
     recipe = json.loads((out / "recipe.json").read_text())
     given = {"steps": 2, "warmup_steps": 1, "tokens_per_step": 300, "hidden_size": 32, "layers": 1, "seed": 4}
     assert {name: recipe[name] for name in given} == given
-    assert generate_json("Compute 1+1.", "--model", out, "--max-tokens", 3)["runs"][0]["tokens"] == 3
+    assert generate_json("Compute 1+1.", "--model", out, "--max-tokens", 3)[0]["total_tokens"] == 3
 
 
 def test_train_with_bad_input(tmp_path: Path):

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from mvkernels.commands.live import LivePanels, PlainLines, Silent, make_view
-from mvkernels.model.events import ForkEvent, MergeEvent, TokenEvent
+from mvkernels.model.events import ForkEvent, MergeEvent, PathEndEvent, TokenEvent
 
 
 def token(path: tuple[int, ...], text: str) -> TokenEvent:
@@ -23,9 +23,12 @@ EVENTS = [
     ForkEvent(0, (1,), 1),
     token((1, 1), "\n<Path>\n1.1: [b]deep[/b]"),
     token((2,), " and five\n</Path>"),
+    PathEndEvent(0, (2,), 7),
     token((1, 1), "\n</Path>"),
+    PathEndEvent(0, (1, 1), 9),
     MergeEvent(0, (1,), 9),
-    token((1,), "is three.\n</Path>"),
+    token((1,), "is three. </Path>"),
+    PathEndEvent(0, (1,), 12),
     MergeEvent(0, (), 12),
     token((), "\n<Conclusion>\nThree, nine."),
 ]
@@ -51,8 +54,7 @@ def test_plain_lines_come_whole_and_say_their_path():
         "    2 | </Path>",
         "  1.1 | 1.1: [b]deep[/b]",
         "  1.1 | </Path>",
-        "    1 | is three.",
-        "    1 | </Path>",
+        "    1 | is three. </Path>",
         "      | <Conclusion>",
         "      | Three, nine.",
     ]
@@ -77,8 +79,10 @@ def test_panels_show_the_paths_that_run():
         running.append(view.running())
     assert running[1] == [(1,), (2,)]
     assert running[5] == [(1, 1), (2,)], "a path waits while its own block runs"
-    assert running[7] == [(1, 1)], "path 2 has ended"
-    assert running[9] == [(1,)], "path 1 goes on after its block"
+    assert running[8] == [(1, 1)], "path 2 has ended"
+    assert running[10] == [], "path 1.1 too, and path 1 waits for it"
+    assert running[11] == [(1,)], "path 1 goes on after its block"
+    assert running[13] == [], "it has ended, whatever stands before its tag"
     assert running[-1] == []
 
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from rich.table import Table
 from mvkernels._lazy import import_for
 from mvkernels.commands.live import Silent, View, make_view, visible
 from mvkernels.model import Engine, Generation, GenerationConfig
-from mvkernels.model.events import Event, FinishEvent
+from mvkernels.model.events import Event, FinishEvent, TokenEvent
 from mvkernels.model.tasks import arithmetic
+from mvkernels.model.trace_html import TracedRun, trace_page
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "model" / "embedded"
 #: Enough for the longest problem; the embedded model is so small that the room for it costs nothing.
 EMBEDDED_MAX_NEW_TOKENS = 4096
 WARM_UP_TOKENS = 8
+#: The likeliest tokens that a page shows beside each one, where --logprobs does not say how many.
+PAGE_LOGPROBS = 5
 PARALLEL, SEQUENTIAL, CHAIN = "parallel", "one path at a time", "one chain, no blocks"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -129,6 +133,15 @@ def timed(events: Iterable[Event], view: View) -> tuple[Generation, float]:
             return event.generation, seconds
 
 
+def warm_up(engine: Engine, question: Question, config: GenerationConfig) -> None:
+    """The first tokens of a run. A smaller budget would not do: where the prompt ends in open blocks it is refused."""
+    events: Any = engine.stream(question.prompt, config)
+    sampled = (event for event in events if isinstance(event, TokenEvent) and not event.forced)
+    for _ in islice(sampled, WARM_UP_TOKENS):
+        pass
+    events.close()
+
+
 def run_once(name: str, events: Iterable[Event], view: View) -> Run:
     with view:
         generation, seconds = timed(events, view)
@@ -152,15 +165,20 @@ def run(
     compare: bool,
     raw: bool,
     as_json: bool,
+    html: Path | None,
 ) -> None:
     """Generates once, and with ``compare`` once more sequentially; prints the answer and the figures of each run.
 
-    given: the fields of GenerationConfig that were given on the command line. Raises ValueError for bad ones.
+    given: the fields of GenerationConfig that were given on the command line. html: a file for the page, or None.
+    Raises ValueError for bad ones.
     """
     embedded = model is None
     if compare and given.get("sequential"):
         raise ValueError("expected --compare or --sequential, got both")
     defaults: dict[str, Any] = {"max_new_tokens": EMBEDDED_MAX_NEW_TOKENS} if embedded else {}
+    if html is not None:
+        check_page(html)
+        defaults["logprobs"] = PAGE_LOGPROBS
     config = GenerationConfig(**{**defaults, **given})
     engine, notes = load_engine(model, placement)
     question = ask(engine, prompt, embedded, config.seed, raw)
@@ -172,43 +190,51 @@ def run(
         console.print(visible(question.shown), style="bold", markup=False, highlight=False, soft_wrap=True)
         console.print()
     if compare:  # neither run shall pay for what is set up once in a process
-        engine.generate([question.prompt], replace(config, max_new_tokens=WARM_UP_TOKENS))
+        warm_up(engine, question, config)
     name = CHAIN if engine.tags is None else SEQUENTIAL if config.sequential else PARALLEL
     runs = [run_once(name, events, make_view(console, quiet=as_json))]
     if compare:
         runs += sequential_runs(engine, question, config)
     if as_json:
-        print(json.dumps(report(question, runs, notes), indent=1, ensure_ascii=False))
+        for one in runs:
+            print(json.dumps(document(question, one, notes), separators=(",", ":"), allow_nan=False))
     else:
         print_report(console, question, runs)
+    if html is not None:  # behind the answer, which a full disk shall not cost
+        write_page(html, engine, question, runs)
+        if not as_json:
+            console.print(f"\npage: {html}", markup=False, highlight=False, soft_wrap=True)
 
 
 # ---- reporting
 
 
-def report(question: Question, runs: Sequence[Run], notes: list[str]) -> dict[str, object]:
-    return {
-        "prompt": question.prompt,
+def document(question: Question, run: Run, notes: list[str]) -> dict[str, object]:
+    """The generation's JSON, which `Generation.from_json` reads, and beside it what is known of the run."""
+    known = {
+        "name": run.name,
+        "prompt": question.chain if run.name == CHAIN and question.chain is not None else question.prompt,
         "expected_answer": None if question.problem is None else question.problem.answer,
-        "notes": notes,
-        "runs": [{**figures(run), "correct": question.correct(run)} for run in runs],
-    }
-
-
-def figures(run: Run) -> dict[str, object]:
-    g = run.generation
-    return {
-        "run": run.name,
-        "tokens": g.total_tokens,
-        "critical_path": g.critical_path,
-        "parallelism": g.parallelism,
-        "steps": g.steps,
+        "correct": question.correct(run),
         "seconds": run.seconds,
         "tokens_per_second": run.tokens_per_second,
-        "finish_reason": g.finish_reason,
-        "warnings": g.warnings,
-        "text": g.text,
+        "notes": notes,
     }
+    return {"run": known, **run.generation.to_dict()}
+
+
+def check_page(path: Path) -> None:
+    """Raises ValueError where no page can be written, before anything runs."""
+    if path.is_dir():
+        raise ValueError(f"--html: expected a file, got a folder: {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--html: expected a folder to write the page to, found none at {path.parent}")
+
+
+def write_page(path: Path, engine: Engine, question: Question, runs: Sequence[Run]) -> None:
+    traced = [TracedRun(run.name, run.generation, run.seconds) for run in runs]
+    page = trace_page(traced, question.shown, decode=lambda token: str(engine.tokenizer.decode([token])))
+    path.write_text(page, encoding="utf-8")
 
 
 def print_report(console: Console, question: Question, runs: Sequence[Run]) -> None:

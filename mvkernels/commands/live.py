@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from mvkernels.model.events import Event, ForkEvent, MergeEvent, TokenEvent
+from mvkernels.model.events import Event, ForkEvent, MergeEvent, PathEndEvent, TokenEvent
 
 Path = tuple[int, ...]
 TRUNK_LINES, PATH_LINES = 6, 4
@@ -64,10 +64,12 @@ class PlainLines(Silent):
         self._pending: dict[Path, str] = {}
 
     def show(self, event: Event) -> None:
+        if isinstance(event, PathEndEvent):
+            self._print(event.path, self._pending.pop(event.path, ""))
         if not isinstance(event, TokenEvent):
             return
         *lines, rest = (self._pending.pop(event.path, "") + event.text).split("\n")
-        if rest in ("</Path>", "</Parallel>"):
+        if rest == "</Parallel>":
             lines.append(rest)
             rest = ""
         for line in lines:
@@ -89,7 +91,7 @@ class LivePanels(Silent):
 
     def __init__(self, console: Console) -> None:
         self._text: dict[Path, str] = {(): ""}
-        self._waiting: set[Path] = set()
+        self._idle: set[Path] = set()  # they wait for their own paths, or for their siblings
         self._live = Live(
             console=console, transient=True, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self.render
         )
@@ -98,24 +100,22 @@ class LivePanels(Silent):
         if isinstance(event, TokenEvent):
             self._text[event.path] = self._text.get(event.path, "") + event.text
         elif isinstance(event, ForkEvent):
-            self._waiting.add(event.path)
+            self._idle.add(event.path)
             for number in range(1, event.width + 1):
                 self._text[(*event.path, number)] = ""
+        elif isinstance(event, PathEndEvent):
+            self._idle.add(event.path)
         elif isinstance(event, MergeEvent):
-            self._waiting.discard(event.path)
             for path in self._below(event.path):
                 del self._text[path]
+            self._idle &= self._text.keys() - {event.path}
 
     def _below(self, path: Path) -> list[Path]:
         return [other for other in self._text if len(other) > len(path) and other[: len(path)] == path]
 
     def running(self) -> list[Path]:
         """The paths that are being written, in order; one whose block is running waits, and one that ended is gone."""
-        return [
-            path
-            for path, text in sorted(self._text.items())
-            if path and path not in self._waiting and not text.rstrip().endswith("</Path>")
-        ]
+        return [path for path in sorted(self._text) if path and path not in self._idle]
 
     def render(self) -> RenderableType:
         panels: list[RenderableType] = [tail(self._text[()], TRUNK_LINES)]
