@@ -2,7 +2,7 @@
 
 The device twin of `PagedKVCache.merge`: the pages of a block's children are appended to their parent's list, and its
 next position becomes the highest among them (arXiv 2506.09991, section 4.2). No key or value moves, and the host is
-not asked.
+not asked. A cache keeps its own page lists in such tables (`kv_device`), and merges them so.
 """
 
 from __future__ import annotations
@@ -10,11 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mvkernels.errors import CacheError
 from mvkernels.ops.backends import choose_backend
-from mvkernels.ops.kv_merge import ERROR_INVALID, ERROR_OVERFLOW, MAX_CAPACITY, NO_BLOCK, merge_cpu, split_blocks
+from mvkernels.ops.kv_merge import (
+    ERROR_INVALID,
+    ERROR_OVERFLOW,
+    MAX_CAPACITY,
+    NO_BLOCK,
+    Int32Array,
+    Int64Array,
+    merge_cpu,
+    split_blocks,
+)
 from mvkernels.ops.kv_merge_cuda import cuda_reason
 
 
@@ -160,29 +170,29 @@ def _check_indices(
         return
     if tables.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError(f"parents: expected indices on {tables.device} while a CUDA graph is captured, got cpu")
-    _check_blocks(tables.num_branches, parents, children, child_ptr)
+    _check_blocks(tables.num_branches, *(index.numpy() for index in (parents, children, child_ptr)))
 
 
-def _check_blocks(branches: int, parents: torch.Tensor, children: torch.Tensor, child_ptr: torch.Tensor) -> None:
+def _check_blocks(branches: int, parents: Int32Array, children: Int32Array, child_ptr: Int32Array) -> None:
     """Ranges, slots, and that no slot occurs twice."""
     there = parents != NO_BLOCK
     _check_slots("parents", parents[there], branches, " or -1")
     first, last = child_ptr[:-1][there], child_ptr[1:][there]
-    wrong = ((first < 0) | (last < first) | (last > len(children))).nonzero()[:, 0]
+    wrong = ((first < 0) | (last < first) | (last > len(children))).nonzero()[0]
     if len(wrong):
-        got = f"{int(first[wrong[0]])} .. {int(last[wrong[0]])}"
+        got = f"{first[wrong[0]]} .. {last[wrong[0]]}"
         raise ValueError(f"child_ptr: expected ascending ranges within the {len(children)} children, got {got}")
     slots, owner, joined = split_blocks(parents, children, child_ptr)
     _check_slots("children", joined, branches, "")
     own = joined[joined == slots[owner]]
     if len(own):
-        raise ValueError(f"children: expected children other than their parent, got {int(own[0])} among its own")
-    twice = (torch.bincount(torch.cat([slots, joined]), minlength=branches) > 1).nonzero()[:, 0]
+        raise ValueError(f"children: expected children other than their parent, got {own[0]} among its own")
+    twice = (np.bincount(np.concatenate([slots, joined]), minlength=branches) > 1).nonzero()[0]
     if len(twice):
-        raise ValueError(f"expected every slot at most once among parents and children, got {int(twice[0])} again")
+        raise ValueError(f"expected every slot at most once among parents and children, got {twice[0]} again")
 
 
-def _check_slots(name: str, slots: torch.Tensor, branches: int, other: str) -> None:
+def _check_slots(name: str, slots: Int32Array | Int64Array, branches: int, other: str) -> None:
     wrong = slots[(slots < 0) | (slots >= branches)]
     if len(wrong):
-        raise ValueError(f"{name}: expected slots of 0 .. {branches - 1}{other}, got {int(wrong[0])}")
+        raise ValueError(f"{name}: expected slots of 0 .. {branches - 1}{other}, got {wrong[0]}")

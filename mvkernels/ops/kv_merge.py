@@ -19,8 +19,12 @@ Blocks of one call are disjoint: no slot occurs twice.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
 NO_BLOCK = -1
 ERROR_OVERFLOW = 1
 ERROR_INVALID = 2
@@ -28,19 +32,17 @@ ERROR_INVALID = 2
 MAX_CAPACITY = 2**22
 
 
-def split_blocks(
-    parents: torch.Tensor, children: torch.Tensor, child_ptr: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_blocks(parents: Int32Array, children: Int32Array, child_ptr: Int32Array) -> tuple[Int64Array, ...]:
     """The parents of the blocks that there are [m], and each of their children's block [n] and slot [n], int64.
 
-    On the CPU; ranges must lie within `children`.
+    Ranges must lie within `children`.
     """
-    there = (parents != NO_BLOCK).nonzero()[:, 0]
-    first = child_ptr[there].long()
-    sizes = child_ptr[there + 1].long() - first
-    owner = torch.repeat_interleave(torch.arange(len(there)), sizes)
-    within = torch.arange(len(owner)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-    return parents[there].long(), owner, children[first[owner] + within].long()
+    there = (parents != NO_BLOCK).nonzero()[0]
+    first = child_ptr[there].astype(np.int64)
+    sizes = child_ptr[there + 1] - first
+    owner = np.repeat(np.arange(len(there)), sizes)
+    within = np.arange(len(owner)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    return parents[there].astype(np.int64), owner, children[first[owner] + within].astype(np.int64)
 
 
 def merge_cpu(
@@ -53,28 +55,36 @@ def merge_cpu(
     children: torch.Tensor,
     child_ptr: torch.Tensor,
 ) -> None:
-    """All blocks at once, with PyTorch's CPU operators. The slots are in range, and the blocks disjoint."""
+    """All blocks at once, by NumPy in the tensors' memory: most arrays are so short that starting an operator counts.
+
+    The slots are in range, and the blocks disjoint.
+    """
     capacity = pages.shape[1]
-    slots, owner, joined = split_blocks(parents, children, child_ptr)
-    base, lengths = used[slots].long(), used[joined].long()
-    total = base.new_zeros(len(slots)).index_add_(0, owner, lengths)
+    slots, owner, joined = split_blocks(parents.numpy(), children.numpy(), child_ptr.numpy())
+    filled, next_position = used.numpy(), position.numpy()
+    base, lengths = filled[slots].astype(np.int64), filled[joined].astype(np.int64)
     broken = (base < 0) | (base > capacity)
     broken[owner[(lengths < 0) | (lengths > capacity)]] = True
+    total = np.zeros_like(base)
+    np.add.at(total, owner, lengths)
     overflow = ~broken & (base + total > capacity)
     error |= ERROR_INVALID * int(broken.any()) | ERROR_OVERFLOW * int(overflow.any())
 
     merged = ~(broken | overflow)
-    kept = merged[owner]
-    owner, joined, lengths = owner[kept], joined[kept], lengths[kept]
-    total = torch.where(merged, total, 0)
-    highest = position[slots].scatter_reduce_(0, owner, position[joined], "amax")
-    starts = lengths.cumsum(0) - lengths  # of each child among all entries that are copied
-    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(starts, lengths)
-    target = slots[owner] * capacity + base[owner] + starts - (total.cumsum(0) - total)[owner]
-    to = torch.repeat_interleave(target, lengths) + within
-    source = torch.repeat_interleave(joined * capacity, lengths) + within
-    for table in (pages.view(-1), counts.view(-1)):
+    if not merged.all():
+        kept = merged[owner]
+        owner = (merged.cumsum() - 1)[owner[kept]]
+        joined, lengths, slots, base, total = joined[kept], lengths[kept], slots[merged], base[merged], total[merged]
+    highest = next_position[slots]
+    np.maximum.at(highest, owner, next_position[joined])
+    starts = lengths.cumsum() - lengths  # of each child among all entries that are copied
+    target = slots[owner] * capacity + base[owner] + starts - (total.cumsum() - total)[owner]
+    within = np.arange(int(lengths.sum()))
+    to = within + np.repeat(target - starts, lengths)
+    source = within + np.repeat(joined * capacity - starts, lengths)
+    for tensor in (pages, counts):
+        table = tensor.numpy().reshape(-1)
         table[to] = table[source]
-    used[joined] = 0
-    used[slots[merged]] = (base + total)[merged].int()
-    position[slots[merged]] = highest[merged]
+    filled[joined] = 0
+    filled[slots] = base + total
+    next_position[slots] = highest
