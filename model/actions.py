@@ -18,17 +18,19 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Force:
-    """The caller writes these kinds on `branch` next; spaces are newlines, the index is that of the branch's path."""
+    """The caller writes these kinds on `branch` next; spaces are newlines, and the index is `index`."""
 
     branch: int
     kinds: tuple[Kind, ...]
+    index: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class FinishPath:
-    """The path `branch` has ended with its `</Path>`."""
+    """The path `branch` has ended with its `</Path>`. reason: why the engine wrote that, None where it did not."""
 
     branch: int
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,3 @@ class Warn:
 
 
 Action: TypeAlias = Fork | Force | FinishPath | Merge | Finish | Warn
-
-OPENING_KINDS = (Kind.SPACE, Kind.PATH, Kind.SPACE, Kind.INDEX, Kind.INDEX_END)
-JOINING_KINDS = (Kind.SPACE, Kind.CONCLUSION, Kind.SPACE)

@@ -33,53 +33,49 @@ It holds no tensor, no token and no text. Each branch of a request (the trunk, a
     +       a warning, and the kind is read again inside the path
     x       ValueError: the caller's mistake
 
-A `<Parallel>` below the deepest level is kept as text (!), an `<Outline>` beyond the widest block is #. The end of a
-branch (`stop`: end of text, a stop string, a budget) ends an open block as # does; then the trunk finishes, and a path
-is closed by a forced `</Path>`. Every kind costs bounded work, and a fork into n paths takes 2n + 3 tags.
+Tags that open something count as ! (`<Parallel>`, `<Think>`) or # (`<Outline>`) below the deepest level, beyond the
+widest block, and where the budgets have no room for them with all that closes them.
+
+*The grammar.* `allowed` says what may be sampled so that no !, #, + or x comes: the other cells, `fork` behind an
+outline only, whitespace between the parts of a block twice at most, end of text on the trunk outside of blocks. The
+caller then also writes each outline's index, which a Force asks for. What comes all the same is read as the table says.
+
+*Budgets.* What closing every open branch takes, from the inside out (`closing`), stays reserved: in tokens for the
+request, in positions for each branch. `hit` names the budget that leaves no room for another token, and `close` ends a
+branch there, as it does at an end of text and at a stop string; `close_all` ends the request. Each kind costs bounded
+work, and a fork into n paths takes 2n + 3 tags.
+
 Grammar: DESIGN.md, section 1.1; Multiverse, arXiv 2506.09991, section 4.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from mvkernels.grammar import FIRST_TAG, Kind, tag_name
-from mvkernels.model.actions import (
-    JOINING_KINDS,
-    OPENING_KINDS,
-    Action,
-    Finish,
-    FinishPath,
-    Force,
-    Fork,
-    Merge,
-    Warn,
+from mvkernels.model.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
+from mvkernels.model.closing import (
+    FREE,
+    HEADING_KINDS,
+    TAKES_TEXT,
+    UNLIMITED,
+    UNMERGED,
+    BranchState,
+    Prices,
+    State,
 )
 
+__all__ = ["END", "Budget", "Interpreter", "State"]
 
-class State(Enum):
-    """Where a branch stands; see the table above."""
+#: The bit of end of text in what `Interpreter.allowed` returns. The bit of a kind is 1 << kind; that of text stands for
+#: everything that is no tag and no end of text, that of whitespace for whitespace alone.
+END = 1 << (max(Kind) + 1)
+# Whitespace tokens between two parts of a block.
+_MAX_SPACES = 2
 
-    TRUNK = "trunk"
-    THINK = "think"
-    PATH = "path"
-    PARALLEL = "parallel"
-    GOAL = "goal"
-    OUTLINE = "outline"
-    WAITING = "waiting"
-    JOINING = "joining"
-    CONCLUSION = "conclusion"
-    CLOSING = "closing"
-    OPENING = "opening"
-    CLOSED = "closed"
-
-
-_FREE = frozenset((State.TRUNK, State.THINK, State.PATH))
 _SILENT = frozenset((State.WAITING, State.CLOSED))
-_UNMERGED = frozenset((State.PARALLEL, State.GOAL, State.OUTLINE))
-_TAKES_TEXT = _FREE | {State.OUTLINE, State.CONCLUSION}
 
 # (state, tag) -> next state, for tags that only change the state. `</Parallel>` goes back to what the block stands in.
 _MOVES: dict[tuple[State, Kind], State] = {
@@ -92,36 +88,53 @@ _MOVES: dict[tuple[State, Kind], State] = {
     (State.CONCLUSION, Kind.CONCLUSION_END): State.CLOSING,
     (State.OPENING, Kind.PATH): State.PATH,
 }
+# What may come wherever the grammar holds; `<Parallel>`, `<Think>` and `<Outline>` where there is room for them.
+_ALLOWED: dict[State, int] = {
+    State.TRUNK: 1 << Kind.TEXT | END,
+    State.THINK: 1 << Kind.TEXT | 1 << Kind.THINK_END,
+    State.PATH: 1 << Kind.TEXT | 1 << Kind.PATH_END,
+    State.PARALLEL: 1 << Kind.GOAL,
+    State.GOAL: 0,
+    State.OUTLINE: 1 << Kind.TEXT | 1 << Kind.OUTLINE_END,
+    State.JOINING: 1 << Kind.CONCLUSION,
+    State.CONCLUSION: 1 << Kind.TEXT | 1 << Kind.CONCLUSION_END,
+    State.CLOSING: 1 << Kind.PARALLEL_END,
+    State.OPENING: 1 << Kind.PATH,
+}
 
 
-@dataclass(slots=True)
-class _Branch:
-    """One branch. items: the numbers of its own tokens between its forks, and its forks as tuples of children."""
+@dataclass(frozen=True)
+class Budget:
+    """What a request may generate. tokens: in all. end: the first position that it may not take, because of
+    `end_reason`. path_tokens: positions by which one path may advance.
+    """
 
-    path: tuple[int, ...]
-    parent: int | None
-    state: State
-    base: State
-    position: int
-    items: list[int | tuple[int, ...]] = field(default_factory=lambda: [0])
-    outlines: int = 0
-    blocks: int = 0
+    tokens: int = UNLIMITED
+    end: int = UNLIMITED
+    end_reason: str = "max_critical_path"
+    path_tokens: int = UNLIMITED
 
 
 class Interpreter:
     """The control state of one request. Branch 0 is the trunk; children get the next free numbers.
 
-    max_depth: how many blocks may lie inside one another, 0 for none. max_width: paths per block.
-    Raises ValueError when either is out of range.
+    max_depth: how many blocks may lie inside one another, 0 for none. max_width: paths per block. grammar: whether the
+    caller writes the indices of outlines. prices: what the caller's own writing costs, in the semantics of the request.
+    Without `begin` there are no budgets. Raises ValueError when max_depth or max_width is out of range.
     """
 
-    def __init__(self, max_depth: int, max_width: int) -> None:
+    def __init__(self, max_depth: int, max_width: int, grammar: bool = True, prices: Prices | None = None) -> None:
         if max_depth < 0 or max_width < 1:
             raise ValueError(f"expected max_depth >= 0 and max_width >= 1, got {max_depth} and {max_width}")
         self.max_depth = max_depth
         self.max_width = max_width
+        self.grammar = grammar
+        self.prices = Prices() if prices is None else prices
+        self.budget = Budget()
         self.critical_path = 0  # highest position + 1
-        self._branches = [_Branch((), None, State.TRUNK, State.TRUNK, 0)]
+        self.total_tokens = 0  # generated ones
+        self.reserved = 0  # tokens that closing everything takes
+        self._branches = [BranchState((), None, State.TRUNK, State.TRUNK, 0)]
 
     # ---- what is
 
@@ -139,6 +152,10 @@ class Interpreter:
     def ordinal(self, branch: int) -> int:
         """How many blocks of this branch have forked so far."""
         return self._branches[branch].blocks
+
+    def outlines(self, branch: int) -> int:
+        """How many outlines of the branch's open block are complete."""
+        return self._branches[branch].outlines
 
     def position(self, branch: int) -> int:
         """The position that the branch's next token takes."""
@@ -166,13 +183,8 @@ class Interpreter:
             ]
         return trees[branch]
 
-    def fork_width(self, branch: int, kind: Kind) -> int:
-        """How many paths would begin if `kind` came now; 0 when none would."""
-        b = self._branches[branch]
-        return b.outlines if b.state is State.GOAL and kind is Kind.GOAL_END else 0
-
     def banned(self, branch: int) -> tuple[Kind, ...]:
-        """The tags that the request's limits forbid here; a sampler gives them no probability."""
+        """The tags that the limits of depth and width forbid here, for callers without the grammar."""
         b = self._branches[branch]
         kinds: tuple[Kind, ...] = ()
         if len(b.path) >= self.max_depth:
@@ -181,114 +193,308 @@ class Interpreter:
             kinds += (Kind.OUTLINE,)
         return kinds
 
+    # ---- budgets
+
+    def begin(self, budget: Budget) -> None:
+        """What has come was the prompt; from here on `budget` holds. A path of the prompt may advance by
+        `budget.path_tokens` beyond what the prompt has in it.
+        """
+        self.budget, self.total_tokens = budget, 0
+        reached = [b.position for b in self._branches]
+        for number in range(len(self._branches) - 1, 0, -1):
+            b = self._branches[number]
+            if b.parent is not None and self._branches[b.parent].state is State.WAITING:
+                reached[b.parent] = max(reached[b.parent], reached[number])
+        trunk = self._branches[0]
+        trunk.end, trunk.end_reason = budget.end, budget.end_reason
+        for b, position in zip(self._branches[1:], reached[1:], strict=True):
+            if b.state is not State.CLOSED:
+                self._limit(b, position)
+
+    def spare(self) -> int:
+        """Tokens that may come besides those that close everything; negative where the budget does not hold."""
+        return self.budget.tokens - self.total_tokens - self.reserved
+
+    def room(self, branch: int) -> int:
+        """Positions that the branch may take besides those that close it; negative where its budget does not hold."""
+        b = self._branches[branch]
+        return b.end - b.position - b.rest
+
+    def paths_due(self, branch: int) -> int:
+        """Positions that the longest of the paths takes that are due in an open goal, if all are closed at once."""
+        b = self._branches[branch]
+        if b.state not in UNMERGED:
+            return 0
+        complete = b.state is State.GOAL and b.outlines > 0
+        return (b.opened if complete else self.prices.with_path(b.opened, (*b.path, b.outlines + 1)))[1]
+
+    def end_reason(self, branch: int) -> str:
+        """Which budget limits the positions of the branch."""
+        return self._branches[branch].end_reason
+
+    def hit(self, branch: int) -> str | None:
+        """The budget that leaves no room for another token on the branch, or None."""
+        if self.spare() < 1:
+            return "max_new_tokens"
+        return self.end_reason(branch) if self.room(branch) < 1 else None
+
+    def allowed(self, branches: Iterable[int]) -> list[int]:
+        """What may be sampled next on each of these running branches, as a set of bits (see END).
+
+        One after the other: what one of them may open takes room from those behind it.
+        """
+        branches = list(branches)
+        spare = self.spare() - len(branches)  # one token each
+        out = []
+        for number in branches:
+            b = self._branches[number]
+            kinds = _ALLOWED[b.state]
+            openers = self._openers(b)
+            if b.state not in TAKES_TEXT and b.spaces < _MAX_SPACES:
+                kinds |= 1 << Kind.SPACE
+            if b.state is State.GOAL and b.outlines:
+                kinds |= 1 << Kind.GOAL_END
+            most = 0
+            for kind in openers:
+                tokens, positions = self._opening_price(b, kind)
+                if tokens <= spare + 1 and positions <= self.room(number) and self._fits_paths(b, kind):
+                    kinds |= 1 << kind
+                    most = max(most, tokens - 1)
+            spare -= most
+            out.append(kinds)
+        return out
+
+    def _openers(self, b: BranchState) -> tuple[Kind, ...]:
+        """The tags that would open something here, within the limits of depth and width."""
+        if b.state is State.GOAL:
+            return (Kind.OUTLINE,) if b.outlines < self.max_width else ()
+        if b.state not in FREE:
+            return ()
+        block = (Kind.PARALLEL,) if len(b.path) < self.max_depth else ()
+        return (*block, Kind.THINK) if b.state is State.TRUNK else block
+
+    def _opening_price(self, b: BranchState, kind: Kind) -> tuple[int, int]:
+        """Tokens and positions that a tag takes from what is left: itself, its heading, and more to close."""
+        heading = 0
+        if kind is Kind.OUTLINE:
+            heading = self.prices.heading((*b.path, b.outlines + 1)) if self.grammar else 0
+            after = self.prices.closing_in(b, State.OUTLINE, b.base, b.outlines, 0, b.opened)
+        else:
+            after = self.prices.closing_in(b, State.THINK if kind is Kind.THINK else State.PARALLEL, b.state)
+        return 1 + heading + after[0] - b.reserve, 1 + heading + after[1] - b.rest
+
+    def _has_room(self, branch: int, b: BranchState, kind: Kind) -> bool:
+        tokens, positions = self._opening_price(b, kind)
+        # The token itself has been counted already.
+        return tokens - 1 <= self.spare() and positions - 1 <= self.room(branch) and self._fits_paths(b, kind)
+
+    def _fits_paths(self, b: BranchState, kind: Kind) -> bool:
+        """Whether the path that a tag calls for can be closed within its own budget."""
+        if kind is Kind.THINK:
+            return True
+        index = b.outlines + 1 if kind is Kind.OUTLINE else 1
+        return self.prices.empty_path((*b.path, index))[1] <= self.budget.path_tokens
+
+    def _limit(self, b: BranchState, position: int) -> None:
+        """Where a path must end that has reached `position`: so that what encloses it can be closed, or by itself."""
+        assert b.parent is not None
+        parent = self._branches[b.parent]
+        b.end, b.end_reason = parent.end - parent.rest, parent.end_reason
+        if position + self.budget.path_tokens < b.end:
+            b.end, b.end_reason = position + self.budget.path_tokens, "max_path_tokens"
+
+    def _reprice(self, b: BranchState) -> None:
+        tokens, b.rest = self.prices.closing(b)
+        self.reserved += tokens - b.reserve
+        b.reserve = tokens
+
     # ---- what comes
 
-    def feed(self, branch: int, kind: Kind, within_limits: bool = True) -> list[Action]:
+    def feed(self, branch: int, kind: Kind, given: bool = False, count: int = 1) -> list[Action]:
         """One token of `kind` has come on `branch`, sampled or forced. Raises ValueError where none may come.
 
-        within_limits: False for a prompt's tokens, whose blocks may be wider and deeper than the limits.
+        given: a token of the prompt, whose blocks may be wider and deeper than the limits. count: so many at once, only
+        for text where text may come. Behind a `</Goal>` and a `</Path>` of released semantics whitespace may come on a
+        branch that waits or has ended.
+        """
+        b = self._branches[branch]
+        if b.state in _SILENT and not (kind is Kind.SPACE and self._trails(b)):
+            raise ValueError(f"branch {branch}: expected a running branch, got one that is {b.state.value}")
+        last = b.items[-1]
+        if isinstance(last, int):
+            b.items[-1] = last + count
+        elif b.state is State.WAITING:  # what trails a `</Goal>` stands before the fork
+            first = b.items[-2]
+            assert isinstance(first, int)
+            b.items[-2] = first + count
+        else:
+            b.items.append(count)
+        b.position += count
+        self.critical_path = max(self.critical_path, b.position)
+        if not given:
+            self.total_tokens += count
+        if b.state in _SILENT or (kind < FIRST_TAG and b.state in TAKES_TEXT):
+            return []
+        if kind is Kind.SPACE:
+            b.spaces += 1
+            actions: list[Action] = []
+        else:
+            actions = self._read(branch, b, kind, given)
+            b.spaces = 0
+        self._reprice(b)
+        if b.reason is not None and b.state is State.TRUNK:
+            actions += self._finish(b, b.reason)
+        return actions
+
+    def close(self, branch: int, reason: str) -> list[Action]:
+        """The branch ends here, with all that is open in it. `reason`: the request's, if that is the trunk.
+
+        A path is named in a warning, and so is a block that is closed. Raises ValueError where the branch does not run.
         """
         b = self._branches[branch]
         if b.state in _SILENT:
             raise ValueError(f"branch {branch}: expected a running branch, got one that is {b.state.value}")
-        last = b.items[-1]
-        if isinstance(last, int):
-            b.items[-1] = last + 1
-        else:
-            b.items.append(1)
-        b.position += 1
-        self.critical_path = max(self.critical_path, b.position)
-        return self._read(branch, b, kind, within_limits)
+        b.reason = reason
+        warnings = self._warn_of_closing(branch, b)
+        kinds = self.prices.closing_kinds(b)
+        if not kinds:
+            return [*warnings, *self._finish(b, reason)]
+        index = b.path if b.state is State.OPENING else (*b.path, 1)
+        return [*warnings, Force(branch, kinds, index)]
 
-    def stop(self, branch: int, reason: str) -> list[Action]:
-        """The branch must end here. `reason`: the request's on the trunk, and named in a warning in a path."""
-        b = self._branches[branch]
-        if b.state in _SILENT:
-            raise ValueError(f"branch {branch}: expected a running branch, got one that is {b.state.value}")
+    def close_all(self, reason: str) -> list[Action]:
+        """The request ends here, with all that is open in it."""
         actions: list[Action] = []
-        if b.state not in _FREE:
-            actions += self._leave(branch, b, reason)
-        if b.parent is None:
-            if b.state is State.THINK:
-                actions.append(Warn(branch, f"{_where(b)}: {reason} inside <Think>"))
-            b.state = State.CLOSED
-            return [*actions, Finish(reason)]
-        actions.append(Warn(branch, f"{_where(b)}: closed by a forced </Path> ({reason})"))
-        return [*actions, Force(branch, (Kind.PATH_END,))]
+        for number, b in enumerate(self._branches):
+            if b.state is State.WAITING:
+                b.reason = reason
+                actions += self._warn_of_closing(number, b)
+            elif b.state is not State.CLOSED:
+                actions += self.close(number, reason)
+        return actions
 
-    def _read(self, branch: int, b: _Branch, kind: Kind, limited: bool) -> list[Action]:
-        if kind < FIRST_TAG and (kind is Kind.SPACE or b.state in _TAKES_TEXT):
-            return []
-        if b.state in _FREE:
-            return self._read_free(branch, b, kind, limited, silent=False)
+    def _finish(self, b: BranchState, reason: str) -> list[Action]:
+        b.state = State.CLOSED
+        return [Finish(reason)]
+
+    def _warn_of_closing(self, branch: int, b: BranchState) -> list[Action]:
+        messages = []
+        if b.state not in FREE and b.state is not State.OPENING:
+            messages.append(f"{_where(b)}: block closed by the engine ({b.reason})")
+        outer = b.state if b.state in FREE else b.base
+        if b.path:
+            messages.append(f"{_where(b)}: closed by a forced </Path> ({b.reason})")
+        elif outer is State.THINK:
+            messages.append(f"{_where(b)}: closed by a forced </Think> ({b.reason})")
+        return [Warn(branch, message) for message in messages]
+
+    def _trails(self, b: BranchState) -> bool:
+        if not self.prices.released:
+            return False
+        if b.state is State.WAITING:
+            children = b.items[-1]
+            assert isinstance(children, tuple)
+            return all(self._branches[child].items == [0] for child in children)
+        return b.parent is not None and self._branches[b.parent].state in (State.WAITING, State.JOINING)
+
+    def _read(self, branch: int, b: BranchState, kind: Kind, given: bool) -> list[Action]:
+        if b.state in FREE:
+            return self._read_free(branch, b, kind, given, silent=False)
         if b.state is State.GOAL and kind is Kind.GOAL_END and b.outlines:
             return self._fork(branch, b)
         if b.state is State.CLOSING and kind is Kind.PARALLEL_END:
             b.state = b.base
             return []
         following = _MOVES.get((b.state, kind))
-        if following is None or (limited and kind is Kind.OUTLINE and b.outlines >= self.max_width):
-            return self._leave(branch, b, tag_name(kind)) + self._read_free(branch, b, kind, limited, silent=True)
-        if kind is Kind.GOAL:
-            b.outlines = 0
-        elif kind is Kind.OUTLINE_END:
-            b.outlines += 1
+        limited = following is State.OUTLINE and not given and b.reason is None
+        cramped = limited and b.outlines < self.max_width and not self._has_room(branch, b, kind)
+        if cramped or (limited and b.outlines >= self.max_width):
+            following = None
+        if following is None:
+            warnings = self._leave(branch, b, tag_name(kind), cramped)
+            return warnings + self._read_free(branch, b, kind, given, silent=True)
         b.state = following
+        if kind is Kind.OUTLINE_END:
+            b.outlines += 1
+            b.opened = self.prices.with_path(b.opened, (*b.path, b.outlines))
+        elif kind is Kind.OUTLINE and self.grammar and b.reason is None:
+            return [Force(branch, HEADING_KINDS, (*b.path, b.outlines + 1))]
         return []
 
-    def _read_free(self, branch: int, b: _Branch, kind: Kind, limited: bool, silent: bool) -> list[Action]:
+    def _read_free(self, branch: int, b: BranchState, kind: Kind, given: bool, silent: bool) -> list[Action]:
         """A kind in free text. silent: a warning has been given already."""
         if kind < FIRST_TAG:
             return []
-        if kind is Kind.PARALLEL and (not limited or len(b.path) < self.max_depth):
-            b.base, b.state = b.state, State.PARALLEL
-            return []
         if kind is Kind.PATH_END and b.state is State.PATH:
             return self._close(branch, b)
+        opens = kind in (Kind.PARALLEL, Kind.THINK) and (kind in self._openers(b) or (given and kind is Kind.PARALLEL))
+        if opens and not given and not self._has_room(branch, b, kind):
+            return [] if silent else [Warn(branch, f"{_where(b)}: no room for {tag_name(kind)}, kept as text")]
+        if opens and kind is Kind.PARALLEL:
+            b.base, b.state = b.state, State.PARALLEL
+            b.outlines, b.opened = 0, (0, 0)
+            return []
         following = _MOVES.get((b.state, kind))
         if following is not None:
             b.state = following
             return []
         return [] if silent else [Warn(branch, f"{_where(b)}: {tag_name(kind)} is not allowed here, kept as text")]
 
-    def _leave(self, branch: int, b: _Branch, found: str) -> list[Action]:
-        """End the open block, or skip what opens a path, because `found` stands where it may not."""
+    def _leave(self, branch: int, b: BranchState, found: str, cramped: bool) -> list[Action]:
+        """End the open block, or skip what opens a path, because `found` stands where it may not.
+
+        cramped: it might, if there were room for it.
+        """
         state, b.state = b.state, State.PATH if b.state is State.OPENING else b.base
+        self._reprice(b)
         if state is State.OPENING:
             return [Warn(branch, f"{_where(b)}: expected <Path>, found {found}")]
-        fate = "kept as text" if state in _UNMERGED else "its paths stay merged"
-        wanted = _expected(b, state, self.max_width)
-        return [Warn(branch, f"{_where(b)}: block ended by {found} ({wanted} expected); {fate}")]
+        fate = "kept as text" if state in UNMERGED else "its paths stay merged"
+        why = f"no room for {found}" if cramped else f"{_expected(b, state, self.max_width)} expected"
+        return [Warn(branch, f"{_where(b)}: block ended by {found} ({why}); {fate}")]
 
-    def _fork(self, branch: int, b: _Branch) -> list[Action]:
+    def _fork(self, branch: int, b: BranchState) -> list[Action]:
         first = len(self._branches)
         children = tuple(range(first, first + b.outlines))
-        for number in range(1, b.outlines + 1):
-            self._branches.append(_Branch((*b.path, number), branch, State.OPENING, State.PATH, b.position))
         b.items.append(children)
-        b.state = State.WAITING
+        b.state, b.left = State.WAITING, len(children)
         b.blocks += 1
-        return [Fork(branch, children), *(Force(child, OPENING_KINDS) for child in children)]
+        self._reprice(b)
+        trailing = self.prices.trailing_kinds
+        actions: list[Action] = [Force(branch, trailing)] if trailing else []
+        actions.append(Fork(branch, children))
+        for number, child in enumerate(children, start=1):
+            path = BranchState((*b.path, number), branch, State.OPENING, State.PATH, b.position, reason=b.reason)
+            self._branches.append(path)
+            self._reprice(path)
+            self._limit(path, path.position)
+            kinds = self.prices.opening_kinds if b.reason is None else self.prices.closing_kinds(path)
+            actions.append(Force(child, kinds, path.path))
+        return actions
 
-    def _close(self, branch: int, b: _Branch) -> list[Action]:
+    def _close(self, branch: int, b: BranchState) -> list[Action]:
         assert b.parent is not None
-        b.state = State.CLOSED
+        b.state, b.ended = State.CLOSED, b.position
         parent = self._branches[b.parent]
-        children = parent.items[-1]
-        assert isinstance(children, tuple)
-        actions: list[Action] = [FinishPath(branch)]
-        if all(self._branches[child].state is State.CLOSED for child in children):
-            parent.position = max(self._branches[child].position for child in children)
-            parent.state = State.JOINING
-            actions += [Merge(b.parent, children), Force(b.parent, JOINING_KINDS)]
+        parent.left -= 1
+        trailing = self.prices.trailing_kinds
+        actions: list[Action] = [Force(branch, trailing)] if trailing else []
+        actions.append(FinishPath(branch, b.reason))
+        if parent.left == 0:
+            children = parent.items[-1]
+            assert isinstance(children, tuple)
+            parent.position = max(self._branches[child].ended for child in children)
+            parent.state, parent.spaces = State.JOINING, 0
+            kinds = self.prices.joining_kinds if parent.reason is None else self.prices.closing_kinds(parent)
+            actions += [Merge(b.parent, children), Force(b.parent, kinds)]
         return actions
 
 
-def _where(b: _Branch) -> str:
+def _where(b: BranchState) -> str:
     return "path " + ".".join(map(str, b.path)) if b.path else "trunk"
 
 
-def _expected(b: _Branch, state: State, max_width: int) -> str:
+def _expected(b: BranchState, state: State, max_width: int) -> str:
     if state is State.GOAL:
         outline = "<Outline>" if b.outlines < max_width else f"no more than {max_width} outlines"
         return f"{outline} or </Goal>" if b.outlines else outline

@@ -1,48 +1,14 @@
-"""From what a caller passes as a prompt to token ids, and from token ids with blocks to the tokens of each branch."""
+"""From what a caller passes as a prompt to token ids."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from mvkernels.grammar import Block, Trace
 from mvkernels.tags import TagTokens
 
 #: A text, a chat (messages with "role" and "content"), or token ids.
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int]
-
-
-@dataclass
-class Given:
-    """The tokens of a prompt that stand on one branch, and per block that forks there what its paths are given."""
-
-    tokens: deque[int] = field(default_factory=deque)
-    blocks: deque[list[Given]] = field(default_factory=deque)
-
-
-def split_prompt(ids: Sequence[int], trace: Trace) -> Given:
-    """Distributes a prompt's tokens over its branches. The prompt may be cut anywhere."""
-    root = Given()
-    work: list[tuple[Given, int, int, tuple[Block, ...]]] = [(root, 0, trace.length, trace.blocks)]
-    while work:
-        given, start, end, blocks = work.pop()
-        for block in blocks:
-            if block.goal_end is None:
-                continue
-            children: list[Given] = []
-            given.blocks.append(children)
-            if not block.paths:
-                continue
-            given.tokens.extend(ids[start : block.paths[0].start])
-            for path in block.paths:
-                children.append(Given())
-                stop = trace.length if path.end is None else path.end
-                work.append((children[-1], path.start, stop, path.blocks))
-            start = end if block.conclusion is None else block.conclusion
-        given.tokens.extend(ids[start:end])
-    return root
 
 
 def as_prompts(prompts: Any) -> list[Prompt]:

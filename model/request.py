@@ -1,109 +1,230 @@
-"""One request while it runs: its branches, its budgets, its text. It knows the cache's tree, and no model."""
+"""One request while it runs: its branches, its budgets, its text. It knows no model, and the cache only through `kv`.
+
+The structure is always ahead of the cache: the whole prompt is read when the request is made, and what the engine
+writes is there as soon as it is due. `kv` says which tokens a step may take.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic
 from typing import Any
 
-from mvkernels.grammar import FIRST_TAG, TAGS, Kind
+import torch
+
+from mvkernels.grammar import FIRST_TAG, Kind
 from mvkernels.kv_cache import PagedKVCache
-from mvkernels.kv_step import Branch
 from mvkernels.layout import BranchLayout
-from mvkernels.model.actions import JOINING_KINDS, OPENING_KINDS, Action, Finish, Force, Fork, Merge, Warn
-from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, MergeEvent, TokenEvent
-from mvkernels.model.interpreter import Interpreter, State
-from mvkernels.model.prompts import Given
+from mvkernels.model.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
+from mvkernels.model.closing import TAKES_TEXT, UNLIMITED
+from mvkernels.model.constraint import TokenMasks
+from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, MergeEvent, PathEndEvent, TokenEvent
+from mvkernels.model.interpreter import Budget, Interpreter
+from mvkernels.model.logprobs import TokenLogprob
+from mvkernels.model.penalty import SeenTokens
+from mvkernels.model.request_kv import Entry, RequestKV
 from mvkernels.model.sampling import BranchView, branch_key
 from mvkernels.model.task import Task
 from mvkernels.model.text import TextStream
-from mvkernels.tags import TagTokens
+from mvkernels.model.writer import TagWriter
 
 # Tokens before a branch's first that its text may depend on (see TextStream).
 _TEXT_CONTEXT = 4
+_TAG_BYTES = re.compile(rb"[\x04-\x0f]")
 
 
 @dataclass
 class _Branch:
-    """A branch of the request. tokens, sampled, pieces: its own tokens, whether each was sampled, the text of each.
+    """A branch of the request. tokens, positions, sampled, pieces, steps, logprobs: its own tokens, where each stands,
+    whether it was sampled, its text, after how many forwards it came, its log-probability where one was asked for.
 
-    heard: sampled text in which a stop string may begin. drawn: tokens sampled so far.
+    seen: the tokens that it sees, where there is a repetition penalty. heard: sampled text in which a stop string may
+    begin. drawn: tokens sampled so far.
     """
 
     number: int
     key: str
-    handle: Branch
-    given: Given
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int]
+    positions: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    seen: SeenTokens | None = None
     text: TextStream | None = None
     heard: str = ""
     drawn: int = 0
-    merged: bool = False
 
 
 class Request:
-    """Drives one interpreter. Between two model steps: `advance` replays the prompt, `entries` says which tokens go
-    into the step, `sent` that they are in the cache, `views` which branches want a token, and `take` takes one.
+    """Drives one interpreter. For each step: `advance`, then `entries` says which tokens go into it, `sent` that they
+    are in the cache (`unsent`: that they are not), `views` what a sampler sees of the branches that want a token, and
+    `take` takes one.
 
-    `events` collects what happened; `finish_reason` is set when the request has ended, and then its pages are free.
+    `events` collects what happened; `finish_reason` is set when the request has ended, which may be at once.
+    writer, masks: None for a tokenizer without tags. Raises ValueError where the prompt leaves the model no position,
+    and where it leaves blocks open that cannot be closed within the budgets.
     """
 
-    def __init__(self, task: Task, cache: PagedKVCache, tokenizer: Any, tags: TagTokens | None) -> None:
-        self.task, self.config = task, task.config
-        self.cache, self.tokenizer, self.tags = cache, tokenizer, tags
-        self.interpreter = Interpreter(task.config.max_depth if tags else 0, task.config.max_width)
-        self.branches = [_Branch(0, task.key, cache.new(), task.given)]
-        self.pending: dict[int, list[int]] = {}  # branch -> tokens not in the cache yet, in causal order
-        self._waiting: dict[int, list[Action]] = {}  # parent -> its merge, put off until its tokens are in the cache
+    def __init__(
+        self, task: Task, cache: PagedKVCache, tokenizer: Any, writer: TagWriter | None, masks: TokenMasks | None
+    ) -> None:
+        config = task.config
+        self.task, self.config, self.tokenizer, self.writer = task, config, tokenizer, writer
+        self.masks = masks if config.grammar else None
+        self.interpreter = Interpreter(
+            config.max_depth if writer else 0,
+            config.max_width,
+            grammar=config.grammar and writer is not None,
+            prices=writer.prices if writer else None,
+        )
+        self.kv = RequestKV(cache)
+        self.branches = [_Branch(0, task.key, self.kv.tokens(0))]
+        if config.repetition_penalty != 1:
+            self.branches[0].seen = SeenTokens()
         self.events: list[Event] = []
         self.warnings: list[str] = []
         self.finish_reason: str | None = None
-        self.total_tokens = self.steps = 0
-        wanted = task.config.max_critical_path
-        self.end = task.max_positions if wanted is None else task.prompt_critical_path + wanted
-        self.end_reason = "max_critical_path"
-        if wanted is None or self.end > task.max_positions:
-            self.end, self.end_reason = task.max_positions, "max_positions"
-        self._banned = {kind: (tags.id(kind),) for kind in (Kind.PARALLEL, Kind.OUTLINE)} if tags else {}
+        self.steps = 0
+        self._touched: list[int] = [0]  # branches with new tokens, whose budgets were not looked at yet
+        self._started = monotonic()
+        self._begin(self._replay(task.ids))
+
+    # ---- the prompt
+
+    def _begin(self, due: list[Action]) -> None:
+        """From here on tokens are generated. due: what the end of the prompt asks for."""
+        interp, config = self.interpreter, self.config
+        self.prompt_critical_path = interp.critical_path
+        end, reason = self.task.max_positions, "max_positions"
+        if interp.critical_path + 1 > end:
+            raise ValueError(
+                f"prompt {self.task.index}: expected a critical path of at most {end - 1} tokens, as the model has "
+                f"{end} positions, got {interp.critical_path}"
+            )
+        if config.max_critical_path is not None and interp.critical_path + config.max_critical_path <= end:
+            end, reason = interp.critical_path + config.max_critical_path, "max_critical_path"
+        interp.begin(Budget(config.max_new_tokens, end, reason, config.max_path_tokens or UNLIMITED))
+        self._run(due)
+        for b in list(self.branches):
+            if self.writer is not None and interp.is_running(b.number):
+                self._write(b, self.writer.rest_of_prefix(interp, b.number, b.tokens))
+        self._touched = [b.number for b in self.branches]
+        self._require_room()
+        self._settle()
+
+    def _replay(self, ids: Sequence[int]) -> list[Action]:
+        """Read the prompt; returns what its end asks for."""
+        interp = self.interpreter
+        if self.writer is None:
+            interp.feed(0, Kind.TEXT, given=True, count=len(ids))
+            self._record(self.branches[0], ids, sampled=False)
+            return []
+        kinds, trailing = self.writer.tags.kinds(ids), self.writer.prices.trailing_kinds
+        number, first = 0, 0
+        due: list[Action] = []
+        while first < len(ids):
+            kind, end = Kind(kinds[first]), first + 1
+            trails = due and trailing == (kind,)  # a newline of released semantics belongs to what has ended
+            if due and not trails:
+                self._run([action for action in due if not isinstance(action, Force)])
+                number, due = self._following(number, due), []
+            if interp.state(number) in TAKES_TEXT and kind < FIRST_TAG:
+                found = _TAG_BYTES.search(kinds, first)
+                kind, end = Kind.TEXT, found.start() if found else len(ids)
+            actions = interp.feed(number, kind, given=True, count=end - first)
+            self._record(self.branches[number], ids[first:end], sampled=False)
+            if trails:
+                due = [action for action in due if not (isinstance(action, Force) and action.kinds == trailing)]
+            elif not all(isinstance(action, Force) for action in actions):
+                due = actions
+            first = end
+        return due
+
+    def _following(self, number: int, actions: list[Action]) -> int:
+        """The branch on which a prompt goes on."""
+        for action in reversed(actions):
+            match action:
+                case Merge():
+                    return action.parent
+                case Fork():
+                    return action.children[0]
+                case FinishPath():
+                    return number + 1  # paths of a block have consecutive numbers
+        return number
+
+    def _require_room(self) -> None:
+        """Raises ValueError where closing what the prompt leaves open does not fit into the budgets."""
+        interp, config = self.interpreter, self.config
+        if self.writer is not None and config.max_path_tokens is not None:
+            least = [interp.paths_due(b.number) for b in self.branches]
+            if config.max_depth:
+                least.append(self.writer.prices.empty_path((1,))[1])
+            if config.max_path_tokens < max(least):
+                expected = f"at least {max(least)}, which an empty path takes, or max_depth=0"
+                raise ValueError(f"max_path_tokens: expected {expected}, got {config.max_path_tokens}")
+        short = {"max_new_tokens": -interp.spare()} if interp.spare() < 0 else {}
+        for b in self.branches:
+            if interp.is_running(b.number) and interp.room(b.number) < 0:
+                reason = interp.end_reason(b.number)
+                short[reason] = max(short.get(reason, 0), -interp.room(b.number))
+        for name, missing in short.items():
+            value = self.task.max_positions if name == "max_positions" else getattr(config, name)
+            expected = f"{name} of at least {value + missing}, which closing the blocks that it leaves open takes"
+            raise ValueError(f"prompt {self.task.index}: expected {expected}, got {value}")
 
     # ---- between steps
 
     def advance(self) -> None:
-        """Do what had to wait for the last step, and replay the prompt; a fork's paths follow in the next step."""
-        for parent in [parent for parent in self._waiting if parent not in self.pending]:
-            self._apply(self._waiting.pop(parent))
-        for branch in [b for b in self.branches if b.given.tokens]:
-            if self.wants_token(branch.number):
-                self._replay(branch)
+        """Before each step: what the clock ends."""
+        limit = self.config.max_seconds
+        if self.finish_reason is None and limit is not None and monotonic() - self._started >= limit:
+            self._run(self.interpreter.close_all("max_seconds"))
+        self._settle()
 
     def wants_token(self, number: int) -> bool:
-        """Whether the sampler is to be asked for the branch, once its tokens are in the cache."""
-        return self.interpreter.is_running(number) and number not in self._waiting
+        """Whether the sampler is to be asked for the branch, once what was handed out is in the cache."""
+        return self.interpreter.is_running(number) and self.kv.has_all(number)
 
-    def entries(self) -> list[tuple[int, list[int]]]:
-        """(branch, tokens) that go into the next step, none after one that depends on it."""
+    def entries(self, max_tokens: int, max_branches: int | None = None, max_pages: int | None = None) -> list[Entry]:
+        """Tokens that go into the next step, none before one that it depends on; see `RequestKV.entries`."""
+        interp = self.interpreter
         if not self.config.sequential:
-            return list(self.pending.items())
-        running = [number for number in self.pending if self.interpreter.is_running(number)]
-        first = min(running, key=self.interpreter.path, default=None)
-        return [item for item in self.pending.items() if item[0] == first or item[0] not in running]
+            return self.kv.entries(max_tokens, max_branches, max_pages)
+        running = [b.number for b in self.branches if interp.is_running(b.number)]
+        first = min(running, key=interp.path, default=None)
+        return self.kv.entries(
+            max_tokens, max_branches, max_pages, lambda number: number == first or not interp.is_running(number)
+        )
 
-    def sent(self, numbers: Iterable[int]) -> None:
-        """The tokens of these branches are in the cache now."""
+    def new_tokens(self, entry: Entry) -> tuple[list[int], list[int]]:
+        """The tokens of an entry, and their positions."""
+        b, last = self.branches[entry.branch], entry.first + entry.count
+        return b.tokens[entry.first : last], b.positions[entry.first : last]
+
+    def sent(self) -> None:
+        """The tokens of the latest `entries` are in the cache now."""
         self.steps += 1
-        for number in numbers:
-            del self.pending[number]
+        self.kv.sent()
 
-    def handle(self, number: int) -> Branch:
-        """The cache's handle of a branch."""
-        return self.branches[number].handle
+    def unsent(self) -> None:
+        """They are not, and are to be handed out again."""
+        self.kv.unsent()
 
-    def view(self, number: int) -> BranchView:
-        """What a sampler sees of a branch."""
+    def views(self, numbers: Sequence[int]) -> list[BranchView]:
+        """What a sampler sees of these branches, in the order in which `take` is called for them."""
+        interp = self.interpreter
+        allowed = interp.allowed(numbers) if self.masks is not None else []
+        return [self._view(number, allowed[i] if allowed else None) for i, number in enumerate(numbers)]
+
+    def _view(self, number: int, allowed: int | None) -> BranchView:
         b, interp = self.branches[number], self.interpreter
-        banned = tuple(i for kind in interp.banned(number) for i in self._banned.get(kind, ()))
+        banned: tuple[int, ...] = ()
+        if allowed is None and self.writer is not None:
+            banned = tuple(self.writer.tags.id(kind) for kind in interp.banned(number))
         return BranchView(
             request=self.task.index,
             path=interp.path(number),
@@ -112,39 +233,34 @@ class Request:
             state=interp.state(number).value,
             config=self.config,
             banned=banned,
+            allowed=None if allowed is None or self.masks is None else self.masks.row(allowed, self.task.eos),
             key=b.key,
             read_context=lambda: self.context(number),
+            seen=b.seen,
         )
 
-    def take(self, number: int, token: int) -> None:
-        """The sampler chose `token` on a branch."""
+    def take(self, number: int, token: int, logprob: TokenLogprob | None = None) -> None:
+        """The sampler chose `token` on a branch; logprob: of it, where the config asks. Nothing comes of it where the
+        branch has been closed meanwhile.
+        """
+        if self.finish_reason is not None or not self.interpreter.is_running(number):
+            return
         b = self.branches[number]
         b.drawn += 1
         kind = self._kind(token)
-        width = self.interpreter.fork_width(number, kind)
-        # Without room for what opens the paths the block stays text, and the branch ends as at its budget.
-        cramped = self._cramped(number, width) if width else None
-        piece = self._push(b, token, Kind.TEXT if cramped else kind, sampled=True)
-        if self.finish_reason is not None or not self.wants_token(number):
-            return self._check_budgets(b)
-        ended = self._stopped(b, token, piece) or cramped
-        if ended is not None:
-            self._stop(b, ended)
-        return self._check_budgets(b)
+        actions, piece = self._push(b, token, kind, sampled=True, logprob=logprob)
+        self._touched.append(number)
+        self._run(actions)
+        if self.finish_reason is None and self.interpreter.is_running(number):
+            ended = self._stopped(b, token, piece)
+            if ended is not None:
+                self._run(self.interpreter.close(number, ended))
+        self._settle()
 
-    def finish(self, reason: str) -> None:
-        """End the request here, whatever is open, and give its pages back."""
+    def finish(self, reason: str, error: str | None = None) -> None:
+        """End the request here, whatever is open. Its pages are given back by whoever runs it."""
         self.finish_reason = reason
-        self.pending.clear()
-        self.release()
-        self.events.append(FinishEvent(self.task.index, self._generation(reason)))
-
-    def release(self) -> None:
-        """Give the pages back. May be called twice."""
-        for b in self.branches:
-            if not b.merged:
-                self.cache.free(b.handle)
-                b.merged = True
+        self.events.append(FinishEvent(self.task.index, self._generation(reason, error)))
 
     def context(self, number: int) -> list[int]:
         """The tokens that a branch sees, oldest first."""
@@ -159,102 +275,100 @@ class Request:
     # ---- tokens
 
     def _kind(self, token: int) -> Kind:
-        return self.tags.kind(token) if self.tags is not None and token not in self.task.eos else Kind.TEXT
+        if self.writer is None or token in self.task.eos:
+            return Kind.TEXT
+        return self.writer.tags.kind(token)
 
-    def _replay(self, b: _Branch) -> None:
-        """Feed the prompt's tokens on `b`, up to where it forks or ends."""
-        if not b.given.tokens:
-            return
-        while b.given.tokens and self.interpreter.is_running(b.number):
-            token = b.given.tokens.popleft()
-            self._record(b, token, "", sampled=False)
-            self._apply(self.interpreter.feed(b.number, self._kind(token), within_limits=False))
-        if self.finish_reason is not None or not self.wants_token(b.number):
-            return
-        rest = self._rest_of_prefix(b)
-        if rest:
-            self._force(b, rest)
-        else:
-            self._check_budgets(b)
-
-    def _rest_of_prefix(self, b: _Branch) -> list[int]:
-        """Where the prompt was cut within what the engine writes before a path or a conclusion: the rest of it."""
-        items = self.interpreter.items(b.number)
-        if len(items) == 1 and not self.interpreter.path(b.number):
-            return []  # the trunk before its first block
-        kinds = OPENING_KINDS if len(items) == 1 else JOINING_KINDS
-        whole, last = self._forced_tokens(b.number, kinds), items[-1]
-        assert isinstance(last, int)
-        if whole[:last] == b.tokens[-last:]:
-            return whole[last:]
-        if self.interpreter.state(b.number) in (State.OPENING, State.JOINING):  # other whitespace than the engine's
-            return self._forced_tokens(b.number, kinds[1:])
-        return []
-
-    def _push(self, b: _Branch, token: int, kind: Kind, sampled: bool) -> str:
-        """A generated token comes on `b`; returns its text."""
+    def _push(
+        self, b: _Branch, token: int, kind: Kind, sampled: bool, logprob: TokenLogprob | None = None
+    ) -> tuple[list[Action], str]:
+        """A generated token comes on `b`; returns what the interpreter asks for, and its text."""
         if b.text is None:
             b.text = TextStream(self.tokenizer, self.context(b.number)[-_TEXT_CONTEXT:], self.task.eos)
         piece = b.text.push(token)
         position, path = self.interpreter.position(b.number), self.interpreter.path(b.number)
-        self.events.append(TokenEvent(self.task.index, path, token, piece, position, not sampled))
-        self.total_tokens += 1
-        self._record(b, token, piece, sampled)
-        self._apply(self.interpreter.feed(b.number, kind))
-        return piece
+        self.events.append(
+            TokenEvent(self.task.index, path, token, piece, position, not sampled, b.number, *(logprob or ()))
+        )
+        actions = self.interpreter.feed(b.number, kind)
+        self._record(b, (token,), sampled, piece, logprob)
+        return actions, piece
 
-    def _record(self, b: _Branch, token: int, piece: str, sampled: bool) -> None:
-        b.tokens.append(token)
-        b.pieces.append(piece)
-        b.sampled.append(sampled)
-        self.pending.setdefault(b.number, []).append(token)
-
-    def _force(self, b: _Branch, tokens: list[int], closing: bool = False) -> None:
-        """Write `tokens` on `b`, unless they do not fit in: then the branch, or the request, ends here.
-
-        closing: they end the branch, for which there is always a position left.
-        """
-        b.heard = ""
-        if self.total_tokens + len(tokens) > self.config.max_new_tokens:
-            return self.finish("max_new_tokens")
-        if not closing and self.interpreter.position(b.number) + len(tokens) > self._limit(b.number):
-            return self._stop(b, self.end_reason)
+    def _record(
+        self, b: _Branch, tokens: Sequence[int], sampled: bool, piece: str = "", logprob: TokenLogprob | None = None
+    ) -> None:
+        """Tokens that the interpreter has read on `b` just now."""
+        end = self.interpreter.position(b.number)
+        b.positions += range(end - len(tokens), end)
+        b.sampled += [sampled] * len(tokens)
+        b.pieces += [piece] * len(tokens)
+        b.steps += [self.steps] * len(tokens)
+        b.logprobs += [logprob] * len(tokens)
         for token in tokens:
-            self._push(b, token, self._kind(token), sampled=False)
-            if self.finish_reason is not None:
-                return None
-        return self._check_budgets(b)
+            self.kv.extend(b.number, token)  # it lengthens b.tokens
+            if b.seen is not None:
+                b.seen.add(token)
 
-    def _forced_tokens(self, number: int, kinds: tuple[Kind, ...], path: tuple[int, ...] | None = None) -> list[int]:
-        index = ".".join(map(str, self.interpreter.path(number) if path is None else path))
-        words = {Kind.SPACE: "\n", Kind.INDEX: index, Kind.INDEX_END: ":"}
-        text = "".join(TAGS[kind - FIRST_TAG] if kind >= FIRST_TAG else words[kind] for kind in kinds)
-        assert self.tags is not None  # without tags nothing forks
-        return self.tags.encode(text)
+    def _write(self, b: _Branch, tokens: Iterable[int]) -> list[Action]:
+        """The engine's own tokens; returns what the last of them asks for."""
+        actions: list[Action] = []
+        for token in tokens:
+            more, _ = self._push(b, token, self._kind(token), sampled=False)
+            actions += more
+        b.heard = ""
+        self._touched.append(b.number)
+        return actions
+
+    def _run(self, actions: Iterable[Action]) -> None:
+        """Do what the interpreter asks for, and what that asks for, in order."""
+        queue = deque(actions)
+        while queue and self.finish_reason is None:
+            match action := queue.popleft():
+                case Force():
+                    assert self.writer is not None  # without tags nothing is forced
+                    tokens = self.writer.tokens(action.kinds, action.index)
+                    queue.extendleft(reversed(self._write(self.branches[action.branch], tokens)))
+                case Fork():
+                    self._fork(self.branches[action.branch], action.children)
+                case FinishPath():
+                    number = action.branch
+                    path, position = self.interpreter.path(number), self.interpreter.position(number)
+                    self.events.append(PathEndEvent(self.task.index, path, position, number, action.reason))
+                case Merge():
+                    self._merge(self.branches[action.parent], action.children)
+                case Warn():
+                    self.warnings.append(action.message)
+                case Finish():
+                    self.finish(action.reason)
+
+    def _fork(self, b: _Branch, children: tuple[int, ...]) -> None:
+        self.kv.fork(b.number, children)
+        ordinal = self.interpreter.ordinal(b.number)
+        for i, child in enumerate(children, start=1):
+            seen = None if b.seen is None else b.seen.fork()
+            self.branches.append(_Branch(child, branch_key(b.key, ordinal, i), self.kv.tokens(child), seen=seen))
+        path = self.interpreter.path(b.number)
+        self.events.append(ForkEvent(self.task.index, path, len(children), b.number, children))
+
+    def _merge(self, b: _Branch, children: tuple[int, ...]) -> None:
+        self.kv.merge(b.number)
+        if b.seen is not None:
+            b.seen.join(child.seen for number in children if (child := self.branches[number]).seen is not None)
+        position = self.interpreter.position(b.number)
+        self.events.append(MergeEvent(self.task.index, self.interpreter.path(b.number), position, b.number))
 
     # ---- ends
 
-    def _limit(self, number: int) -> int:
-        """The position at which a branch must end, so that its `</Path>` and those around it still fit in."""
-        return self.end - len(self.interpreter.path(number))
-
-    def _check_budgets(self, b: _Branch) -> None:
-        if self.finish_reason is not None:
-            return
-        if self.total_tokens >= self.config.max_new_tokens:
-            self.finish("max_new_tokens")
-        elif self.wants_token(b.number) and self.interpreter.position(b.number) >= self._limit(b.number):
-            self._stop(b, self.end_reason)
-
-    def _cramped(self, number: int, width: int) -> str | None:
-        """Why `width` paths have no room behind the next token, or None when they have."""
-        path = self.interpreter.path(number)
-        lengths = [len(self._forced_tokens(number, OPENING_KINDS, (*path, i + 1))) for i in range(width)]
-        if self.total_tokens + 1 + sum(lengths) > self.config.max_new_tokens:
-            return "max_new_tokens"
-        if self.interpreter.position(number) + 1 + max(lengths) > self._limit(number) - 1:
-            return self.end_reason
-        return None
+    def _settle(self) -> None:
+        """Close the branches with new tokens that have no room for another."""
+        interp = self.interpreter
+        while self.finish_reason is None and self._touched:
+            number = self._touched.pop()
+            reason = interp.hit(number) if interp.is_running(number) else None
+            if reason == "max_new_tokens":
+                self._run(interp.close_all(reason))
+            elif reason is not None:
+                self._run(interp.close(number, reason))
 
     def _stopped(self, b: _Branch, token: int, piece: str) -> str | None:
         """Why the branch ends with this token, or None."""
@@ -270,53 +384,6 @@ class Request:
             return None
         b.heard = ""
         return "stop" if on_trunk else f"stop string {found!r}"
-
-    def _stop(self, b: _Branch, reason: str) -> None:
-        if reason == "max_new_tokens":
-            self.finish(reason)
-        else:
-            self._apply(self.interpreter.stop(b.number, reason))
-
-    def _apply(self, actions: list[Action]) -> None:
-        for i, action in enumerate(actions):
-            if self.finish_reason is not None:
-                return
-            match action:
-                case Fork():
-                    self._fork(self.branches[action.branch], action.children)
-                case Force():
-                    b = self.branches[action.branch]
-                    if not b.given.tokens:
-                        tokens = self._forced_tokens(b.number, action.kinds)
-                        self._force(b, tokens, closing=action.kinds == (Kind.PATH_END,))
-                    elif action.kinds == JOINING_KINDS:  # the prompt has them; paths follow in the next step
-                        self._replay(b)
-                case Merge() if action.parent in self.pending:
-                    self._waiting[action.parent] = actions[i:]
-                    return
-                case Merge():
-                    self._merge(self.branches[action.parent], action.children)
-                case Warn():
-                    self.warnings.append(action.message)
-                case Finish():
-                    self.finish(action.reason)
-
-    def _fork(self, b: _Branch, children: tuple[int, ...]) -> None:
-        given = b.given.blocks.popleft() if b.given.blocks else []
-        handles = self.cache.fork(b.handle, len(children))
-        ordinal = self.interpreter.ordinal(b.number)
-        for i, (child, handle) in enumerate(zip(children, handles, strict=True)):
-            own = given[i] if i < len(given) else Given()
-            self.branches.append(_Branch(child, branch_key(b.key, ordinal, i + 1), handle, own))
-        self.events.append(ForkEvent(self.task.index, self.interpreter.path(b.number), len(children)))
-
-    def _merge(self, b: _Branch, children: tuple[int, ...]) -> None:
-        self.cache.merge(b.handle, [self.branches[child].handle for child in children])
-        for child in children:
-            self.branches[child].merged = True
-        number = b.number
-        position = self.interpreter.position(number)
-        self.events.append(MergeEvent(self.task.index, self.interpreter.path(number), position))
 
     # ---- the outcome
 
@@ -339,19 +406,39 @@ class Request:
                     break
         return out
 
-    def _generation(self, reason: str) -> Generation:
+    def _generation(self, reason: str, error: str | None) -> Generation:
+        interp = self.interpreter
         ids = self._flat(0, lambda b: b.tokens)
         for b in self.branches:
             if b.text is not None:
                 b.pieces[-1] += b.text.rest()
+        first = len(self.task.ids)
+        texts = self._flat(0, lambda b: b.pieces)[first:]
+        logprobs: list[TokenLogprob | None] = self._flat(0, lambda b: b.logprobs)[first:]
+        asked = self.config.logprobs is not None
         return Generation(
-            text="".join(self._flat(0, lambda b: b.pieces)),
+            text="".join(texts),
             token_ids=ids,
-            layout=BranchLayout.from_tree(self.interpreter.tree(), self._flat(0, lambda b: b.sampled)),
-            prompt_length=len(self.task.ids),
+            layout=self._layout(),
+            prompt_length=first,
             finish_reason=reason,
-            total_tokens=self.total_tokens,
-            critical_path=self.interpreter.critical_path - self.task.prompt_critical_path,
+            total_tokens=interp.total_tokens,
+            critical_path=interp.critical_path - self.prompt_critical_path,
             steps=self.steps,
             warnings=list(self.warnings),
+            tree=interp.tree(),
+            texts=texts,
+            steps_of=self._flat(0, lambda b: b.steps)[first:],
+            logprobs=[one and one.logprob for one in logprobs] if asked else None,
+            top_logprobs=[one and one.top for one in logprobs] if self.config.logprobs else None,
+            error=error,
+            request_id=str(self.task.index),
         )
+
+    def _layout(self) -> BranchLayout:
+        """What each token saw, and where it stands."""
+        layout = BranchLayout.from_tree(self.interpreter.tree(), self._flat(0, lambda b: b.sampled))
+        if self.writer is None or self.writer.semantics == "canonical":
+            return layout
+        positions = torch.tensor(self._flat(0, lambda b: b.positions), dtype=torch.int32)
+        return replace(layout, position_ids=positions, critical_path=self.interpreter.critical_path)

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mvkernels.grammar import Kind, parse
-from mvkernels.layout import BranchLayout
 from mvkernels.model.config import GenerationConfig
-from mvkernels.model.prompts import Given, Prompt, prompt_ids, split_prompt
+from mvkernels.model.prompts import Prompt, prompt_ids
+from mvkernels.model.sampling import request_key
 from mvkernels.tags import TagTokens
 
 
@@ -18,13 +18,11 @@ from mvkernels.tags import TagTokens
 class Task:
     """What is asked, resolved against the model: `stop` and `eos` are never None here, and the prompt is checked.
 
-    prompt_critical_path: of the prompt alone. max_positions: how many positions the model has.
+    max_positions: how many positions the model has.
     """
 
     index: int
     ids: list[int]
-    given: Given
-    prompt_critical_path: int
     config: GenerationConfig
     stop: tuple[str, ...]
     eos: frozenset[int]
@@ -40,26 +38,16 @@ def make_task(
     tokenizer: Any,
     tags: TagTokens | None,
     seed: int,
+    sample: int = 0,
 ) -> Task:
-    """Resolve and check one prompt. seed: the engine's.
+    """Resolve and check one prompt. seed: the engine's. sample: which of the n samples of the prompt, from 0.
 
-    Raises ValueError for a bad prompt, one with malformed blocks (GrammarError), and one whose critical path leaves the
-    model no position for a new token.
+    Raises ValueError for a bad prompt, and one with malformed blocks (GrammarError).
     """
     embedding: Any = model.get_input_embeddings()
     ids = prompt_ids(prompt, tokenizer, tags, int(embedding.weight.shape[0]))
-    given, critical_path = Given(), len(ids)
-    if tags is None:
-        given.tokens.extend(ids)
-    else:
-        given = split_prompt(ids, parse(tags.kinds(ids), allow_open=True))
-        critical_path = BranchLayout.from_token_ids(ids, tags, allow_open=True).critical_path
-    positions: int = model.config.get_text_config().max_position_embeddings
-    if critical_path + 1 > positions:
-        raise ValueError(
-            f"prompt {index}: expected a critical path of at most {positions - 1} tokens, as the model has "
-            f"{positions} positions, got {critical_path}"
-        )
+    if tags is not None:
+        parse(tags.kinds(ids), allow_open=True)
     eos, stop = config.eos_token_ids, config.stop
     if eos is None:
         found = getattr(model.generation_config, "eos_token_id", None)
@@ -70,13 +58,11 @@ def make_task(
     return Task(
         index=index,
         ids=ids,
-        given=given,
-        prompt_critical_path=critical_path,
         config=config,
         stop=stop,
         eos=frozenset(eos),
-        key=f"{seed}:{config.seed}:",
-        max_positions=positions,
+        key=request_key(seed, config.seed, sample),
+        max_positions=model.config.get_text_config().max_position_embeddings,
     )
 
 

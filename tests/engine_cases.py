@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 
-from mvkernels.grammar import TAGS
+import numpy as np
+import numpy.typing as npt
+
+from mvkernels.grammar import TAGS, Kind
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.model.sampling import sample
 from tests.tiny_model import END
@@ -62,11 +67,16 @@ CASES = {
 }
 
 
-def script(case: dict[str, str], engine: Engine) -> dict[tuple[int, ...], list[int]]:
-    """Paths and texts -> paths and tokens; ~ becomes -1, and an end of text its token."""
+def script(case: dict[str, str], engine: Engine, grammar: bool = True) -> dict[tuple[int, ...], list[int]]:
+    """Paths and texts -> paths and tokens; ~ becomes -1, and an end of text its token.
+
+    grammar: the engine writes the indices of outlines, so they are left out.
+    """
     end = engine.tokenizer.eos_token_id
     out = {}
     for path, text in case.items():
+        if grammar:
+            text = re.sub(r"(<Outline>)\n[\d.]+:", r"\1", text)
         tokens: list[int] = []
         for i, piece in enumerate(text.removesuffix(END).split("~")):
             tokens += ([-1] if i else []) + engine.tags.encode(piece)
@@ -79,7 +89,7 @@ def plain(engine: Engine, inner=sample):
     special = (*engine.tags.ids, engine.tokenizer.eos_token_id)
 
     def choose(views, logits):
-        return inner([replace(view, banned=special) for view in views], logits)
+        return inner([replace(view, banned=special, allowed=None) for view in views], logits)
 
     return choose
 
@@ -102,10 +112,21 @@ def per_block(scripts: dict[tuple[int, ...], list[int]], end_of_path: int):
     return next_tokens
 
 
-def follow(engine: Engine, case: dict[str, str], then=None):
+def headings(engine: Engine, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """[T] bool: the indices of outlines, which the engine writes and which are labelled for training all the same."""
+    out = np.zeros(len(ids), dtype=np.bool_)
+    for start in np.flatnonzero(np.array(ids) == engine.tags.id(Kind.OUTLINE)) + 1:
+        end = start
+        while ":" not in engine.tokenizer.decode([ids[end]]):
+            end += 1
+        out[start : end + 1] = True
+    return out
+
+
+def follow(engine: Engine, case: dict[str, str], then=None, grammar: bool = True):
     """A sampler for one request that follows a case; what the case leaves open is decided by `then`."""
     then = then or plain(engine)
-    wanted = per_block(script(case, engine), engine.tags.ids[TAGS.index("</Path>")])
+    wanted = per_block(script(case, engine, grammar), engine.tags.ids[TAGS.index("</Path>")])
 
     def choose(views, logits):
         free = then(views, logits)

@@ -21,6 +21,7 @@ from tests.engine_cases import (
     config_for,
     follow,
     goal,
+    headings,
     plain,
     script,
 )
@@ -50,7 +51,8 @@ def test_lossless(engine: Engine, name: str) -> None:
     parsed = BranchLayout.from_token_ids(out.token_ids, engine.tags, prompt_length=out.prompt_length)
     assert torch.equal(parsed.position_ids, out.layout.position_ids)
     assert torch.equal(parsed.dense_mask(), out.layout.dense_mask())
-    assert (parsed.sampled == out.layout.sampled).all() and (parsed.predecessor == out.layout.predecessor).all()
+    labelled = out.layout.sampled | headings(engine, out.token_ids)
+    assert (parsed.sampled == labelled).all() and (parsed.predecessor == out.layout.predecessor).all()
     assert out.text == engine.tokenizer.decode(out.token_ids[out.prompt_length :]).removesuffix(END)
     prompt = engine.tokenizer.encode("the product")
     assert out.token_ids[: out.prompt_length] == prompt
@@ -69,8 +71,9 @@ def test_figures_and_text_of_two_paths(engine: Engine) -> None:
     lengths = {name: len(tokens) for name, tokens in script(case, engine).items()}
     opening = len(engine.tags.encode("\n<Path>\n1:"))
     joining = len(engine.tags.encode("\n<Conclusion>\n"))
-    assert out.total_tokens == sum(lengths.values()) + 2 * opening + joining
-    assert out.critical_path == lengths[()] + opening + lengths[(2,)] + joining
+    outlines = 2 * len(engine.tags.encode("\n1:"))
+    assert out.total_tokens == sum(lengths.values()) + outlines + 2 * opening + joining
+    assert out.critical_path == lengths[()] + outlines + opening + lengths[(2,)] + joining
     # One forward a position, but for the tokens that need none: forced ones come with others, the last one is not run.
     assert out.steps == lengths[()] + lengths[(2,)]
 
@@ -169,12 +172,14 @@ def test_limits_are_kept_from_the_sampler_and_survive_it(engine: Engine) -> None
         return plain(engine)(views, logits)
 
     case = {"": f"~{goal('1: a', '2: b')}{CONCLUDE}{END}", "1": "~</Path>", "2": "~</Path>"}
-    engine.generate("the", config_for(engine, max_width=2, max_depth=1), follow(engine, case, watch))
+    config = config_for(engine, grammar=False)
+    sampler = follow(engine, case, watch, grammar=False)
+    engine.generate("the", replace(config, max_width=2, max_depth=1), sampler)
     assert ((), "trunk", ()) in seen and ((1,), "path", (parallel,)) in seen
     assert [state for _, state, banned in seen if outline in banned] == ["goal", "goal"]  # after outline 2 and newline
     # A sampler that takes no notice gets text and a warning.
-    for config in (config_for(engine, max_width=1), config_for(engine, max_depth=0)):
-        [out] = engine.generate("the", config, follow(engine, case))
+    for changed in (replace(config, max_width=1), replace(config, max_depth=0)):
+        [out] = engine.generate("the", changed, follow(engine, case, grammar=False))
         assert out.warnings and out.finish_reason == "stop" and not out.layout.has_branches
         assert out.text.endswith("</Goal></Conclusion>\n</Parallel>") and "<Path>" not in out.text
 

@@ -1,4 +1,4 @@
-"""The interpreter: every cell of the table in its docstring, limits, ends of branches, random streams of kinds."""
+"""The interpreter: every cell of the table in its docstring, what the grammar allows, limits, random streams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvkernels import BranchLayout
 from mvkernels.grammar import FIRST_TAG, Kind, parse, tag_name
 from mvkernels.model import interpreter as module
 from mvkernels.model.actions import Finish, FinishPath, Force, Fork, Merge, Warn
-from mvkernels.model.interpreter import Interpreter, State
+from mvkernels.model.interpreter import END, Interpreter, State
 
 K = Kind
 GOAL_OF_ONE = [K.PARALLEL, K.GOAL, K.OUTLINE, K.TEXT, K.OUTLINE_END, K.GOAL_END]
@@ -49,9 +49,9 @@ def forced(interp: Interpreter, actions: list) -> list:
     return out
 
 
-def make(state: State, base: State) -> tuple[Interpreter, int]:
+def make(state: State, base: State, grammar: bool = False) -> tuple[Interpreter, int]:
     """An interpreter with a branch in `state`, whose block stands in free text of the kind `base`."""
-    interp, branch = Interpreter(max_depth=4, max_width=4), 0
+    interp, branch = Interpreter(max_depth=4, max_width=4, grammar=False), 0
     if base is State.THINK:
         interp.feed(0, K.THINK)
     elif base is State.PATH:
@@ -76,8 +76,9 @@ def make(state: State, base: State) -> tuple[Interpreter, int]:
         if base is State.PATH:
             feed_all(interp, branch, [K.PATH_END])
         else:
-            interp.stop(branch, "stop")
+            forced(interp, interp.close(branch, "stop"))
     assert interp.state(branch) is state
+    interp.grammar = grammar
     return interp, branch
 
 
@@ -130,7 +131,7 @@ def test_cell_of_the_table(state: State, base: State, column: str, kind: Kind) -
     elif cell == "back":
         assert not actions and interp.state(branch) is base
     elif cell == "close":
-        assert actions[0] == FinishPath(branch) and interp.state(branch) is State.CLOSED
+        assert actions[0] == FinishPath(branch, None) and interp.state(branch) is State.CLOSED
     else:
         assert not actions and interp.state(branch) is State(cell)
 
@@ -140,12 +141,11 @@ def test_goal_end_behind_outlines_forks(base: State) -> None:
     interp, branch = make(State.GOAL, base)
     assert TABLE[State.GOAL, "/Goal"] == "fork"
     feed_all(interp, branch, [K.OUTLINE, K.TEXT, K.OUTLINE_END] * 3)
-    assert interp.fork_width(branch, K.GOAL_END) == 3 and interp.fork_width(branch, K.TEXT) == 0
     start, first = interp.position(branch) + 1, interp.num_branches()
     fork, *force = interp.feed(branch, K.GOAL_END)
     assert fork == Fork(branch, (first, first + 1, first + 2))
     opening = (K.SPACE, K.PATH, K.SPACE, K.INDEX, K.INDEX_END)
-    assert force == [Force(child, opening) for child in fork.children]
+    assert force == [Force(child, opening, interp.path(child)) for child in fork.children]
     assert interp.state(branch) is State.WAITING
     for number, child in enumerate(fork.children, start=1):
         assert interp.path(child) == (*interp.path(branch), number)
@@ -153,7 +153,7 @@ def test_goal_end_behind_outlines_forks(base: State) -> None:
 
 
 def test_last_path_joins_at_the_longest() -> None:
-    interp = Interpreter(4, 4)
+    interp = Interpreter(4, 4, grammar=False)
     actions = feed_all(interp, 0, GOAL_OF_TWO)
     forced(interp, actions)
     one, two = actions[0].children
@@ -176,7 +176,7 @@ def test_nested_paths_have_nested_numbers() -> None:
 
 
 def test_limits() -> None:
-    interp = Interpreter(max_depth=1, max_width=2)
+    interp = Interpreter(max_depth=1, max_width=2, grammar=False)
     assert interp.banned(0) == ()
     feed_all(interp, 0, [K.PARALLEL, K.GOAL] + [K.OUTLINE, K.TEXT, K.OUTLINE_END] * 2)
     assert interp.banned(0) == (K.OUTLINE,)
@@ -189,7 +189,7 @@ def test_limits() -> None:
 
 
 def test_too_many_outlines_make_the_block_text() -> None:
-    interp = Interpreter(max_depth=1, max_width=1)
+    interp = Interpreter(max_depth=1, max_width=1, grammar=False)
     warning = feed_all(interp, 0, [*GOAL_OF_ONE[:-1], K.OUTLINE])
     assert len(warning) == 1 and "no more than 1 outlines or </Goal> expected" in warning[0].message
     assert interp.state(0) is State.TRUNK and interp.tree() == [6]
@@ -201,34 +201,69 @@ def test_limits_out_of_range(depth: int, width: int) -> None:
         Interpreter(depth, width)
 
 
-STOPPABLE = [
+STANDING = [
     pytest.param(state, base, id=f"{state.value}-in-{base.value}") for state in State for base in bases_of(state)
 ]
 
 
-@pytest.mark.parametrize(("state", "base"), STOPPABLE)
-def test_stop(state: State, base: State) -> None:
+@pytest.mark.parametrize(("state", "base"), STANDING)
+def test_the_grammar_allows_what_the_table_has_no_complaint_about(state: State, base: State) -> None:
+    if state in (State.WAITING, State.CLOSED):
+        return
+    for outlines in (0, 1) if state is State.GOAL else (0,):
+        interp, branch = make(state, base, grammar=True)
+        feed_all(interp, branch, [K.OUTLINE, K.OUTLINE_END] * outlines)
+        for spaces in (0, 1, 2):
+            wanted = END if state is State.TRUNK else 0
+            for column, kinds in COLUMNS.items():
+                cell = TABLE[state, column]
+                text = TABLE[state, "text"] == "."
+                fine = cell not in ("!", "#", "+", "fork") or (cell == "fork" and outlines)
+                if column == "space":
+                    fine = not text and spaces < 2  # free text includes whitespace
+                if fine and not (column == "Think" and state is not State.TRUNK):
+                    wanted |= 1 << kinds[0]
+            assert interp.allowed([branch]) == [wanted], (outlines, spaces)
+            if state in (State.TRUNK, State.THINK, State.PATH, State.OUTLINE, State.CONCLUSION):
+                break
+            interp.feed(branch, K.SPACE)
+
+
+def test_the_engine_writes_the_indices_of_outlines() -> None:
+    interp, branch = make(State.PATH, State.PATH, grammar=True)
+    heading = (K.SPACE, K.INDEX, K.INDEX_END)
+    assert feed_all(interp, branch, [K.PARALLEL, K.GOAL, K.OUTLINE]) == [Force(branch, heading, (1, 1))]
+    assert feed_all(interp, branch, [*heading, K.TEXT, K.OUTLINE_END, K.OUTLINE]) == [Force(branch, heading, (1, 2))]
+    interp, branch = make(State.PATH, State.PATH, grammar=False)
+    assert feed_all(interp, branch, [K.PARALLEL, K.GOAL, K.OUTLINE]) == []
+
+
+@pytest.mark.parametrize(("state", "base"), STANDING)
+def test_close(state: State, base: State) -> None:
     interp, branch = make(state, base)
     if state in (State.WAITING, State.CLOSED):
         with pytest.raises(ValueError, match="expected a running branch"):
-            interp.stop(branch, "stop")
+            interp.close(branch, "stop")
         return
-    actions = interp.stop(branch, "some reason")
-    assert sum("block ended by some reason" in a.message for a in actions if isinstance(a, Warn)) == (
-        state not in (State.TRUNK, State.THINK, State.PATH, State.OPENING)
-    )
+    actions = interp.close(branch, "some reason")
+    warnings = [a.message for a in actions if isinstance(a, Warn)]
+    inside = state not in (State.TRUNK, State.THINK, State.PATH, State.OPENING)
+    assert sum("block closed by the engine (some reason)" in message for message in warnings) == inside
+    assert sum("forced </Path> (some reason)" in message for message in warnings) == bool(interp.path(branch))
+    outer = state if state in (State.TRUNK, State.THINK) else base if state is not State.OPENING else State.PATH
+    assert sum("forced </Think> (some reason)" in message for message in warnings) == (outer is State.THINK)
+    while any(isinstance(action, Force) for action in actions):
+        actions = [a for a in actions if not isinstance(a, Force)] + forced(interp, actions)
+    assert interp.state(branch) is State.CLOSED
     if interp.parent(branch) is None:
-        assert actions[-1] == Finish("some reason") and interp.state(branch) is State.CLOSED
-        assert any("inside <Think>" in a.message for a in actions[:-1]) == (base is State.THINK)
+        assert actions[-1] == Finish("some reason")
     else:
-        assert actions[-1] == Force(branch, (K.PATH_END,))
-        assert "forced </Path> (some reason)" in actions[-2].message
-        assert interp.feed(branch, K.PATH_END)[0] == FinishPath(branch)
+        assert FinishPath(branch, "some reason") in actions
 
 
 def run_stream(kinds: list[Kind], max_depth: int, max_width: int) -> tuple[Interpreter, list[Kind], list]:
     """Feed a stream to the lowest running branch in turn; returns the kinds in sequence order and all actions."""
-    interp = Interpreter(max_depth, max_width)
+    interp = Interpreter(max_depth, max_width, grammar=False)
     written: dict[int, list[Kind]] = {0: []}
     log, queue = [], []
     todo = list(reversed(kinds))
@@ -280,14 +315,13 @@ def test_random_streams_never_crash_and_always_end(kinds: list[Kind], max_depth:
     )
     layout = BranchLayout.from_tree(interp.tree())
     assert layout.total_tokens == len(order) and layout.critical_path == interp.critical_path
-    # Stopping every running branch ends the request, whatever state each is in.
-    for _ in range(interp.num_branches()):
-        running = [b for b in range(interp.num_branches()) if interp.is_running(b)]
-        if not running:
-            break
-        for action in interp.stop(running[-1], "stop"):
-            log.append(action)
-            forced(interp, [action])
+    # Closing every running branch ends the request, whatever state each is in.
+    while any(interp.is_running(b) for b in range(interp.num_branches())):
+        branch = max(b for b in range(interp.num_branches()) if interp.is_running(b))
+        actions = interp.close(branch, "stop")
+        while actions:
+            log += actions
+            actions = forced(interp, actions)
     assert isinstance(log[-1], Finish) and interp.state(0) is State.CLOSED
 
 
@@ -307,13 +341,13 @@ LEGAL = {
 @given(st.lists(st.integers(0, 59), min_size=10, max_size=80))
 def test_legal_kinds_make_no_warning_and_the_structure_that_the_parser_reads(choices: list[int]) -> None:
     """Branches advance one after the other, so that what is cut has its one open path at the end."""
-    interp, order, queue = Interpreter(3, 3), [], []
+    interp, order, queue = Interpreter(3, 3, grammar=False), [], []
     forks: list[list[int]] = []
     for choice in choices:
         if not queue:
             branch = forks[-1][0] if forks else 0
             legal = [k for k in LEGAL[interp.state(branch)] if k not in interp.banned(branch)]
-            if interp.state(branch) is State.GOAL and not interp.fork_width(branch, K.GOAL_END):
+            if interp.state(branch) is State.GOAL and not interp.outlines(branch):
                 legal = [K.OUTLINE]
             queue = [(branch, legal[choice % len(legal)])]
         while queue:
