@@ -272,6 +272,20 @@ def test_steps_that_advance_in_fixed_memory(page_size, lists, merged, request):
     assert (memory.bucket.capacity.partials > 0) == (merged or lists != "uploaded")
 
 
+def test_the_last_row_of_an_entry_counts_its_page():
+    """Whichever program or thread writes last: only one row of an entry writes at all."""
+    pages = torch.tensor([9, 4, 6, 3], dtype=torch.int32, device=DEVICE)
+    counts = torch.full((4,), 77, dtype=torch.int32, device=DEVICE)
+    rows = [(3, 1, 50, 1), (1, 1, 48, 0), (2, 1, 49, 0), (0, 0, 7, 1), (0, -1, 5, 0)]  # token, place, position, last
+    state = torch.tensor(rows, dtype=torch.int32, device=DEVICE).T.contiguous()
+    cursor = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    positions, slots = (torch.full((5,), 99, dtype=dtype, device=DEVICE) for dtype in (torch.int32, torch.int64))
+    decode_triton.launch_advance(state, cursor, pages, counts, positions, slots, 3)
+    assert positions.tolist() == [52, 50, 51, 9, 0]
+    assert slots.tolist() == [6 * 3 + 2, 6 * 3 + 0, 6 * 3 + 1, 9 * 3 + 2, -1]
+    assert counts.tolist() == [3, 77, 3, 77]
+
+
 def test_rows_to_spare_are_appended_nowhere():
     w = make_world(3)
     step = forked(w, 2)
