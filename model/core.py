@@ -109,12 +109,16 @@ class Core:
                     self._turn.wait()
                     continue
                 self._stepping = threading.get_ident()
-            try:
-                self._step(steps)
-            finally:
-                with self._turn:
-                    self._stepping = None
-                    self._turn.notify_all()
+            self._make_step(steps)
+
+    def tidy(self) -> None:
+        """Takes in who has left, unless a step is being made: that does it."""
+        if self._stepping is None:
+            with self._turn:
+                if self._stepping is not None:
+                    return
+                self._stepping = threading.get_ident()
+            self._make_step(steps=False)
 
     @property
     def busy(self) -> bool:
@@ -127,14 +131,27 @@ class Core:
 
     def _serve(self) -> None:
         """The background thread."""
-        while True:
-            with self._turn:
-                if not self._turn.wait_for(lambda: self._background > 0, _PATIENCE):
-                    self._thread = None
-                    return
-            self.until(lambda: self._background == 0)
+        try:
+            while True:
+                with self._turn:
+                    if not self._turn.wait_for(lambda: self._background > 0, _PATIENCE):
+                        self._thread = None
+                        return
+                self.until(lambda: self._background == 0)
+        except BaseException:
+            self._thread = None
+            raise
 
     # ---- one step
+
+    def _make_step(self, steps: bool) -> None:
+        """This thread's turn, which it has taken."""
+        try:
+            self._step(steps)
+        finally:
+            with self._turn:
+                self._stepping = None
+                self._turn.notify_all()
 
     def _step(self, steps: bool) -> None:
         try:

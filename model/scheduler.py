@@ -38,6 +38,9 @@ class Schedulable(Protocol):
 
 R = TypeVar("R", bound=Schedulable)
 
+# One token in so many of a step is for prompts, if there are any.
+_PROMPT_SHARE = 8
+
 
 @dataclass
 class _Step(Generic[R]):
@@ -145,12 +148,19 @@ class Scheduler(Generic[R]):
         step: _Step[R] = _Step(self.max_step_tokens)
         decoding = [request for request in self._running if request not in self._behind]
         behind = [request for request in self._running if request in self._behind]
+        kept = 0  # for those, however many decode
+        if behind:
+            kept = min(max(self.max_step_tokens // _PROMPT_SHARE, 1), sum(r.kv.unsent_tokens for r in behind))
+            step.tokens -= kept
         first = self._turn % max(len(decoding), 1)  # where they do not all fit into one step, they take turns
-        for served, request in enumerate((*decoding[first:], *decoding[:first], *behind)):
+        for served, request in enumerate((*decoding[first:], *decoding[:first])):
             if step.tokens <= 0:
                 self._turn = first + served
                 break
-            if request in self._admitted:  # and was not preempted meanwhile, nor ended
+            self._choose(request, step)
+        step.tokens += kept
+        for request in behind:
+            if step.tokens > 0:
                 self._choose(request, step)
         return [(request, entries) for request, (entries, _) in step.chosen.items()]
 
@@ -170,14 +180,14 @@ class Scheduler(Generic[R]):
     def _choose(self, request: R, step: _Step[R]) -> None:
         """Adds what a request may put into the step; who is younger may have to give up his pages, and his part."""
         kv = request.kv
-        while True:
+        while request in self._admitted:  # it may have been preempted meanwhile, or have ended
             held = kv.num_pages
             try:
                 entries = request.entries(step.tokens, self.max_step_width, self._free_pages() - step.pages)
             except Exception as error:
                 return self._failed(request, error)
             if not kv.starved or (entries and len(self._running) == 1):
-                break
+                return step.add(request, entries, kv.num_pages - held) if entries else kv.unsent()
             kv.unsent()
             if self._make_room(1):
                 continue
@@ -186,8 +196,4 @@ class Scheduler(Generic[R]):
                 return request.finish("out_of_pages")
             step.drop(youngest)
             self.preempt(youngest)
-            if youngest is request:
-                return None
-        if entries:
-            return step.add(request, entries, kv.num_pages - held)
-        return kv.unsent()
+        return None

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
+from weakref import WeakMethod
 
 from mvkernels.model.core import Call, Core
 from mvkernels.model.events import Event, FinishEvent
 from mvkernels.model.request import Request
 from mvkernels.model.sampling import Sampler
+
+
+def _weak(receive: Callable[[list[Event], bool], None]) -> Callable[[list[Event], bool], None]:
+    """The same method, as long as its object lives: that the loop knows of a stream does not keep it alive."""
+    found = WeakMethod(receive)
+
+    def deliver(events: list[Event], ended: bool) -> None:
+        method = found()
+        if method is None:
+            raise RuntimeError("expected a stream that is read, got one that was dropped")
+        method(events, ended)
+
+    return deliver
 
 
 class Stream(Iterator[Event]):
@@ -22,7 +36,7 @@ class Stream(Iterator[Event]):
     def __init__(self, core: Core, requests: Sequence[Request], sampler: Sampler, only_ends: bool = False) -> None:
         self._core, self._only_ends = core, only_ends
         self._events: deque[Event] = deque()
-        self._call = Call(requests, sampler, self._receive)
+        self._call = Call(requests, sampler, _weak(self._receive))
         self._joined = False
         self._ended = not requests
 
@@ -47,6 +61,7 @@ class Stream(Iterator[Event]):
     def __del__(self) -> None:
         if self._joined and not self._ended:
             self._core.cancel(self._call)
+            self._core.tidy()
 
     def cancel(self) -> None:
         """The requests that have not ended end with "cancelled"; what is left to tell can still be read."""
@@ -82,7 +97,7 @@ class AsyncStream(AsyncIterator[Event]):
     def __init__(self, core: Core, requests: Sequence[Request], sampler: Sampler) -> None:
         self._core = core
         self._events: deque[Event] = deque()
-        self._call = Call(requests, sampler, self._receive, background=True)
+        self._call = Call(requests, sampler, _weak(self._receive), background=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._more = asyncio.Event()
         self._ended = not requests
