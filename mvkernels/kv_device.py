@@ -62,25 +62,35 @@ class DeviceTables:
         self.pages = DevicePages(pages, counts)
         self.merge_reason = None if device.type == "cpu" else cuda_reason(device)
         self.device_merges = 0
+        self._lost = False
 
     def sync(self, targets: Mapping[Node, Target], seen: Collection[Node]) -> DevicePages | None:
         """The tables with what `targets` say of the nodes that a step grows, and with the rows of the nodes `seen`.
 
-        None where they do not fit. After an error of the device all of it is written again at the next call.
+        None where they do not fit. After an error of the device all of it is written again at the next call; after an
+        interrupt while the host followed the tree, nothing says any more what stands in which row: None from then on.
         """
+        if self._lost:
+            return None
         try:
-            update = self.rows.update(targets, seen, merging=self.merge_reason is None)
+            update = self._update(targets, seen, merging=self.merge_reason is None)
             try:
                 self._run(update)
             except (BackendError, ImportError) as error:  # a CuPy that cannot be loaded is found out here
                 self.merge_reason = str(error)
                 self.rows.forget()
-                update = self.rows.update(targets, seen, merging=False)
+                update = self._update(targets, seen, merging=False)
                 self._run(update)
         except BaseException:
             self.rows.forget()
             raise
         return self.pages if update.complete else None
+
+    def _update(self, targets: Mapping[Node, Target], seen: Collection[Node], merging: bool) -> Update:
+        self._lost = True  # until it is through
+        update = self.rows.update(targets, seen, merging)
+        self._lost = False
+        return update
 
     def _run(self, update: Update) -> None:
         """One upload: addresses (int64) and values of both scatters, then slots and ranges of each call's blocks."""

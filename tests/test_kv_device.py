@@ -542,3 +542,25 @@ def test_gpu_keeps_tables_by_default_and_no_plan_waits_for_it() -> None:
         assert not stream.query()
     stream.synchronize()
     w.step((root, 1))
+
+
+def test_an_interrupt_while_merges_are_followed_gives_the_tables_up(monkeypatch) -> None:
+    """Children that are in no row of their parent's would be read from whatever stands behind it."""
+    w = world()
+    root = w.new()
+    w.step((root, 5))
+    w.step(*((child, 4) for child in w.fork(root, 3)))
+    w.merge(root)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(w.cache.device_tables.rows, "_join", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            w.cache.plan([(root, 1)])
+    w.step((root, 7))
+    step = w.write([(w.fork(root, 1)[0], 1)])
+    assert step.views.device_pages is None
+    w.commit(step)
+    w.check()
