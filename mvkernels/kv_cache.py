@@ -252,7 +252,8 @@ class PagedKVCache:
         self._require_open(step)
         for planned in step.planned:
             spare = self._grow(planned)
-            self._free.give_back(spare)
+            if spare:
+                self._free.give_back(spare)
             if self.device_tables is not None and (spare or step.index):
                 self.device_tables.rows.changed(planned.node)
         self._open, step.state.closed = None, "committed"

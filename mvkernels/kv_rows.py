@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 
 from mvkernels.kv_nodes import Node, resolve_start
 from mvkernels.kv_spots import Row, Spot, Target
-from mvkernels.ops.decode_tasks import page_counts
 
 Writes = dict[int, int]
 Merge = tuple[Node, tuple[Node, ...], Node]
@@ -165,7 +164,7 @@ class Rows:
                 return True
         for spot in spots:
             self._write_spot(row, spot, writes)
-        self._write_row(row, writes)
+        self._write_row(row, writes, bool(resized))
         return True
 
     def _lay_anew(self, row: Row, changed: Collection[Node], writes: Writes) -> bool:
@@ -312,15 +311,22 @@ class Rows:
             self.uploaded_entries += size - spot.paged
         if spot.full < size:
             at += self.counts_at
-            counts = page_counts(size, tokens, self.page_size)
-            writes.update(zip(range(at + spot.full, at + size), counts[spot.full :].tolist(), strict=True))
+            full, rest = divmod(tokens, self.page_size)
+            if spot.full < full:
+                writes.update(dict.fromkeys(range(at + spot.full, at + full), self.page_size))
+            if full < size:
+                writes[at + full] = rest
+                if full + 1 < size:
+                    writes.update(dict.fromkeys(range(at + full + 1, at + size), 0))
+            spot.full = full
         spot.entries = spot.paged = size
-        spot.full = tokens // self.page_size
 
-    def _write_row(self, row: Row, writes: Writes) -> None:
+    def _write_row(self, row: Row, writes: Writes, resized: bool = True) -> None:
         """How many entries there are, and the next position of the branch that owns the row."""
         if row.slot is None:
             return
+        if resized:
+            writes[self.used_at + row.slot] = row.end
         node = row.spots[-1].node
         target = self._targets.get(node)
         if target is not None:
@@ -330,5 +336,4 @@ class Rows:
                 starts = {node: target.position - target.tokens for node, target in self._targets.items()}
                 self._planned = starts, {node: target.tokens for node, target in self._targets.items()}
             position = resolve_start(node, *self._planned) + node.length
-        writes[self.used_at + row.slot] = row.end
         writes[self.position_at + row.slot] = position
