@@ -31,7 +31,8 @@ class DecodeRow:
     unique_mb: keys and values that some branch sees, each once; gbps: these over the time, for every peer. copy_share:
     gbps over copy_gbps, which a large copy reads and writes in the same rounds. traffic_mb: what the peer itself reads
     and writes of keys and values. graph: whether a CUDA graph was timed. ratio: time over that of ours, by round.
-    goal: the ratio that is aimed at; of_goal: ratio over goal, met from 1 on. MB: 2**20 bytes, GB: 1e9.
+    goal: the ratio that is aimed at; of_goal: ratio over goal, met from 1 on. path: `decode_path` of ours. MB: 2**20
+    bytes, GB: 1e9.
     """
 
     case: str
@@ -58,6 +59,7 @@ class DecodeRow:
     ratio_p80: float | None = None
     goal: float | None = None
     of_goal: float | None = None
+    path: str = ""
 
     def line(self) -> str:
         what = f"{self.case} {self.branches} x {self.prefix} + {self.own}"
@@ -71,6 +73,7 @@ class Entry:
     peer: DecodePeer
     contender: Contender
     graph: bool
+    path: str
 
 
 def run(
@@ -143,7 +146,8 @@ def _set_up(peer: DecodePeer, run: Decoding, case: str, note: Callable[[str], No
         call, refused = captured(call, device)
     if refused is not None:
         note(f"{case}: {peer.name} is timed without a CUDA graph: {gate.reason(refused)}")
-    return Entry(peer, Contender(peer.name, {"decode": call}), device == "cuda" and refused is None)
+    path = "" if peer.path is None else peer.path(run)
+    return Entry(peer, Contender(peer.name, {"decode": call}), device == "cuda" and refused is None, path)
 
 
 def _row(case: DecodeCase, entry: Entry, first: Entry, copied: float | None) -> DecodeRow:
@@ -178,4 +182,5 @@ def _row(case: DecodeCase, entry: Entry, first: Entry, copied: float | None) -> 
         ratio_p80=ratio and ratio.p80,
         goal=goal,
         of_goal=ratio.median / goal if ratio and goal else None,
+        path=entry.path,
     )

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from benchmarks.decode_cases import PAGE_SIZE, DecodeCase, Decoding
 from mvkernels import tree_decode
+from mvkernels.decode import decode_path
 
 Call = Callable[[], torch.Tensor]
 WORKSPACE_BYTES = 128 * 2**20
@@ -43,17 +44,20 @@ SWEEP = ("ours", "split-kv", "sdpa-per-branch", "sdpa-batched")
 
 @dataclass(frozen=True)
 class DecodePeer:
-    """make: from a case set up to what computes [branches, Hq, D]. traffic: KV bytes that it reads and writes."""
+    """make: from a case set up to what computes [branches, Hq, D]. traffic: KV bytes that it reads and writes. path:
+    which way it takes, where it has several.
+    """
 
     name: str
     make: Callable[[Decoding], Call]
     traffic: int
+    path: Callable[[Decoding], str] | None = None
 
 
 def peers(case: DecodeCase) -> list[DecodePeer]:
     """All that can be tried on a case, ours first."""
     once, each = case.unique_bytes, case.branch_bytes
-    found = [DecodePeer("ours", ours, once)]
+    found = [DecodePeer("ours", ours, once, path_of_ours)]
     if case.branches > 1:  # else it is the same as ours
         found.append(DecodePeer("split-kv", split_kv, each))
     found += [
@@ -82,6 +86,10 @@ def not_installed(device: str) -> list[str]:
 
 def ours(run: Decoding, backend: str = "auto") -> Call:
     return lambda: tree_decode(run.q, run.cache.k[0], run.cache.v[0], run.step, backend=backend)
+
+
+def path_of_ours(run: Decoding) -> str:
+    return decode_path(run.q, run.cache.k[0], run.cache.v[0], run.step)
 
 
 def split_kv(run: Decoding) -> Call:

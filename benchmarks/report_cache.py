@@ -20,16 +20,16 @@ def decode(rows: Sequence[DecodeRow]) -> Table:
         ("case", "branches", "peer", "ratio", "p20-p80", "goal", "of goal", "ms"),
         ("GB/s", "of copy", "traffic MB"),
         caption="branches x shared prefix + own tokens. GB/s: keys and values that some branch sees, each once, over "
-        "the time; of copy: its share of what a large copy reads and writes in the same rounds. of goal: met from 1 on",
+        "the time; of copy: its share of what a large copy reads and writes in the same rounds. of goal: met from 1 on."
+        " In brackets: which way ours took",
     )
     for row in rows:
         sizes = f"{row.branches} x {row.prefix} + {row.own}"
         goal = "-" if row.goal is None else f">= {row.goal:.2f}"
         spread = f"{figure_text(row.ratio_p20)}-{figure_text(row.ratio_p80)}"
         figures = (figure_text(row.of_goal), f"{row.median_ms:.3f}", f"{row.gbps:.1f}", figure_text(row.copy_share))
-        table.add_row(
-            row.case, sizes, row.peer, figure_text(row.ratio), spread, goal, *figures, f"{row.traffic_mb:.1f}"
-        )
+        peer = f"{row.peer} ({row.path})" if row.path else row.peer
+        table.add_row(row.case, sizes, peer, figure_text(row.ratio), spread, goal, *figures, f"{row.traffic_mb:.1f}")
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from benchmarks.merge_tables import Tables
 from benchmarks.peers import Shape
 from benchmarks.run import main
 from mvkernels import PagedKVCache
+from mvkernels.ops.decode_tasks import DecodePath
 
 SHAPE = Shape(64, 4, 2, 16, "float32", "cpu")
 PEERS = ("ours", "split-kv", "sdpa-per-branch", "sdpa-batched", "sdpa-gather")
@@ -56,6 +58,7 @@ def test_the_decode_suite_writes_every_case_and_peer(run, tmp_path: Path) -> Non
     assert len(timed["sdpa-gather"]) == 3
     assert {path.stem for path in tmp_path.glob("*.png")} == {f"decode-{case}" for case in CASES}
     assert "…" not in result.output and all(f" {peer} " in result.output for peer in PEERS)
+    assert all((row["path"] in get_args(DecodePath)) == (row["peer"] == "ours") for row in rows)
     for row in rows:
         branches, prefix, own = (int(row[name]) for name in ("branches", "prefix", "own"))
         unique = (prefix + branches * own) * 2 * 2 * 64 * 4

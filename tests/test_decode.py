@@ -187,8 +187,8 @@ def test_long_prefill_takes_one_call_and_no_gather():
         (2000, 4, 30, "shared"),
         (20, 4, 30, "direct"),
         (600, 1, 5, "split"),
-        (300, 3, 1, "shared"),
-        (300, 2, 1, "direct"),
+        (600, 3, 1, "shared"),
+        (600, 2, 1, "direct"),
     ],
 )
 def test_keys_are_shared_where_that_saves_more_than_it_costs(prefix, branches, own, path):
@@ -257,6 +257,7 @@ def plans_alike(one: decode_calls.CallPlan, other: decode_calls.CallPlan) -> boo
 def test_plans_advance_with_their_steps(page_size, kv_heads, monkeypatch):
     """The plan of an advanced step is the one that would be made anew, but is seldom made anew."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(decode_calls, "CALL_TOKENS", 256)
     build, built = decode_calls._plan, []
     monkeypatch.setattr(decode_calls, "_plan", lambda *given: built.append(1) or build(*given))
     w = make_world(page_size, kv_heads, tokens=6000)
