@@ -195,5 +195,8 @@ class DecodeBuffers:
 def upload(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copies into a tensor; from the host to a GPU without waiting for it."""
     if target.is_cuda and not source.is_cuda:
-        source = source.to(target.dtype).pin_memory()  # a copy of its own, kept by the allocator until it has been read
+        # A copy of our own, of pinned memory too: the caller may write to his again before this has been read. The
+        # allocator keeps it until then.
+        staged = torch.empty(source.shape, dtype=target.dtype, pin_memory=True)
+        source = staged.copy_(source)
     target.copy_(source, non_blocking=True)
