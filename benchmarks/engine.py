@@ -16,6 +16,7 @@ its sampler follows a script. On a CPU the engine's model has packed weights (`p
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from benchmarks.engine_models import QWEN2, SMOLLM2, Loaded, copy_model
 from benchmarks.engine_peers import EnginePeer, bare_forward
 from benchmarks.engine_report import CASES, EngineRow
 from benchmarks.engine_watch import StepTime, Watch
-from benchmarks.timing import Contender, Spread, measure_rounds
+from benchmarks.timing import Contender, Spread, captured, measure_rounds
 from mvkernels.hf_linear import pack_linear
 from mvkernels.model.engine import Engine, Generation
 from mvkernels.model.sampling import Sampler, sample
@@ -109,6 +110,7 @@ def run(
             for case in cases:
                 _CASES[case](bench)
             del bench, loaded
+            gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
 
@@ -264,6 +266,9 @@ def _forwards(bench: Bench, blocks: Blocks) -> list[Contender]:
         twins[PACKED] = pack_linear(bench.loaded.twin())
 
     def repeated(call: Callable[[], object]) -> Callable[[], object]:
+        call, refused = captured(call, bench.device)
+        if refused is not None:
+            bench.note(f"t(n) is timed without a CUDA graph: {gate.reason(refused)}")
         call()
 
         def calls() -> None:

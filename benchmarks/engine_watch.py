@@ -84,7 +84,8 @@ class Watch:
     def _leave(self) -> None:
         self._depth -= 1
         if self._depth == 0:
-            synchronize(self.device)
+            if not (self.device == "cuda" and torch.cuda.is_current_stream_capturing()):
+                synchronize(self.device)
             self._in_model += self.clock() - self._began
 
     def _end_step(self, branches: int, start: float, end: float) -> None:
