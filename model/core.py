@@ -18,6 +18,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -53,6 +54,16 @@ class Call:
         self.open = set(requests)
         self.error: BaseException | None = None
         self.ended = False
+
+
+@dataclass(slots=True)
+class _Asked:
+    """Branches of a request that want a token; `row`: where their logits begin."""
+
+    request: Request
+    numbers: list[int]
+    views: list[BranchView]
+    row: int
 
 
 class Core:
@@ -219,19 +230,28 @@ class Core:
             try:
                 asked, logits = self._forward(batch)
             except Exception as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    torch.cuda.empty_cache()
-                half = len(batch) // 2
-                if half:
-                    batches += [batch[half:], batch[:half]]
-                else:
-                    self._fail(batch[0][0], error)
+                batches += self._halves(batch, error)
                 continue
             for request, _ in batch:
                 request.sent()
                 self.scheduler.sent(request)
                 self._touched[request] = self._calls[request]
             self._sample(asked, logits)
+
+    def _halves(self, batch: _Batch, error: Exception) -> list[_Batch]:
+        """What to run in place of a step that failed, the last first; a request that is alone has failed itself."""
+        half = len(batch) // 2
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        if half:
+            return [batch[half:], batch[:half]]
+        [(request, entries)] = batch
+        tokens = sum(entry.count for entry in entries)
+        if tokens > 1 and isinstance(error, torch.OutOfMemoryError):  # less of it at once
+            request.unsent()
+            return [[(request, request.entries(tokens // 2, self.scheduler.max_step_width))]]
+        self._fail(request, error)
+        return []
 
     def _forward(self, batch: _Batch) -> tuple[list[tuple[Request, list[int]]], torch.Tensor]:
         """Runs some requests' part of a step. Returns which branches want a token, and their logits, row by row."""
@@ -257,18 +277,23 @@ class Core:
 
     def _sample(self, asked: list[tuple[Request, list[int]]], logits: torch.Tensor) -> None:
         """Next tokens for the branches that were asked for; each caller's sampler sees its own rows only."""
-        groups: dict[Call | None, list[tuple[Request, list[int], int]]] = {}
+        groups: dict[Call | None, list[_Asked]] = {}
         row = 0
         for request, numbers in asked:
             if numbers:
-                call = self._calls[request]
-                groups.setdefault(None if call.sampler is sample else call, []).append((request, numbers, row))
-                row += len(numbers)
+                try:
+                    part = _Asked(request, numbers, request.views(numbers), row)
+                except Exception as error:
+                    self._fail(request, error)
+                else:
+                    call = self._calls[request]
+                    groups.setdefault(None if call.sampler is sample else call, []).append(part)
+            row += len(numbers)
         work = list(groups.items())
         while work:
             caller, group = work.pop()
             try:
-                chosen = self._choose(sample if caller is None else caller.sampler, group, logits)
+                chosen = _choose(sample if caller is None else caller.sampler, group, logits)
             except Exception as error:
                 half = len(group) // 2
                 if caller is not None:
@@ -276,7 +301,7 @@ class Core:
                 elif half:
                     work += [(None, group[half:]), (None, group[:half])]
                 else:
-                    self._fail(group[0][0], error)
+                    self._fail(group[0].request, error)
                 continue
             for request, number, token, logprob in chosen:
                 if request in self._calls:
@@ -284,20 +309,7 @@ class Core:
                         request.take(number, token, logprob)
                     except Exception as error:
                         self._fail(request, error)
-            self._end_those_that_have(request for request, _, _ in group)
-
-    def _choose(
-        self, sampler: Sampler, group: list[tuple[Request, list[int], int]], logits: torch.Tensor
-    ) -> list[tuple[Request, int, int, TokenLogprob | None]]:
-        """A token for each branch of a group, whose rows of `logits` begin where it says."""
-        views = [view for request, numbers, _ in group for view in request.views(numbers)]
-        if len(views) < len(logits):
-            rows = [row for _, numbers, first in group for row in range(first, first + len(numbers))]
-            logits = logits[torch.tensor(rows, device=logits.device)]
-        tokens = _ask(sampler, views, logits)
-        branches = [(request, number) for request, numbers, _ in group for number in numbers]
-        logprobs = token_logprobs(views, logits, tokens)
-        return [(*branch, token, logprob) for branch, token, logprob in zip(branches, tokens, logprobs, strict=True)]
+            self._end_those_that_have(part.request for part in group)
 
     # ---- ends
 
@@ -369,12 +381,23 @@ class Core:
                     self.cancel(call)
 
 
-def _ask(sampler: Sampler, views: list[BranchView], logits: torch.Tensor) -> list[int]:
-    """The sampler's tokens, checked. Raises ValueError for a wrong number of tokens and for ids out of range."""
-    chosen = [int(token) for token in sampler(views, logits)]
-    if len(chosen) != len(views):
-        raise ValueError(f"sampler: expected {len(views)} tokens, one for each branch, got {len(chosen)}")
-    wrong = [token for token in chosen if not 0 <= token < logits.shape[-1]]
+def _choose(
+    sampler: Sampler, group: list[_Asked], logits: torch.Tensor
+) -> list[tuple[Request, int, int, TokenLogprob | None]]:
+    """A token for each branch of a group.
+
+    Raises ValueError where a sampler gives a wrong number of tokens, or ids out of range.
+    """
+    views = [view for part in group for view in part.views]
+    if len(views) < len(logits):
+        rows = [row for part in group for row in range(part.row, part.row + len(part.views))]
+        logits = logits[torch.tensor(rows, device=logits.device)]
+    tokens = [int(token) for token in sampler(views, logits)]
+    if len(tokens) != len(views):
+        raise ValueError(f"sampler: expected {len(views)} tokens, one for each branch, got {len(tokens)}")
+    wrong = [token for token in tokens if not 0 <= token < logits.shape[-1]]
     if wrong:
         raise ValueError(f"sampler: expected token ids from 0 to {logits.shape[-1] - 1}, got {wrong[0]}")
-    return chosen
+    branches = [(part.request, number) for part in group for number in part.numbers]
+    logprobs = token_logprobs(views, logits, tokens)
+    return [(*branch, token, logprob) for branch, token, logprob in zip(branches, tokens, logprobs, strict=True)]

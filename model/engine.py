@@ -1,18 +1,15 @@
 """The engine: prompts in, generations out. Each step is one forward over all branches of all requests.
 
-plan   the tokens that are not in the cache yet, of every branch            (PagedKVCache.plan)
-run    the model over them, keys and values into the pages                  (paged_kv=)
-sample one token for every branch that runs, from its last row's logits     (sampling.py)
-read   each token through the request's interpreter: forks, merges, ends    (interpreter.py, request.py)
+This is what callers see; what they ask for is checked here before anything runs. The loop is in core.py.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,18 +17,25 @@ from transformers import PreTrainedModel
 from mvkernels.errors import OutOfPages
 from mvkernels.hf import patch_model
 from mvkernels.kv_cache import PagedKVCache
-from mvkernels.kv_step import Step
+from mvkernels.layout import SEMANTICS
 from mvkernels.model.config import GenerationConfig
-from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, MergeEvent, TokenEvent
+from mvkernels.model.constraint import TokenMasks
+from mvkernels.model.core import Core
+from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, MergeEvent, PathEndEvent, TokenEvent
 from mvkernels.model.loading import load_checkpoint
+from mvkernels.model.memory import make_cache
 from mvkernels.model.prompts import as_prompts
 from mvkernels.model.request import Request
-from mvkernels.model.sampling import BranchView, Sampler, sample
-from mvkernels.model.task import Task, make_task, most_pages
+from mvkernels.model.runner import Runner
+from mvkernels.model.sampling import BranchView, Sampler, request_key, sample
+from mvkernels.model.streams import AsyncStream, Stream
+from mvkernels.model.task import Task, make_task
 from mvkernels.model.tokens import read_entry
+from mvkernels.model.writer import TagWriter
 from mvkernels.tags import TagTokens
 
 __all__ = [
+    "AsyncStream",
     "BranchView",
     "Engine",
     "Event",
@@ -40,21 +44,28 @@ __all__ = [
     "Generation",
     "GenerationConfig",
     "MergeEvent",
+    "PathEndEvent",
     "Sampler",
+    "Stream",
     "TokenEvent",
 ]
-
-_Entry: TypeAlias = tuple[Request, int, list[int]]  # request, branch, its new tokens
 
 
 class Engine:
     """Generates with a transformers model, in parallel wherever the model writes a block.
 
-    model: a causal language model that `patch_model` takes; it is patched in place. tokenizer: its tokenizer; without
-    the control tags it generates sequentially, and says so once. backend: of the attention. page_size: in tokens.
-    num_pages: pages for all requests of a call; None: as many as they can need. seed: part of all randomness.
-    Raises ValueError for a model on several devices and for weights trained with other tags or semantics than
-    canonical, and for a page_size or num_pages below 1; otherwise what `patch_model` raises.
+    model            a causal language model that `patch_model` takes; it is patched in place
+    tokenizer        its tokenizer; without the control tags it generates sequentially, and says so once
+    backend          of the attention
+    page_size        in tokens. num_pages: pages for all requests together; None: a share of the memory
+    seed             part of all randomness
+    semantics        "canonical" or "released" (DESIGN.md, section 1.3); None: what the weights name, else canonical
+    max_step_tokens  tokens of one forward; prompts come in pieces where they do not fit. None: 512 on a CPU, else 4096
+    max_step_width   branches of one request in one forward; if it has more, they take turns
+    max_requests     requests that run at once; more of them wait
+    One engine serves any number of threads and tasks at once; their requests share its steps. Raises ValueError for a
+    model on several devices, for weights trained with other tags or semantics, and for sizes and limits below 1;
+    otherwise what `patch_model` raises.
     """
 
     def __init__(
@@ -65,25 +76,41 @@ class Engine:
         page_size: int = 16,
         num_pages: int | None = None,
         seed: int = 0,
+        semantics: str | None = None,
+        max_step_tokens: int | None = None,
+        max_step_width: int = 64,
+        max_requests: int = 256,
     ) -> None:
         if page_size < 1 or (num_pages is not None and num_pages < 1):
             expected = "page_size of at least 1 and num_pages of at least 1, or None"
             raise ValueError(f"expected {expected}, got {page_size} and {num_pages}")
+        limits = {"max_step_tokens": max_step_tokens, "max_step_width": max_step_width, "max_requests": max_requests}
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}: expected at least 1, got {limit}")
         devices = sorted({str(p.device) for p in model.parameters()})
         if len(devices) != 1 or devices == ["meta"]:
             raise ValueError(f"expected a model on one device, got {', '.join(devices) or 'no parameters'}")
-        semantics = read_entry(model.config)
-        if semantics not in (None, "canonical"):
-            raise ValueError(f"expected weights trained with canonical semantics, got {semantics} ones")
+        trained = read_entry(model.config)
+        if semantics not in (None, *SEMANTICS) or (semantics and trained and semantics != trained):
+            expected = f"one of {SEMANTICS}" if trained is None else f"{trained!r}, with which the weights were trained"
+            raise ValueError(f"semantics: expected {expected}, got {semantics!r}")
         self.model = patch_model(model, backend=backend)
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed
-        self.cache: PagedKVCache | None = None  # of the latest call
+        self.limits = {name: limit for name, limit in limits.items() if limit is not None}
+        self._core: Core | None = None
+        self._training = False
         try:
             self.tags: TagTokens | None = TagTokens.from_tokenizer(tokenizer)
         except ValueError as error:
             self.tags = None
             warnings.warn(f"the engine generates sequentially: {error}", stacklevel=2)
+        self._writer = self._masks = None
+        if self.tags is not None:
+            self._writer = TagWriter(self.tags, semantics or trained or "canonical")
+            head: Any = model.get_output_embeddings()
+            self._masks = TokenMasks(self.tags, int(head.weight.shape[0]), self.model.device)
 
     @classmethod
     def from_pretrained(
@@ -107,24 +134,38 @@ class Engine:
         prompts: Any,
         config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         sampler: Sampler = sample,
+        n: int = 1,
     ) -> list[Generation]:
-        """Generate for one prompt or several at once; one `Generation` each, in order.
+        """Generate for one prompt or several at once; n `Generation`s each, in order.
 
         prompts: a text, a chat (list of messages), token ids, or a list of these. config: one for all, or one each.
-        sampler: takes the branches and their logits, gives their next tokens. Raises ValueError for a bad prompt,
-        before anything runs, and OutOfPages when a prompt alone does not fit into `num_pages`, or these not into
-        memory.
+        sampler: takes the branches and their logits, gives their next tokens. n: samples of each prompt, with
+        randomness of their own. Raises ValueError for a bad prompt, before anything runs, and OutOfPages when a prompt
+        alone does not fit into `num_pages`, or these not into memory.
         """
-        return [event.generation for event in self._sorted_ends(self._events(prompts, config, sampler))]
+        with Stream(*self._requests(prompts, config, n), sampler, only_ends=True) as ends:
+            found = [event for event in ends if isinstance(event, FinishEvent)]
+        return [event.generation for event in sorted(found, key=lambda event: event.request)]
 
     def stream(
         self,
         prompts: Any,
         config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         sampler: Sampler = sample,
-    ) -> Iterator[Event]:
+        n: int = 1,
+    ) -> Stream:
         """The same, told while it happens. Closing the iterator ends everything and gives every page back."""
-        return self._events(prompts, config, sampler)
+        return Stream(*self._requests(prompts, config, n), sampler)
+
+    def astream(
+        self,
+        prompts: Any,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        sampler: Sampler = sample,
+        n: int = 1,
+    ) -> AsyncStream:
+        """The same for `async for`. The steps are made in a thread of the engine's, where the sampler is called too."""
+        return AsyncStream(*self._requests(prompts, config, n), sampler)
 
     def chat(
         self, messages: Sequence[dict[str, str]], config: GenerationConfig | None = None, sampler: Sampler = sample
@@ -132,10 +173,35 @@ class Engine:
         """Answer one conversation, put into the tokenizer's chat template."""
         return self.generate([list(messages)], config, sampler)[0]
 
+    @property
+    def cache(self) -> PagedKVCache | None:
+        """The pages of all requests; None before the first one."""
+        return None if self._core is None else self._core.runner.cache
+
+    @property
+    def preemptions(self) -> int:
+        """How often a request had to give its pages back and was computed again, since the engine was made."""
+        return 0 if self._core is None else self._core.scheduler.preemptions
+
     # ---- before the run
 
-    def _tasks(self, prompts: Any, config: GenerationConfig | Sequence[GenerationConfig] | None) -> list[Task]:
+    def _requests(
+        self, prompts: Any, config: GenerationConfig | Sequence[GenerationConfig] | None, n: int
+    ) -> tuple[Core, list[Request]]:
+        tasks = self._tasks(prompts, config, n)
+        core = self._ready()
+        cache = core.runner.cache
+        for task in tasks:
+            needed = -(-len(task.ids) // self.page_size)
+            if needed > cache.num_pages:
+                expected = f"at most {cache.num_pages} pages to be needed"
+                raise OutOfPages(f"prompt {task.index}: expected {expected}, got {needed}")
+        return core, [Request(task, cache, self.tokenizer, self._writer, self._masks) for task in tasks]
+
+    def _tasks(self, prompts: Any, config: GenerationConfig | Sequence[GenerationConfig] | None, n: int) -> list[Task]:
         listed = as_prompts(prompts)
+        if n < 1:
+            raise ValueError(f"n: expected at least 1, got {n}")
         if config is None or isinstance(config, GenerationConfig):
             configs = [config or GenerationConfig()] * len(listed)
         else:
@@ -143,121 +209,28 @@ class Engine:
             if len(configs) != len(listed):
                 raise ValueError(f"expected one config for each of {len(listed)} prompts, got {len(configs)}")
         pairs = enumerate(zip(listed, configs, strict=True))
-        return [make_task(i, *pair, self.model, self.tokenizer, self.tags, self.seed) for i, pair in pairs]
+        tasks = [make_task(i, *pair, self.model, self.tokenizer, self.tags, self.seed) for i, pair in pairs]
+        return [
+            replace(task, index=task.index * n + i, key=request_key(self.seed, task.config.seed, i))
+            for task in tasks
+            for i in range(n)
+        ]
 
-    def _make_cache(self, tasks: Sequence[Task]) -> PagedKVCache:
-        num_pages = self.num_pages or sum(most_pages(task, self.tags, self.page_size) for task in tasks)
-        for task in tasks:
-            needed = -(-len(task.ids) // self.page_size)
-            if needed > num_pages:
-                raise OutOfPages(f"prompt {task.index}: expected at most {num_pages} pages to be needed, got {needed}")
-        config = self.model.config.get_text_config()
-        heads = config.num_attention_heads
-        try:
-            return PagedKVCache(
-                num_pages=num_pages,
-                page_size=self.page_size,
-                num_layers=config.num_hidden_layers,
-                num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-                head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-                dtype=self.model.dtype,
-                device=self.model.device,
-            )
-        except RuntimeError as error:  # on a GPU a subclass of it; PyTorch has no type of its own for the CPU
-            if "memory" not in str(error):
-                raise
-            raise OutOfPages(
-                f"expected a cache that fits into memory, got {num_pages} pages of {self.page_size} tokens: lower "
-                "max_new_tokens, or set num_pages"
-            ) from error
+    def _ready(self) -> Core:
+        """The loop, made at first use; made again where the model has moved and nothing runs."""
+        core, device, dtype = self._core, self.model.device, self.model.dtype
+        if core is not None and (core.busy or (core.runner.cache.device, core.runner.cache.dtype) == (device, dtype)):
+            return core
+        runner = Runner(self.model, make_cache(self.model, self.page_size, self.num_pages))
+        limits = {"max_step_tokens": 512 if device.type == "cpu" else 4096, **self.limits}
+        self._core = Core(runner, self._wake, self._rest, limits)
+        return self._core
 
-    # ---- the run
+    # ---- while there is work
 
-    def _events(self, prompts: Any, config: Any, sampler: Sampler) -> Iterator[Event]:
-        """Checks at once, runs when it is iterated."""
-        tasks = self._tasks(prompts, config)
-        return self._run(tasks, sampler) if tasks else iter(())
-
-    @staticmethod
-    def _sorted_ends(events: Iterator[Event]) -> list[FinishEvent]:
-        return sorted((e for e in events if isinstance(e, FinishEvent)), key=lambda event: event.request)
-
-    def _run(self, tasks: Sequence[Task], sampler: Sampler) -> Iterator[Event]:
-        cache = self.cache = self._make_cache(tasks)
-        training = self.model.training
+    def _wake(self) -> None:
+        self._training = self.model.training
         self.model.train(False)
-        requests: list[Request] = []
-        try:
-            requests += [Request(task, cache, self.tokenizer, self.tags) for task in tasks]
-            active = requests
-            while active:
-                self._step(active, cache, sampler)
-                for request in active:
-                    events, request.events = request.events, []
-                    yield from events
-                active = [request for request in active if request.finish_reason is None]
-        finally:
-            for request in requests:
-                request.release()
-            self.model.train(training)
 
-    def _step(self, active: Sequence[Request], cache: PagedKVCache, sampler: Sampler) -> None:
-        for request in active:
-            request.advance()
-        entries, step = self._plan(active, cache)
-        if step is None:
-            return
-        ends = [offset + count - 1 for offset, (_, count) in zip(step.row_offsets, step.entries, strict=True)]
-        rows = [i for i, (request, number, _) in enumerate(entries) if request.wants_token(number)]
-        ids = [token for _, _, tokens in entries for token in tokens]
-        logits = self._forward(ids, [ends[i] for i in rows], cache, step)
-        for request, group in groupby(entries, key=lambda entry: entry[0]):
-            request.sent([number for _, number, _ in group])
-        views = [entries[i][0].view(entries[i][1]) for i in rows]
-        for i, token in zip(rows, _ask(sampler, views, logits), strict=True):
-            request, number, _ = entries[i]
-            if request.finish_reason is None:
-                request.take(number, token)
-
-    def _plan(self, active: Sequence[Request], cache: PagedKVCache) -> tuple[list[_Entry], Step | None]:
-        """The next step over all requests; where pages run out, the youngest request ends until the rest fits in."""
-        while True:
-            running = [request for request in active if request.finish_reason is None]
-            entries = [(request, number, tokens) for request in running for number, tokens in request.entries()]
-            if not entries:
-                return [], None
-            try:
-                return entries, cache.plan([(request.handle(number), len(new)) for request, number, new in entries])
-            except OutOfPages:
-                running[-1].finish("out_of_pages")
-
-    def _forward(self, ids: list[int], keep: list[int], cache: PagedKVCache, step: Step) -> torch.Tensor:
-        """Runs the model over a step and commits it. ids: N tokens. keep: n rows; returns their logits, [n, V]."""
-        device = self.model.device
-        try:
-            with torch.inference_mode():
-                logits: torch.Tensor = self.model(
-                    input_ids=torch.tensor([ids], device=device),
-                    position_ids=step.positions[None],
-                    paged_kv=(cache, step),
-                    use_cache=False,
-                    logits_to_keep=torch.tensor(keep or [0], device=device),
-                ).logits[0, : len(keep)]
-        except BaseException:
-            cache.rollback(step)
-            raise
-        cache.commit(step)
-        return logits
-
-
-def _ask(sampler: Sampler, views: list[BranchView], logits: torch.Tensor) -> list[int]:
-    """The sampler's tokens, checked. Raises ValueError for a wrong number of tokens and for ids out of range."""
-    if not views:
-        return []
-    chosen = [int(token) for token in sampler(views, logits.float())]
-    if len(chosen) != len(views):
-        raise ValueError(f"sampler: expected {len(views)} tokens, one for each branch, got {len(chosen)}")
-    wrong = [token for token in chosen if not 0 <= token < logits.shape[-1]]
-    if wrong:
-        raise ValueError(f"sampler: expected token ids from 0 to {logits.shape[-1] - 1}, got {wrong[0]}")
-    return chosen
+    def _rest(self) -> None:
+        self.model.train(self._training)

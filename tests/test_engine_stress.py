@@ -1,0 +1,285 @@
+"""Many requests, any output, faults anywhere: everything ends, nothing leaks, and nobody else's text changes.
+
+`MVKERNELS_FULL=1` runs the full sizes: 1000 requests with few pages, 10000 of random tokens, a fault at every call.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvkernels import PagedKVCache
+from mvkernels.model import Engine, Generation, GenerationConfig
+from mvkernels.model.engine import FinishEvent
+from mvkernels.model.request import Request
+from mvkernels.model.sampling import sample
+from tests.engine_cases import CASES, by_request, check_pages, config_for, follow, goal, plain, script
+from tests.tiny_model import scripted, tiny_model, tiny_tokenizer
+
+FULL = bool(os.environ.get("MVKERNELS_FULL"))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(tiny_model(), tiny_tokenizer(), page_size=4)
+
+
+# ---- pages are short, callers leave
+
+
+def test_many_requests_with_tags_cancels_and_few_pages(engine: Engine) -> None:
+    count, chosen = 1000 if FULL else 60, random.Random(0)
+    small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=100, max_step_tokens=64)
+    names = list(CASES)
+    alone: dict[tuple[str, str], Generation] = {}
+    streams, left, cancelled = {}, set(), set()
+    for number in range(count):
+        name, prompt = chosen.choice(names), "the product" + " of parts" * chosen.choice([0, 1, 5, 20])
+        if (name, prompt) not in alone:
+            [alone[name, prompt]] = engine.generate(prompt, config_for(engine), follow(engine, CASES[name]))
+        stream = small.stream(prompt, config_for(small), follow(small, CASES[name]))
+        streams[number] = stream, alone[name, prompt], chosen.choice([None] * 3 + ["cancel", "close"])
+    ends: dict[int, Generation] = {}
+    waiting, running = list(streams), []
+    while waiting or running:
+        running += [waiting.pop(0) for _ in range(min(len(waiting), chosen.choice([0, 1, 6])))]
+        for number in list(running):
+            stream, expected, fate = streams[number]
+            for _ in range(chosen.randint(1, 60)):
+                event = next(stream, None)
+                if isinstance(event, FinishEvent):
+                    ends[number] = event.generation
+            if event is None:
+                running.remove(number)
+            elif fate and chosen.random() < 0.05:
+                streams[number] = stream, expected, None
+                if fate == "cancel":
+                    stream.cancel()
+                    cancelled.add(number)
+                else:
+                    stream.close()
+                    left.add(number)
+    assert set(ends) == set(range(count)) - left and cancelled and left
+    for number, out in ends.items():
+        expected = streams[number][1]
+        if out.finish_reason == "cancelled":
+            assert number in cancelled
+        else:
+            assert out.finish_reason == "stop" and out.token_ids == expected.token_ids and out.text == expected.text
+    assert small.preemptions > count / 20
+    check_pages(small)
+
+
+# ---- any output at all
+
+
+@pytest.mark.parametrize("grammar", [True, False], ids=["grammar", "any token"])
+def test_a_model_of_random_tokens(engine: Engine, grammar: bool) -> None:
+    """Every id is equally likely, but tags, newlines and digits more so."""
+    count = 5000 if FULL else 150
+    chosen = random.Random(int(grammar))
+    small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=400)
+    bias = torch.zeros(300)
+    bias[list(small.tags.ids)] = 3.0
+    bias[small.tags.encode("\n1:")] = 3.0
+
+    def choose(views, logits):
+        return sample(views, bias.expand(len(views), -1))
+
+    # Without the grammar hardly a block would come about: most begin with one.
+    head = script({"": goal("1: a", "2: b")}, small, grammar)[()]
+    scripts = [{(): head} if not grammar and i % 3 else {} for i in range(count)]
+
+    configs = [
+        GenerationConfig(
+            temperature=1.0,
+            seed=i,
+            grammar=grammar,
+            max_new_tokens=chosen.choice([1, 5, 30, 80, 200]),
+            max_critical_path=chosen.choice([None, 20, 60]),
+            max_width=chosen.choice([1, 2, 5]),
+            max_depth=chosen.choice([0, 1, 2, 4]),
+            max_path_tokens=chosen.choice([None, 40]),
+            sequential=chosen.random() < 0.1,
+            logprobs=chosen.choice([None, None, 0, 2]),
+            eos_token_ids=(small.tokenizer.eos_token_id,),
+        )
+        for i in range(count)
+    ]
+    reasons, forked = Counter(), 0
+    for first in range(0, count, 500):
+        part = configs[first : first + 500]
+        outs = small.generate(["the product"] * len(part), part, scripted(scripts[first : first + 500], choose))
+        check_pages(small)
+        for out, config in zip(outs, configs[first:], strict=False):
+            reasons[out.finish_reason] += 1
+            forked += out.layout.has_branches
+            assert out.total_tokens <= config.max_new_tokens
+            assert out.layout.total_tokens == len(out.token_ids) == out.prompt_length + out.total_tokens
+            assert config.max_critical_path is None or out.critical_path <= config.max_critical_path
+            assert Generation.from_json(out.to_json()) == out
+    assert set(reasons) <= {"stop", "max_new_tokens", "max_critical_path"} and len(reasons) == 3
+    assert forked > count / 20
+
+
+# ---- faults
+
+NAMES = ["two paths", "nested", "small nested"]
+
+
+def run_all(engine: Engine) -> list[Generation]:
+    sampler = by_request([follow(engine, CASES[name]) for name in NAMES])
+    return engine.generate(["the", "two", "so"], config_for(engine), sampler)
+
+
+def check_others(outs: list[Generation], expected: list[Generation], faulty: set[int], error: str) -> None:
+    for number, (out, wanted) in enumerate(zip(outs, expected, strict=True)):
+        if number in faulty:
+            assert out.finish_reason == "error" and error in str(out.error)
+            assert Generation.from_json(out.to_json()) == out
+        else:
+            assert out.finish_reason == "stop" and out.token_ids == wanted.token_ids and out.error is None
+
+
+class Fault:
+    """Raises at one call of a function, and counts the calls."""
+
+    def __init__(self, function, at: int) -> None:
+        self.function, self.left, self.calls = function, at, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        self.left -= 1
+        if self.left == -1:
+            raise OSError("a fault")
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["new", "fork", "merge", "plan", "append", "commit", "rollback", "free", "evict"])
+def test_a_fault_at_any_call_of_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It comes once: requests that share the step get on in its second run; one that is alone with it ends."""
+    expected = run_all(engine)
+    small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=80)
+    run_all(small)
+    at, failed, calls = 0, 0, 1
+    while at < calls:
+        fault = Fault(getattr(PagedKVCache, name), at)
+        with monkeypatch.context() as patch:
+            patch.setattr(PagedKVCache, name, lambda *args, fault=fault, **kwargs: fault(*args, **kwargs))
+            outs = run_all(small)
+        faulty = {number for number, out in enumerate(outs) if out.finish_reason == "error"}
+        check_others(outs, expected, faulty, "OSError: a fault")
+        assert len(faulty) <= 1
+        failed += len(faulty)
+        calls = max(calls, fault.calls)
+        check_pages(small)
+        at += 1 if FULL or name in ("new", "fork", "merge", "evict", "rollback") else max(calls // 12, 1)
+    assert failed or name in ("rollback", "free", "evict")
+
+
+@pytest.mark.parametrize("kind", ["exception", "NaN", "memory"])
+def test_a_fault_at_any_call_of_the_model(engine: Engine, kind: str) -> None:
+    expected = run_all(engine)
+    left = 0
+
+    def hook(module, args, output):
+        nonlocal left
+        left -= 1
+        if left != -1:
+            return None
+        if kind == "NaN":
+            return torch.full_like(output, torch.nan)
+        raise RuntimeError("a fault") if kind == "exception" else torch.OutOfMemoryError("a fault")
+
+    handle = engine.model.model.layers[1].register_forward_hook(hook)
+    try:
+        for at in range(0, max(out.steps for out in expected), 1 if FULL else 4):
+            left = at
+            outs = run_all(engine)
+            faulty = {number for number, out in enumerate(outs) if out.finish_reason == "error"}
+            names = {"exception": "RuntimeError: a fault", "NaN": "BadLogits", "memory": "OutOfMemoryError: a fault"}
+            check_others(outs, expected, faulty, names[kind])
+            assert len(faulty) <= 1 and left < 0
+            check_pages(engine)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["exception", "NaN", "take", "views"])
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_a_fault_that_stays_is_found_with_its_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: str, culprit: int
+) -> None:
+    """Whatever step the request is in fails, from its 15th token on; others have the same text."""
+    expected = run_all(engine)
+    marked = engine.tokenizer.encode("\x07")[0]
+    names, spoiled = NAMES, follow(engine, CASES[NAMES[culprit]])
+
+    def spoil(views, logits):
+        chosen = spoiled(views, logits)
+        return [
+            marked if view.drawn == 14 and not view.path else token for view, token in zip(views, chosen, strict=True)
+        ]
+
+    def hook(module, args, kwargs, output):
+        ids = kwargs["input_ids"][0]
+        if kind == "exception" and (ids == marked).any():
+            raise RuntimeError("spoiled")
+        if kind == "NaN":
+            at = (ids == marked).nonzero()
+            output.logits[:, [row for row, last in enumerate(kwargs["logits_to_keep"].tolist()) if last in at]] = (
+                torch.nan
+            )
+        return output
+
+    if kind in ("take", "views"):
+        method = getattr(Request, kind)
+
+        def raises(self, number, *args):
+            if self.task.index == culprit and self.steps >= 15:
+                raise RuntimeError("spoiled")
+            return method(self, number, *args)
+
+        monkeypatch.setattr(Request, kind, raises)
+    samplers = [
+        spoil if i == culprit and kind in ("exception", "NaN") else follow(engine, CASES[name])
+        for i, name in enumerate(names)
+    ]
+    handle = engine.model.register_forward_hook(hook, with_kwargs=True)
+    try:
+        outs = engine.generate(["the", "two", "so"], config_for(engine), by_request(samplers))
+    finally:
+        handle.remove()
+    check_others(outs, expected, {culprit}, "BadLogits" if kind == "NaN" else "RuntimeError: spoiled")
+    assert (
+        outs[culprit].token_ids[: outs[culprit].prompt_length + 10]
+        == expected[culprit].token_ids[: outs[culprit].prompt_length + 10]
+    )
+    check_pages(engine)
+
+
+def test_a_step_that_needs_too_much_memory_is_made_in_halves(engine: Engine) -> None:
+    expected = run_all(engine)
+
+    def hook(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] > 12:
+            raise torch.OutOfMemoryError("too many rows")
+
+    handle = engine.model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        check_others(run_all(engine), expected, set(), "")
+    finally:
+        handle.remove()
+    check_pages(engine)
+
+
+def test_an_outcome_that_cannot_be_told_ends_the_call(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Request, "finish", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate("the", replace(config_for(engine), max_new_tokens=2), plain(engine))
+    check_pages(engine)
