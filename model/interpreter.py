@@ -216,9 +216,17 @@ class Interpreter:
         return self.budget.tokens - self.total_tokens - self.reserved
 
     def room(self, branch: int) -> int:
-        """Positions that the branch may take besides those that close it; negative where its budget does not hold."""
+        """Positions that the branch may take besides those that close it; negative where its budget does not hold.
+
+        A branch that waits goes on behind the paths that have ended.
+        """
         b = self._branches[branch]
-        return b.end - b.position - b.rest
+        position = b.position
+        if b.state is State.WAITING:
+            children = b.items[-1]
+            assert isinstance(children, tuple)
+            position = max(position, *(self._branches[child].ended for child in children))
+        return b.end - position - b.rest
 
     def paths_due(self, branch: int) -> int:
         """Positions that the longest of the paths takes that are due in an open goal, if all are closed at once."""

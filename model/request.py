@@ -19,7 +19,7 @@ from mvkernels.grammar import FIRST_TAG, Kind
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.layout import BranchLayout
 from mvkernels.model.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
-from mvkernels.model.closing import TAKES_TEXT, UNLIMITED
+from mvkernels.model.closing import TAKES_TEXT, UNLIMITED, State
 from mvkernels.model.constraint import TokenMasks
 from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, MergeEvent, PathEndEvent, TokenEvent
 from mvkernels.model.interpreter import Budget, Interpreter
@@ -168,7 +168,7 @@ class Request:
                 raise ValueError(f"max_path_tokens: expected {expected}, got {config.max_path_tokens}")
         short = {"max_new_tokens": -interp.spare()} if interp.spare() < 0 else {}
         for b in self.branches:
-            if interp.is_running(b.number) and interp.room(b.number) < 0:
+            if interp.state(b.number) is not State.CLOSED and interp.room(b.number) < 0:
                 reason = interp.end_reason(b.number)
                 short[reason] = max(short.get(reason, 0), -interp.room(b.number))
         for name, missing in short.items():
@@ -400,6 +400,8 @@ class Request:
                     cursor += item
                 elif until in item:
                     return out
+                elif item[0] >= len(self.branches):
+                    break  # the interpreter has forked, and the newline before the paths is being written
                 else:
                     work.append((current, items, cursor))
                     work += [(child, iter(self.interpreter.items(child)), 0) for child in reversed(item)]
