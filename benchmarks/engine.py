@@ -45,6 +45,7 @@ CURVE_WIDTHS = {"cpu": (4,), "cuda": WIDTHS}
 CURVE_BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16, 32, 64, 128)}
 BRANCHES = {"64 requests": (64, 1), "8 x 8 paths": (8, 8)}
 WARM_TOKENS = 8
+HOST_TOKENS = 16  # at least
 FORWARDS = 8  # t(n) is the mean of so many
 GOALS = {"generate": 1.0, "generate-padded": 1.0, "continuous-batching": 3.0}
 SHARE_GOAL = 0.9
@@ -310,7 +311,7 @@ def _bounded(
 
 
 def host(bench: Bench) -> None:
-    tokens = max(4, bench.tokens // HOST_PART)
+    tokens = max(HOST_TOKENS, bench.tokens // HOST_PART)
     for requests, paths in BRANCHES.values():
         found: dict[str, list[float]] = {"host": [], "model": [], "sampler": []}
         for done in range(1 + max(1, bench.effort.rounds // 2)):
@@ -333,7 +334,9 @@ def _watched(bench: Bench, requests: int, paths: int, tokens: int) -> list[StepT
     with watch.watching():
         if paths == 1:
             config = plain_config(tokens)
-            bench.engine.generate(plain_prompts(bench.loaded, requests), config, watch.sampler(sample))
+            # Short, so that all requests soon run at once.
+            prompts = [prompt[:WARM_TOKENS] for prompt in plain_prompts(bench.loaded, requests)]
+            bench.engine.generate(prompts, config, watch.sampler(sample))
         else:
             blocks = Blocks(bench.loaded, requests, paths, tokens)
             bench.engine.generate(blocks.prompts(), blocks.config(), watch.sampler(blocks.script()))
