@@ -124,12 +124,11 @@ class Core:
 
     def tidy(self) -> None:
         """Takes in who has left, unless a step is being made: that does it."""
-        if self._stepping is None:
-            with self._turn:
-                if self._stepping is not None:
-                    return
-                self._stepping = threading.get_ident()
-            self._make_step(steps=False)
+        with self._turn:
+            if self._stepping is not None:
+                return
+            self._stepping = threading.get_ident()
+        self._make_step(steps=False)
 
     @property
     def busy(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mvkernels.grammar import Kind, parse
+from mvkernels.grammar import parse
 from mvkernels.model.config import GenerationConfig
 from mvkernels.model.prompts import Prompt, prompt_ids
 from mvkernels.model.sampling import request_key
@@ -64,14 +64,3 @@ def make_task(
         key=request_key(seed, config.seed, sample),
         max_positions=model.config.get_text_config().max_position_embeddings,
     )
-
-
-def most_pages(task: Task, tags: TagTokens | None, page_size: int) -> int:
-    """An upper bound on the pages of a request: full ones, and one ragged page for each node of the cache.
-
-    A path and what follows its block are a node each. A block of n paths has n + 1 nodes and at least 3 + 2 n tags
-    before them, and the engine writes at least 3 n + 2 tokens: no more nodes than a quarter of the tokens.
-    """
-    tokens = len(task.ids) + task.config.max_new_tokens
-    branches = tags is not None and (task.config.max_depth > 0 or tags.id(Kind.PARALLEL) in task.ids)
-    return -(-tokens // page_size) + 1 + (-(-tokens // 4) if branches else 0)
