@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,7 +26,7 @@ from mvkernels.model.events import Event
 from mvkernels.model.logprobs import TokenLogprob, token_logprobs
 from mvkernels.model.request import Request
 from mvkernels.model.request_kv import Entry, RequestKV
-from mvkernels.model.runner import Runner
+from mvkernels.model.runner import BadLogits, Runner
 from mvkernels.model.sampling import BranchView, Sampler, sample
 from mvkernels.model.scheduler import Scheduler
 
@@ -58,12 +58,12 @@ class Call:
 
 @dataclass(slots=True)
 class _Asked:
-    """Branches of a request that want a token; `row`: where their logits begin."""
+    """Branches of a request that want a token. row: where their logits begin. views: what a sampler sees of them."""
 
     request: Request
     numbers: list[int]
-    views: list[BranchView]
     row: int
+    views: list[BranchView] = field(default_factory=list)
 
 
 class Core:
@@ -71,12 +71,18 @@ class Core:
 
     wake, rest   called before the first step and after the last one, as often as work comes and ends
     limits       those of the scheduler, by name
+    own_positions: whether the requests say where their tokens stand; else the cache does
     """
 
     def __init__(
-        self, runner: Runner, wake: Callable[[], None], rest: Callable[[], None], limits: dict[str, int]
+        self,
+        runner: Runner,
+        wake: Callable[[], None],
+        rest: Callable[[], None],
+        limits: dict[str, int],
+        own_positions: bool = False,
     ) -> None:
-        self.runner, self._wake, self._rest = runner, wake, rest
+        self.runner, self._wake, self._rest, self._own_positions = runner, wake, rest, own_positions
         self.scheduler: Scheduler[Request] = Scheduler(runner.free_pages, self._make_room, self._fail, **limits)
         self._turn = threading.Condition()
         self._stepping: int | None = None  # the thread that makes a step
@@ -86,6 +92,7 @@ class Core:
         self._calls: dict[Request, Call] = {}
         self._timed: list[Request] = []
         self._touched: dict[Request, Call] = {}  # of whom there is something to deliver, or an end
+        self._suspects: set[Request] = set()  # whose logits were bad in a step that was committed
         self._unfreed: list[RequestKV] = []  # of ended requests, whose pages the cache refused to take back
         self._awake = False
 
@@ -222,12 +229,20 @@ class Core:
         self._end_those_that_have((*self.scheduler.running, *self._timed))
 
     def _run(self, work: _Batch) -> None:
-        """The step, or where it fails, its halves."""
-        batches = [work]
+        """The step, or where it fails, its halves. Who is under suspicion is alone from the start."""
+        batches = [[part] for part in work if part[0] in self._suspects]
+        others = [part for part in work if part[0] not in self._suspects] if batches else work
+        batches += [others] if others else []
         while batches:
             batch = batches.pop()
+            bad: list[int] = []
             try:
                 asked, logits = self._forward(batch)
+            except BadLogits as error:
+                if not error.committed:
+                    batches += self._halves(batch, error)
+                    continue
+                asked, logits, bad = self._asked(batch), error.logits, error.rows
             except Exception as error:
                 batches += self._halves(batch, error)
                 continue
@@ -235,7 +250,7 @@ class Core:
                 request.sent()
                 self.scheduler.sent(request)
                 self._touched[request] = self._calls[request]
-            self._sample(asked, logits)
+            self._sample(self._without(asked, bad) if bad else asked, logits)
 
     def _halves(self, batch: _Batch, error: Exception) -> list[_Batch]:
         """What to run in place of a step that failed, the last first; a request that is alone has failed itself."""
@@ -252,42 +267,61 @@ class Core:
         self._fail(request, error)
         return []
 
-    def _forward(self, batch: _Batch) -> tuple[list[tuple[Request, list[int]]], torch.Tensor]:
+    def _forward(self, batch: _Batch) -> tuple[list[_Asked], torch.Tensor]:
         """Runs some requests' part of a step. Returns which branches want a token, and their logits, row by row."""
+        asked = self._asked(batch)
+        wanted = {(part.request, number) for part in asked for number in part.numbers}
         entries: list[Entry] = []
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
-        asked = []
         for request, own in batch:
-            numbers = [entry.branch for entry in own if request.wants_token(entry.branch)]
-            wanted = set(numbers)
             for entry in own:
                 tokens, places = request.new_tokens(entry)
                 ids += tokens
                 positions += places
-                if entry.branch in wanted:
+                if (request, entry.branch) in wanted:
                     rows.append(len(entries))
                 entries.append(entry)
-            asked.append((request, numbers))
-        return asked, self.runner.run(entries, ids, positions, rows)
+        careful = batch[0][0] in self._suspects
+        return asked, self.runner.run(entries, ids, positions if self._own_positions else None, rows, careful)
+
+    def _asked(self, batch: _Batch) -> list[_Asked]:
+        found = []
+        row = 0
+        for request, own in batch:
+            numbers = [entry.branch for entry in own if request.wants_token(entry.branch)]
+            found.append(_Asked(request, numbers, row))
+            row += len(numbers)
+        return found
+
+    def _without(self, asked: list[_Asked], bad: list[int]) -> list[_Asked]:
+        """Who has bad logits of a step that is committed is computed again, alone; whom that leaves."""
+        left = []
+        for part in asked:
+            if any(part.row <= row < part.row + len(part.numbers) for row in bad):
+                self.scheduler.preempt(part.request)
+                self._suspects.add(part.request)
+            else:
+                left.append(part)
+        return left
 
     # ---- tokens
 
-    def _sample(self, asked: list[tuple[Request, list[int]]], logits: torch.Tensor) -> None:
+    def _sample(self, asked: list[_Asked], logits: torch.Tensor) -> None:
         """Next tokens for the branches that were asked for; each caller's sampler sees its own rows only."""
         groups: dict[Call | None, list[_Asked]] = {}
-        row = 0
-        for request, numbers in asked:
-            if numbers:
-                try:
-                    part = _Asked(request, numbers, request.views(numbers), row)
-                except Exception as error:
-                    self._fail(request, error)
-                else:
-                    call = self._calls[request]
-                    groups.setdefault(None if call.sampler is sample else call, []).append(part)
-            row += len(numbers)
+        for part in asked:
+            if not part.numbers:
+                continue
+            try:
+                part.views = part.request.views(part.numbers)
+            except Exception as error:
+                self._fail(part.request, error)
+                continue
+            self._suspects.discard(part.request)
+            call = self._calls[part.request]
+            groups.setdefault(None if call.sampler is sample else call, []).append(part)
         work = list(groups.items())
         while work:
             caller, group = work.pop()
@@ -346,6 +380,7 @@ class Core:
         if call is None:
             return
         self.scheduler.remove(request)
+        self._suspects.discard(request)
         self._free(request.kv)
         self._touched[request] = call
         call.open.discard(request)

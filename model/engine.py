@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mvkernels.errors import OutOfPages
 from mvkernels.hf import patch_model
+from mvkernels.hf_graph import DecodeGraph
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.layout import SEMANTICS
 from mvkernels.model.config import GenerationConfig
@@ -63,6 +64,7 @@ class Engine:
     max_step_tokens  tokens of one forward; prompts come in pieces where they do not fit. None: 512 on a CPU, else 4096
     max_step_width   branches of one request in one forward; if it has more, they take turns
     max_requests     requests that run at once; more of them wait
+    graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
     One engine serves any number of threads and tasks at once; their requests share its steps. Raises ValueError for a
     model on several devices, for weights trained with other tags or semantics, and for sizes and limits below 1;
     otherwise what `patch_model` raises.
@@ -80,6 +82,7 @@ class Engine:
         max_step_tokens: int | None = None,
         max_step_width: int = 64,
         max_requests: int = 256,
+        graph: bool | None = None,
     ) -> None:
         if page_size < 1 or (num_pages is not None and num_pages < 1):
             expected = "page_size of at least 1 and num_pages of at least 1, or None"
@@ -98,6 +101,7 @@ class Engine:
         self.model = patch_model(model, backend=backend)
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed
+        self.graph = graph
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self._core: Core | None = None
         self._training = False
@@ -221,9 +225,12 @@ class Engine:
         core, device, dtype = self._core, self.model.device, self.model.dtype
         if core is not None and (core.busy or (core.runner.cache.device, core.runner.cache.dtype) == (device, dtype)):
             return core
-        runner = Runner(self.model, make_cache(self.model, self.page_size, self.num_pages))
+        cache = make_cache(self.model, self.page_size, self.num_pages)
+        captures = device.type == "cuda" if self.graph is None else self.graph
+        runner = Runner(self.model, cache, DecodeGraph(self.model, cache) if captures else None)
         limits = {"max_step_tokens": 512 if device.type == "cpu" else 4096, **self.limits}
-        self._core = Core(runner, self._wake, self._rest, limits)
+        released = self._writer is not None and self._writer.semantics == "released"
+        self._core = Core(runner, self._wake, self._rest, limits, own_positions=released)
         return self._core
 
     # ---- while there is work

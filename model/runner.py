@@ -8,34 +8,55 @@ from contextlib import suppress
 import torch
 from transformers import PreTrainedModel
 
+from mvkernels.hf_graph import DecodeGraph
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Step
 from mvkernels.model.request_kv import Entry
 
 
 class BadLogits(RuntimeError):
-    """The model's logits have NaN. Nothing of the step was committed."""
+    """The model's logits have NaN.
+
+    rows: those that have. committed: whether the step was committed all the same, as those of CUDA graphs are.
+    """
+
+    def __init__(self, rows: list[int], logits: torch.Tensor, committed: bool) -> None:
+        super().__init__("expected logits without NaN, got NaN")
+        self.rows, self.logits, self.committed = rows, logits, committed
 
 
 class Runner:
-    """Runs a patched model over a paged cache, both on one device."""
+    """Runs a patched model over a paged cache, both on one device.
 
-    def __init__(self, model: PreTrainedModel, cache: PagedKVCache) -> None:
-        self.model, self.cache = model, cache
+    graph: a DecodeGraph of both, through which steps go unless they have to be run with care; None: none do.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PagedKVCache, graph: DecodeGraph | None = None) -> None:
+        self.model, self.cache, self.graph = model, cache, graph
 
     def run(
-        self, entries: Sequence[Entry], ids: Sequence[int], positions: Sequence[int], rows: Sequence[int]
+        self,
+        entries: Sequence[Entry],
+        ids: Sequence[int],
+        positions: Sequence[int] | None,
+        rows: Sequence[int],
+        careful: bool = False,
     ) -> torch.Tensor:
-        """One step. entries: what it adds, in planning order. ids, positions: of all new tokens, entry by entry.
+        """One step. entries: what it adds, in planning order. ids: all new tokens, entry by entry.
 
-        rows: the entries whose last token's logits are wanted; they come as [n, V] float32. Raises what the cache and
-        the model raise, and BadLogits; then nothing was committed.
+        positions: of the tokens; None: as the cache has them. rows: the entries whose last token's logits are wanted;
+        they come as [n, V] float32. careful: no graph, so that nothing is committed where logits are bad.
+        Raises what the cache and the model raise, and BadLogits; nothing was committed then, unless that says so.
         """
-        step = self.cache.plan([(entry.handle, entry.count) for entry in entries])
+        planned = [(entry.handle, entry.count) for entry in entries]
+        if self.graph is not None and positions is None and not careful:
+            logits = self.graph.run(planned, ids)
+            if len(rows) < len(logits):
+                logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
+            return _checked(logits.float(), committed=True)
+        step = self.cache.plan(planned)
         try:
-            logits = self._forward(step, ids, positions, rows)
-            if _has_nan(logits):
-                raise BadLogits("expected logits without NaN, got NaN")
+            logits = _checked(self._forward(step, ids, positions, rows), committed=False)
             self.cache.commit(step)
         except BaseException:
             if step.state.closed is None:
@@ -44,20 +65,25 @@ class Runner:
             raise
         return logits
 
-    def reset(self) -> None:
-        """Whatever was set aside for the next step is free again."""
-
     def free_pages(self) -> int:
-        """How many pages the next step may take."""
-        return self.cache.num_free_pages
+        """How many pages the next step may take: those that a step has set aside for later are among them."""
+        return self.cache.num_available_pages
 
-    def _forward(self, step: Step, ids: Sequence[int], positions: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+    def reset(self) -> None:
+        """Forgets what was captured and set aside; to be called when weights have moved."""
+        if self.graph is not None:
+            self.graph.reset()
+
+    def _forward(
+        self, step: Step, ids: Sequence[int], positions: Sequence[int] | None, rows: Sequence[int]
+    ) -> torch.Tensor:
         device, offsets = self.cache.device, step.row_offsets
         last = [offsets[row] + step.entries[row][1] - 1 for row in rows]
+        where = step.positions if positions is None else torch.tensor(positions, dtype=torch.int32, device=device)
         with torch.inference_mode():
             logits: torch.Tensor = self.model(
                 input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device, dtype=torch.int32),
+                position_ids=where[None],
                 paged_kv=(self.cache, step),
                 use_cache=False,
                 logits_to_keep=torch.tensor(last or [0], device=device),
@@ -65,6 +91,10 @@ class Runner:
         return logits.float()
 
 
-def _has_nan(logits: torch.Tensor) -> bool:
-    """One pass that makes no mask: a sum is NaN where an element is, and where infinities meet."""
-    return bool(logits.sum(dim=-1).isnan().any()) and bool(logits.isnan().any())
+def _checked(logits: torch.Tensor, committed: bool) -> torch.Tensor:
+    """The logits; raises BadLogits. A sum takes one pass and no memory: NaN where an element is, or infinities meet."""
+    if bool(logits.sum(dim=-1).isnan().any()):
+        rows = logits.isnan().any(dim=-1).nonzero()[:, 0].tolist()
+        if rows:
+            raise BadLogits(rows, logits, committed)
+    return logits

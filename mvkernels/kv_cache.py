@@ -332,6 +332,11 @@ class PagedKVCache:
         return len(self._free)
 
     @property
+    def num_available_pages(self) -> int:
+        """Pages that another step may take: the free ones, and what the open step has reserved."""
+        return len(self._free) + self._reserved()
+
+    @property
     def bytes_moved(self) -> int:
         """Bytes of keys and values that fork and merge ever copied: 0, for they have no access to the storage."""
         return 0

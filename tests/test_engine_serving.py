@@ -61,7 +61,9 @@ def test_lossless_with_preemption_at_every_step(engine: Engine, name: str) -> No
     assert check_lossless(engine, recorder, out, TOLERANCE) == len(recorder.seen)
 
 
-@pytest.mark.parametrize("limits", [{"max_step_tokens": 3}, {"max_step_width": 1}, {"max_requests": 1}], ids=str)
+@pytest.mark.parametrize(
+    "limits", [{"max_step_tokens": 3}, {"max_step_width": 1}, {"max_requests": 1}, {"graph": True}], ids=str
+)
 def test_limits_of_a_step_change_no_token(engine: Engine, limits: dict[str, int]) -> None:
     names = list(CASES)
     other = Engine(engine.model, engine.tokenizer, page_size=4, **limits)
