@@ -245,7 +245,7 @@ class PagedKVCache:
         rotation = None if rope is None else rope.at(step.positions)
         if rope is not None and backend == "reference":
             k_new, rotation = rotate(k_new, step.positions, rope, backend), None
-        append_rows(self.k[layer], self.v[layer], k_new, v_new, step.slots, backend, rotation)
+        append_rows(self.k[layer], self.v[layer], k_new, v_new, step.slots, backend, rotation, step.spare)
 
     def commit(self, step: Step) -> None:
         """The tokens of a step become part of their branches. Raises StaleStep."""

@@ -23,8 +23,12 @@ def append_rows(
     slots: torch.Tensor,
     backend: str = "auto",
     rotation: Rotation | None = None,
+    spare: bool = True,
 ) -> None:
-    """Checks the arguments, chooses a backend, and writes. Raises ValueError and BackendError."""
+    """Checks the arguments, chooses a backend, and writes. Raises ValueError and BackendError.
+
+    spare: whether some slots may be -1.
+    """
     expected = (slots.shape[0], *k_cache.shape[2:])
     for name, new, stored in (("k_new", k_new, k_cache), ("v_new", v_new, v_cache)):
         if tuple(new.shape) != expected:
@@ -52,8 +56,8 @@ def append_rows(
         return
     with torch.no_grad():
         k_new = k_new if rotation is None else rotate_rows(k_new, rotation)
-        written = slots >= 0
-        if not bool(written.all()):
+        if spare:
+            written = slots >= 0
             slots, k_new, v_new = slots[written], k_new[written], v_new[written]
-        k_cache.view(-1, *k_cache.shape[2:])[slots] = k_new
-        v_cache.view(-1, *v_cache.shape[2:])[slots] = v_new
+        for stored, new in ((k_cache, k_new), (v_cache, v_new)):
+            stored.view(-1, *stored.shape[2:]).index_put_((slots,), new)
