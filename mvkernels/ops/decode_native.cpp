@@ -354,6 +354,21 @@ void run(const Call<T>& call) {
 
 }  // namespace
 
+// Keys and values of new tokens into their slots, `bytes` for each head; a slot below 0 is none. Strides in bytes.
+extern "C" void append(const int64_t* slots, int64_t rows, int64_t heads, int64_t bytes, const char* k, int64_t k_row,
+                       int64_t k_head, const char* v, int64_t v_row, int64_t v_head, char* k_cache, char* v_cache,
+                       int32_t num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        if (slots[row] < 0) continue;
+        for (int64_t head = 0; head < heads; ++head) {
+            const int64_t target = (slots[row] * heads + head) * bytes;
+            std::memcpy(k_cache + target, k + row * k_row + head * k_head, bytes);
+            std::memcpy(v_cache + target, v + row * v_row + head * v_head, bytes);
+        }
+    }
+}
+
 // element: 0 float32, 1 bfloat16, 2 float16.
 extern "C" void tree_decode(const Plan* plan, int32_t element, const void* q, const void* k, const void* v, void* out,
                             float* lse, float scale) {

@@ -33,6 +33,7 @@ Index = npt.NDArray[np.signedinteger[Any]]
 SHARE_TOKENS = 64
 MIN_CHUNK = 256  # with 32 lanes, partial results are then an eighth of the keys and values that are read
 ITEMS_A_THREAD = 4  # so that threads end at about the same time
+APPEND_BYTES = 2**17  # fewer are written by one thread in less time than others wake up
 
 
 class Cut(NamedTuple):
@@ -118,6 +119,11 @@ def _kernel() -> tuple[ctypes.CDLL, int]:
     library.tree_decode.argtypes = [pointers[0], ctypes.c_int32, *pointers[1:], ctypes.c_float]
     library.tree_decode.argtypes[2:7] = pointers[:5]
     library.tree_decode.restype = None
+    long = ctypes.c_int64
+    library.append.argtypes = [
+        pointers[0], long, long, long, *(pointers[0], long, long) * 2, *pointers[:2], ctypes.c_int32
+    ]  # fmt: skip
+    library.append.restype = None
     return library, int(library.max_lanes())
 
 
@@ -149,6 +155,18 @@ def decode_native(
         ctypes.addressof(bound), ELEMENTS[q.dtype], *addresses, None if lse is None else lse.data_ptr(), scale
     )
     return out, lse
+
+
+def append_native(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """k_new and v_new [N, Hkv, D], contiguous in D, into the slots [N] int64 of contiguous caches; slot -1 is none."""
+    rows, heads, dim = k_new.shape
+    size = k_new.element_size()
+    new = [x for one in (k_new, v_new) for x in (one.data_ptr(), one.stride(0) * size, one.stride(1) * size)]
+    threads = torch.get_num_threads() if k_new.numel() * size >= APPEND_BYTES else 1
+    targets = (k_cache.data_ptr(), v_cache.data_ptr())
+    _kernel()[0].append(slots.data_ptr(), rows, heads, dim * size, *new, *targets, threads)
 
 
 def plan_items(views: StepViews, group: int, kv_heads: int, batch_invariant: bool = False) -> NativePlan:
