@@ -10,7 +10,7 @@
 
 In fp32 every peer must give the engine's tokens before it is timed; in lower precision other kernels may choose others,
 and only their number is checked. The parallel run must give the tokens of the sequential one in every precision, for
-its sampler follows a script. On a CPU the engine's model has packed weights (`pack_linear`), the peers' has not; in
+its sampler follows a script. On a CPU the engine's model has fast linear layers (`pack_linear`), the peers' has not; in
 `ours-unpacked` it has not either. Nobody is warmed up by a timed call: a short one comes first.
 """
 
@@ -119,9 +119,11 @@ def run(
 def _bench(loaded: Loaded, device: str, tokens: int, effort: Effort, *sinks: Any) -> Bench:
     unpacked = None
     if device == "cpu":
-        unpacked = Engine(copy_model(loaded.bare), loaded.tokenizer)
-        pack_linear(loaded.model)
-    return Bench(loaded, Engine(loaded.model, loaded.tokenizer), unpacked, device, tokens, effort, *sinks)
+        unpacked = Engine(copy_model(loaded.bare), loaded.tokenizer, fast_linear=False)
+    fast = None if device != "cpu" else True
+    return Bench(
+        loaded, Engine(loaded.model, loaded.tokenizer, fast_linear=fast), unpacked, device, tokens, effort, *sinks
+    )
 
 
 # ---- plain prompts

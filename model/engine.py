@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mvkernels.errors import OutOfPages
 from mvkernels.hf import patch_model
 from mvkernels.hf_graph import DecodeGraph
+from mvkernels.hf_linear import pack_linear, packs_without_memory
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.layout import SEMANTICS
 from mvkernels.model.config import GenerationConfig
@@ -64,6 +65,9 @@ class Engine:
     max_step_tokens  tokens of one forward; prompts come in pieces where they do not fit. None: 512 on a CPU, else 4096
     max_step_width   branches of one request in one forward; if it has more, they take turns
     max_requests     requests that run at once; more of them wait
+    fast_linear      whether linear layers multiply few rows fast (`mvkernels.hf_linear.pack_linear`): on a CPU, without
+                     gradients only, undone by `unpack_linear`. None: where that takes no memory; for bf16, and for fp32
+                     without a C++ compiler, it takes as much again as the weights
     graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
     One engine serves any number of threads and tasks at once; their requests share its steps. Raises ValueError for a
     model on several devices, for weights trained with other tags or semantics, and for sizes and limits below 1;
@@ -83,6 +87,7 @@ class Engine:
         max_step_width: int = 64,
         max_requests: int = 256,
         graph: bool | None = None,
+        fast_linear: bool | None = None,
     ) -> None:
         if page_size < 1 or (num_pages is not None and num_pages < 1):
             expected = "page_size of at least 1 and num_pages of at least 1, or None"
@@ -99,6 +104,8 @@ class Engine:
             expected = f"one of {SEMANTICS}" if trained is None else f"{trained!r}, with which the weights were trained"
             raise ValueError(f"semantics: expected {expected}, got {semantics!r}")
         self.model = patch_model(model, backend=backend)
+        if fast_linear or (fast_linear is None and packs_without_memory(self.model)):
+            pack_linear(self.model)
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed
         self.graph = graph

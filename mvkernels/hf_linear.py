@@ -58,6 +58,17 @@ def pack_linear(model: Model, dtype: torch.dtype | None = None) -> Model:
     return model
 
 
+def packs_without_memory(model: nn.Module) -> bool:
+    """Whether `pack_linear` would use all weights of a model where they lie."""
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    return all(_lies_well(weight) for weight in weights) and linear_reason() is None
+
+
+def _lies_well(tensor: torch.Tensor) -> bool:
+    """Whether the compiled kernel can use a tensor where it is."""
+    return tensor.device.type == "cpu" and tensor.dtype is torch.float32 and tensor.is_contiguous()
+
+
 def unpack_linear(model: Model) -> Model:
     """Restore the layers that `pack_linear` changed, and free what was packed; returns the model."""
     for module in model.modules():
@@ -160,8 +171,7 @@ class _Pack:
         """What is derived from the weights."""
         self._compiled = self._packed = self._bias = None
         tensors = [tensor for layer in self.layers for tensor in layer._parameters.values() if tensor is not None]
-        plain = all(tensor.dtype is torch.float32 and tensor.is_contiguous() for tensor in tensors)
-        if self.dtype is None and plain and linear_reason() is None:
+        if self.dtype is None and all(map(_lies_well, tensors)) and linear_reason() is None:
             self._compiled = LinearLayers([one.weight for one in self.layers], [one.bias for one in self.layers])
         else:
             self._pack()
