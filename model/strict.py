@@ -12,6 +12,10 @@ A row's numbers depend on the other rows of a step in three ways, and each is ta
 Samplers and log-probabilities treat each row by itself as it is. So a request that is preempted, or whose prompt is cut
 at other places, computes the same bits again too.
 
+One thing is no matter of bits. `max_new_tokens` is of a request as a whole: where it ends one with several paths open,
+how far each of them has come depends on which of them had turns, as many requests may leave no room in a step for all
+paths of one, and a request that was preempted comes back piece by piece. What the other budgets end is the same.
+
 It holds for the same weights, machine, number of threads, page size and number of rows. With 1 or 2 threads it is
 tested. With more of them PyTorch may cut an activation function's elements within a vector, whose rest is rounded
 otherwise, unless rows x intermediate size is a multiple of threads x 16.
