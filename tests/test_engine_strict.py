@@ -86,7 +86,7 @@ def test_alone_and_among_others(threads: int, packed: bool, counts: tuple[int, .
 def test_the_embedded_model_with_few_pages() -> None:
     """Blocks that it writes itself, at a temperature, with preemption."""
     engine = Engine.from_pretrained(EMBEDDED, strict=True)
-    small = Engine(engine.model, engine.tokenizer, strict=True, num_pages=70, max_step_tokens=64)
+    small = Engine(engine.model, engine.tokenizer, strict=True, num_pages=40, max_step_tokens=64)
     prompts = [problem.prompt() for problem in islice(generate(6, "test"), 3)]
     configs = [
         GenerationConfig(max_critical_path=70, temperature=0.8, seed=i, logprobs=1) for i in range(len(prompts) * 3)
