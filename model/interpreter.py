@@ -120,7 +120,8 @@ class Interpreter(Branches):
             most = 0
             for kind in openers:
                 tokens, positions = self._opening_price(b, kind)
-                if tokens <= spare + 1 and positions <= self.room(number) and self._fits_paths(b, kind):
+                # A goal's first outline is set aside for: it may come however little is left for all branches together.
+                if tokens <= max(spare + 1, 0) and positions <= self.room(number) and self._fits_paths(b, kind):
                     kinds |= 1 << kind
                     most = max(most, tokens - 1)
             spare -= most
