@@ -120,7 +120,8 @@ class Interpreter(Branches):
             if b.openings is None:
                 b.openings = self._openings(b)
             for bit, tokens, positions in b.openings:
-                if tokens <= spare + 1 and positions <= self.room(number):
+                # A goal's first outline is set aside for: it may come however little is left for all branches together.
+                if tokens <= max(spare + 1, 0) and positions <= self.room(number):
                     kinds |= bit
                     most = max(most, tokens - 1)
             spare -= most

@@ -245,6 +245,21 @@ def test_blocks_in_one_step_take_room_from_one_another() -> None:
         assert world.interp.allowed([2])[0] >> K.PARALLEL & 1 == (spare >= BLOCK)
 
 
+def test_a_first_outline_may_come_however_little_is_left() -> None:
+    """Three branches and one token for all of them: behind two newlines in a goal no token at all was allowed."""
+    world = World(Interpreter(4, 4), Budget(tokens=200))
+    for kind in [*GOAL_OF_TWO[:-2], K.SPACE, K.OUTLINE, K.OUTLINE_END, *GOAL_OF_TWO[-2:]]:
+        world.run(world.feed(0, kind))
+    world.settle()
+    for kind in (K.PARALLEL, K.GOAL, K.SPACE, K.SPACE):
+        world.take(1, kind)
+    while world.interp.spare() > 1:
+        world.take(2, K.TEXT)
+    assert world.interp.allowed([1, 2, 3])[0] == 1 << K.OUTLINE
+    world.take(1, K.OUTLINE)
+    assert world.interp.spare() == 1, "it was set aside for"
+
+
 def test_positions_are_a_budget_of_each_branch() -> None:
     for room in range(1, BLOCK + 2):
         world = in_paths(Budget(end=GOAL + OPENING + 1 + CONCLUSION + room))
