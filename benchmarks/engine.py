@@ -10,8 +10,9 @@
 
 In fp32 every peer must give the engine's tokens before it is timed; in lower precision other kernels may choose others,
 and only their number is checked. The parallel run must give the tokens of the sequential one in every precision, for
-its sampler follows a script. On a CPU the engine's model has packed weights (`pack_linear`), the peers' has not; in
-`ours-unpacked` it has not either. Nobody is warmed up by a timed call: a short one comes first.
+its sampler follows a script. On a CPU the engine's model has fast linear layers (`pack_linear`), the peers' has not; in
+`ours-unpacked` it has not either. `ours-strict` is a strict engine. Nobody is warmed up by a timed call: a short one
+comes first.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from benchmarks.timing import Contender, Spread, captured, measure_rounds
 from mvkernels.hf_linear import pack_linear
 from mvkernels.model.engine import Engine, Generation
 from mvkernels.model.sampling import Sampler, sample
+from mvkernels.ops.decode_native import compile_reason
 
 DEFAULT_CASES = {"cpu": ("single", "batch", "parallel", "host"), "cuda": CASES}
 BATCH_PART, PATH_PART, HOST_PART, CURVE_PART = 4, 2, 8, 8
@@ -55,11 +57,14 @@ HOST_GOAL_MS = 2.0
 
 @dataclass(frozen=True)
 class Bench:
-    """A model with the engine on it, and where results go. unpacked: the engine on weights as they are, on a CPU."""
+    """A model with the engine on it, and where results go. On a CPU also: unpacked, the engine on weights as they are;
+    strict, a strict engine on the same model.
+    """
 
     loaded: Loaded
     engine: Engine
     unpacked: Engine | None
+    strict: Engine | None
     device: str
     tokens: int
     effort: Effort
@@ -117,11 +122,13 @@ def run(
 
 
 def _bench(loaded: Loaded, device: str, tokens: int, effort: Effort, *sinks: Any) -> Bench:
-    unpacked = None
+    unpacked = strict = None
     if device == "cpu":
-        unpacked = Engine(copy_model(loaded.bare), loaded.tokenizer)
-        pack_linear(loaded.model)
-    return Bench(loaded, Engine(loaded.model, loaded.tokenizer), unpacked, device, tokens, effort, *sinks)
+        unpacked = Engine(copy_model(loaded.bare), loaded.tokenizer, fast_linear=False)
+        if compile_reason() is None:  # it has no other attention to run with
+            strict = Engine(loaded.model, loaded.tokenizer, strict=True)
+    engine = Engine(loaded.model, loaded.tokenizer, fast_linear=device == "cpu")
+    return Bench(loaded, engine, unpacked, strict, device, tokens, effort, *sinks)
 
 
 # ---- plain prompts
@@ -140,6 +147,7 @@ def batch(bench: Bench) -> None:
         prompts = plain_prompts(bench.loaded, count)
         peers = [
             *_engines(bench, prompts),
+            *([] if bench.strict is None else [replace(engine_peers.ours(bench.strict, prompts), name="ours-strict")]),
             engine_peers.generate_padded(bench.loaded.twin(), prompts),
             engine_peers.continuous_batching(bench.loaded.twin(), prompts, tokens),
         ]

@@ -43,6 +43,8 @@ class State(Enum):
     OPENING = "opening"
     CLOSED = "closed"
 
+    __hash__ = object.__hash__  # Enum's own is Python, and states are looked up for every token
+
 
 FREE = frozenset((State.TRUNK, State.THINK, State.PATH))
 TAKES_TEXT = FREE | {State.OUTLINE, State.CONCLUSION}
@@ -63,7 +65,7 @@ class BranchState:
     opened: tokens and positions that opening and closing a path for each of these takes. left: paths that run.
     position: that of its next token. end: the first one that it may not take; end_reason: which budget says so.
     reserve, rest: tokens, and positions, that closing it takes. ended: position behind its </Path>.
-    reason: why it is being closed, or None.
+    reason: why it is being closed, or None. openings: see `Interpreter.allowed`; None where they are not known.
     """
 
     path: tuple[int, ...]
@@ -83,6 +85,7 @@ class BranchState:
     rest: int = 0
     ended: int = 0
     reason: str | None = None
+    openings: tuple[tuple[int, int, int], ...] | None = None
 
 
 def outer_kinds(state: State) -> tuple[Kind, ...]:

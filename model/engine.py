@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mvkernels.errors import OutOfPages
 from mvkernels.hf import patch_model
 from mvkernels.hf_graph import DecodeGraph
+from mvkernels.hf_linear import pack_linear, packs_without_memory
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.layout import SEMANTICS
 from mvkernels.model.config import GenerationConfig
@@ -30,6 +31,7 @@ from mvkernels.model.request import Request
 from mvkernels.model.runner import Runner
 from mvkernels.model.sampling import BranchView, Sampler, request_key, sample
 from mvkernels.model.streams import AsyncStream, Stream
+from mvkernels.model.strict import STRICT_ROWS, check_strict
 from mvkernels.model.task import Task, make_task
 from mvkernels.model.tokens import read_entry
 from mvkernels.model.writer import TagWriter
@@ -64,14 +66,19 @@ class Engine:
     max_step_tokens  tokens of one forward; prompts come in pieces where they do not fit. None: 512 on a CPU, else 4096
     max_step_width   branches of one request in one forward; if it has more, they take turns
     max_requests     requests that run at once; more of them wait
+    fast_linear      whether linear layers multiply few rows fast (`mvkernels.hf_linear.pack_linear`): on a CPU, without
+                     gradients only, undone by `unpack_linear`. None: where that takes no memory; for bf16, and for fp32
+                     without a C++ compiler, it takes as much again as the weights
     graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
     prefix_cache     whether what requests begin with stays in pages, for those that begin in the same way: a common
                      prompt, the samples of one, the next turn of a chat, a request that is computed again. Such pages
                      are given up, the least recently used first, before any request has to make room. Weights that are
                      written to in place, or move, are noticed; after other changes of the model call `clear_prefixes`
+    strict           whether a request's tokens and log-probabilities shall be the same, bit for bit, whoever shares its
+                     steps (model/strict.py): every forward has max_step_tokens rows, by default 64, and no graph
     One engine serves any number of threads and tasks at once; their requests share its steps. Raises ValueError for a
     model on several devices, for weights trained with other tags or semantics, and for sizes and limits below 1;
-    otherwise what `patch_model` raises.
+    BackendError where `strict` cannot be kept; otherwise what `patch_model` raises.
     """
 
     def __init__(
@@ -88,6 +95,8 @@ class Engine:
         max_requests: int = 256,
         graph: bool | None = None,
         prefix_cache: bool = True,
+        fast_linear: bool | None = None,
+        strict: bool = False,
     ) -> None:
         if page_size < 1 or (num_pages is not None and num_pages < 1):
             expected = "page_size of at least 1 and num_pages of at least 1, or None"
@@ -103,10 +112,15 @@ class Engine:
         if semantics not in (None, *SEMANTICS) or (semantics and trained and semantics != trained):
             expected = f"one of {SEMANTICS}" if trained is None else f"{trained!r}, with which the weights were trained"
             raise ValueError(f"semantics: expected {expected}, got {semantics!r}")
+        if strict:
+            check_strict(model, backend, graph)
         self.model = patch_model(model, backend=backend)
+        if fast_linear or (fast_linear is None and packs_without_memory(self.model)):
+            pack_linear(self.model)
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed
-        self.graph, self.prefix_cache = graph, prefix_cache
+        self.graph, self.strict = False if strict else graph, strict
+        self.prefix_cache = prefix_cache
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self._core: Core | None = None
         self._training = False
@@ -253,8 +267,10 @@ class Engine:
             return core
         cache = make_cache(self.model, self.page_size, self.num_pages)
         captures = device.type == "cuda" if self.graph is None else self.graph
-        runner = Runner(self.model, cache, DecodeGraph(self.model, cache) if captures else None)
-        limits = {"max_step_tokens": 512 if device.type == "cpu" else 4096, **self.limits}
+        most = STRICT_ROWS if self.strict else 512 if device.type == "cpu" else 4096
+        limits = {"max_step_tokens": most, **self.limits}
+        constant_rows = limits["max_step_tokens"] if self.strict else None
+        runner = Runner(self.model, cache, DecodeGraph(self.model, cache) if captures else None, constant_rows)
         released = self._writer is not None and self._writer.semantics == "released"
         self._core = Core(
             runner, self._wake, self._rest, limits, own_positions=released, prefix_cache=self.prefix_cache

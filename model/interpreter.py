@@ -112,20 +112,27 @@ class Interpreter(Branches):
         for number in branches:
             b = self._branches[number]
             kinds = _ALLOWED[b.state]
-            openers = self._openers(b)
             if b.state not in TAKES_TEXT and b.spaces < _MAX_SPACES:
                 kinds |= 1 << Kind.SPACE
             if b.state is State.GOAL and b.outlines:
                 kinds |= 1 << Kind.GOAL_END
             most = 0
-            for kind in openers:
-                tokens, positions = self._opening_price(b, kind)
-                if tokens <= spare + 1 and positions <= self.room(number) and self._fits_paths(b, kind):
-                    kinds |= 1 << kind
+            if b.openings is None:
+                b.openings = self._openings(b)
+            for bit, tokens, positions in b.openings:
+                if tokens <= spare + 1 and positions <= self.room(number):
+                    kinds |= bit
                     most = max(most, tokens - 1)
             spare -= most
             out.append(kinds)
         return out
+
+    def _openings(self, b: BranchState) -> tuple[tuple[int, int, int], ...]:
+        """(bit, tokens, positions) of each tag that may open something here if there is so much room. They stay the
+        same while text comes, which is nearly always.
+        """
+        openers = (kind for kind in self._openers(b) if self._fits_paths(b, kind))
+        return tuple((1 << kind, *self._opening_price(b, kind)) for kind in openers)
 
     def _openers(self, b: BranchState) -> tuple[Kind, ...]:
         """The tags that would open something here, within the limits of depth and width."""

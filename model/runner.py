@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from mvkernels.hf_graph import DecodeGraph
@@ -29,10 +30,18 @@ class Runner:
     """Runs a patched model over a paged cache, both on one device.
 
     graph: a DecodeGraph of both, through which steps go unless they have to be run with care; None: none do.
+    constant_rows: of every forward, with spare ones where a step has fewer tokens (it may not have more), and attention
+    that is batch-invariant: what a row gives then depends on no other row. None: as many as the step has tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: PagedKVCache, graph: DecodeGraph | None = None) -> None:
-        self.model, self.cache, self.graph = model, cache, graph
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PagedKVCache,
+        graph: DecodeGraph | None = None,
+        constant_rows: int | None = None,
+    ) -> None:
+        self.model, self.cache, self.graph, self.constant_rows = model, cache, graph, constant_rows
 
     def run(
         self,
@@ -80,13 +89,21 @@ class Runner:
         device, offsets = self.cache.device, step.row_offsets
         last = [offsets[row] + step.entries[row][1] - 1 for row in rows]
         where = step.positions if positions is None else torch.tensor(positions, dtype=torch.int32, device=device)
+        tokens, kept = torch.tensor(ids, device=device), torch.tensor(last or [0], device=device)
+        strict: dict[str, bool] = {}
+        if self.constant_rows is not None:
+            if len(ids) > self.constant_rows:
+                raise ValueError(f"expected at most {self.constant_rows} tokens in a step, got {len(ids)}")
+            strict["batch_invariant"] = True
+            tokens, where, kept = (pad(x, (0, self.constant_rows - len(x))) for x in (tokens, where, kept))
         with torch.inference_mode():
             logits: torch.Tensor = self.model(
-                input_ids=torch.tensor([ids], device=device),
+                input_ids=tokens[None],
                 position_ids=where[None],
                 paged_kv=(self.cache, step),
                 use_cache=False,
-                logits_to_keep=torch.tensor(last or [0], device=device),
+                logits_to_keep=kept,
+                **strict,
             ).logits[0, : len(rows)]
         return logits.float()
 

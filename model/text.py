@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 # A character has at most four bytes, so more tokens than this hold no unfinished character but bytes that make none.
@@ -19,7 +21,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = (), silent: frozenset[int] = frozenset()) -> None:
-        self._tokenizer = tokenizer
+        self._decoder = decoder_of(tokenizer)
         self._silent = silent
         self._window = list(context)  # the tokens of the last finished piece, then the unfinished ones
         self._finished = len(self._window)
@@ -47,7 +49,17 @@ class TextStream:
         return self._decode(self._window)[len(self._before) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        if not tokens:
-            return ""
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        return self._decoder(tokens) if tokens else ""
+
+
+def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
+    """From tokens to their whole text, special ones and spaces as they are.
+
+    transformers' own tokenizers only pass the tokens on to a library, with checks that take several times as long.
+    """
+    plain = PreTrainedTokenizerFast
+    names = ("decode", "_decode")
+    if isinstance(tokenizer, plain) and all(getattr(type(tokenizer), n, 0) is getattr(plain, n, 1) for n in names):
+        decode = tokenizer.backend_tokenizer.decode
+        return lambda tokens: decode(tokens, skip_special_tokens=False)
+    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

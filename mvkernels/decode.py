@@ -19,6 +19,7 @@ from mvkernels.kv_step import Step
 from mvkernels.ops.backends import choose_backend, dtype_names, triton_interpreted, triton_reason
 from mvkernels.ops.decode_calls import plan_calls
 from mvkernels.ops.decode_cpu import decode_cpu
+from mvkernels.ops.decode_native import compile_reason, decode_native, plan_items
 from mvkernels.ops.decode_tasks import DecodePath
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,7 +67,8 @@ def tree_decode(
     q                  [step.total_rows, Hq, D], rotated by step.positions; Hq % Hkv == 0
     k_layer, v_layer   cache.k[layer], cache.v[layer]: [num_pages, page_size, Hkv, D], dtype and device of q
     scale              of the scores; None is 1 / sqrt(D)
-    backend            "auto", "cpu", "triton" or "reference"; one asked for by name never falls back
+    backend            "auto", "native" (a CPU kernel, compiled by g++ when it is first called), "cpu" (PyTorch's own
+                       kernels), "triton" or "reference"; one asked for by name never falls back
     batch_invariant    whether a branch's rows shall have the same bits whoever else is in the step: the same backend,
                        device and threads, page size, and the same pages before them. Costs some speed. Without it
                        the same step still has the same bits each time
@@ -85,6 +87,8 @@ def tree_decode(
             from mvkernels.ops.decode_triton import decode_triton
 
             out, lse = decode_triton(q, k_layer, v_layer, step.views, scale, batch_invariant)
+        elif chosen == "native":
+            out, lse = decode_native(q, k_layer, v_layer, step.views, scale, batch_invariant, return_lse)
         elif chosen == "cpu":
             out, lse = decode_cpu(q, k_layer, v_layer, step.views, scale, batch_invariant, return_lse)
         else:
@@ -115,6 +119,8 @@ def decode_path(
 
         tables = plan_tables(step.views, heads, kv_heads, q.shape[2], q.element_size(), q.device, batch_invariant)
         return tables.path
+    if chosen == "native":
+        return plan_items(step.views, heads // kv_heads, kv_heads, batch_invariant).path
     if chosen == "cpu":
         return plan_calls(step.views, heads // kv_heads, kv_heads, batch_invariant).path
     return "direct"
@@ -149,9 +155,22 @@ def check_arguments(q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tenso
 
 def _choose(backend: str, q: torch.Tensor) -> str:
     """The backend to run; on a CPU nothing is asked about Triton unless it is wanted."""
-    if backend in ("auto", "cpu") and q.is_cpu and q.dtype in CPU_DTYPES:
+    if q.is_cpu and backend in ("auto", "native") and native_reason(q) is None:
+        return "native"
+    if q.is_cpu and backend in ("auto", "cpu") and q.dtype in CPU_DTYPES:
         return "cpu"
-    return choose_backend(backend, backend_reasons(q), auto=("cpu", "triton"))
+    return choose_backend(backend, backend_reasons(q), auto=("native", "cpu", "triton"))
+
+
+def native_reason(q: torch.Tensor) -> str | None:
+    """Why the kernel that is compiled for this CPU cannot decode such queries, or None."""
+    if not q.is_cpu:
+        return f"expected tensors on cpu, got {q.device.type}"
+    if q.dtype not in TRITON_DTYPES:
+        return f"expected dtype {dtype_names(TRITON_DTYPES)}, got {q.dtype}"
+    if q.shape[2] > MAX_HEAD_DIM:
+        return f"expected a head dimension of at most {MAX_HEAD_DIM}, got {q.shape[2]}"
+    return compile_reason()
 
 
 def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:
@@ -167,7 +186,7 @@ def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:
         triton = "Triton's interpreter has no bfloat16 dot product"
     if triton is None and q.shape[2] > MAX_HEAD_DIM:
         triton = f"expected a head dimension of at most {MAX_HEAD_DIM}, got {q.shape[2]}"
-    return {"cpu": cpu, "triton": triton, "reference": None}
+    return {"native": native_reason(q), "cpu": cpu, "triton": triton, "reference": None}
 
 
 def _decode_reference(

@@ -54,6 +54,8 @@ class Kind(IntEnum):
     CONCLUSION = 14
     CONCLUSION_END = 15
 
+    __hash__ = int.__hash__  # Enum's own is Python, and kinds are looked up for every token
+
 
 FIRST_TAG = int(Kind.THINK)
 _SPACE_BYTE = bytes([Kind.SPACE])

@@ -3,7 +3,9 @@
 A patched model takes two more keyword arguments:
 
     branch_layout=layout     packed training forward: attention by `multiverse_attention`
-    paged_kv=(cache, step)   paged decoding: new keys and values are appended to the cache, attention by `tree_decode`
+    paged_kv=(cache, step)   paged decoding: new keys and values are appended to the cache, attention by `tree_decode`;
+                             with batch_invariant=True by its batch-invariant way, and there may be spare rows behind
+                             the step's, of any ids and positions: they are written nowhere and attend to nothing
 
 With neither it is the model it was, on transformers' `sdpa`. Any decoder will do whose attention goes through
 transformers' attention interface and is plain softmax attention: Qwen2, Qwen3, Llama, Mistral and their like. Position
@@ -131,6 +133,8 @@ def _prepare(
         return None
     if layout is not None and paged is not None:
         raise ValueError("expected branch_layout= or paged_kv=, got both")
+    if layout is not None and kwargs.get("batch_invariant"):
+        raise ValueError("expected batch_invariant=True beside paged_kv=, got it beside branch_layout=")
     ids = args[0] if args else kwargs.get("input_ids")
     inputs = ids if ids is not None else kwargs.get("inputs_embeds")
     if inputs is None:
@@ -142,6 +146,9 @@ def _prepare(
     else:
         _, step = _unpack(paged)
         tokens, positions = step.total_rows, step.positions
+        if kwargs.get("batch_invariant") and inputs.shape[-1] > tokens:
+            positions = torch.nn.functional.pad(positions, (0, inputs.shape[-1] - tokens))
+            tokens = len(positions)
     kwargs = dict(kwargs)
     kwargs["position_ids"] = _position_ids(kwargs.get("position_ids"), inputs, tokens, positions)
     if len(args) > 1 or kwargs.get("attention_mask") is not None:
@@ -191,6 +198,7 @@ def attention_forward(
     branch_layout: BranchLayout | None = None,
     paged_kv: tuple[PagedKVCache, Step] | None = None,
     branch_backend: str = "auto",
+    batch_invariant: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None)."""
@@ -213,8 +221,15 @@ def attention_forward(
         if torch.is_autocast_enabled(q.device.type):  # its dtype is not the cache's, and q and k have a third
             q, k, v = (tensor.to(cache.dtype) for tensor in (q, k, v))
         layer: int = module.layer_idx  # type: ignore[assignment]
+        spare = len(q) - step.total_rows
+        if spare:
+            q, k, v = (tensor[: step.total_rows] for tensor in (q, k, v))
         cache.append(layer, k, v, step, backend=branch_backend)
-        out = tree_decode(q, cache.k[layer], cache.v[layer], step, scale=scaling, backend=branch_backend)
+        out = tree_decode(
+            q, cache.k[layer], cache.v[layer], step, scaling, branch_backend, batch_invariant=batch_invariant
+        )
+        if spare:
+            out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, spare))
     return out[None], None
 
 

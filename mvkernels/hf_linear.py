@@ -1,14 +1,17 @@
-"""Linear layers on a CPU with weights packed for oneDNN, for inference: `pack_linear` and its undoing.
+"""Linear layers on a CPU, for inference with few rows: `pack_linear` and its undoing.
 
 A step of decoding multiplies a few rows with every weight, so it is as fast as the weights are read. PyTorch hands
-fp32 products of that shape to MKL, which reads them several times over for 2 to 8 rows; oneDNN with weights in its own
-order reads them once. Layers that get the same input (queries, keys and values; gate and up) are one product. Rows are
-padded to 4, for which oneDNN has faster kernels than for fewer.
+fp32 products of that shape to MKL, which reads them several times over for 2 to 8 rows. Two ways read them once:
 
-The parameters stay as they are and where they are; packing takes as much memory again. It is done when a layer is first
-called without gradients, and again when its weight has changed: another tensor, or written to in place. Writing through
-`weight.data` is not seen. With gradients, under autocast or torch.compile, in another dtype and on another device, a
-layer is what it was.
+    compiled   a kernel of this library (`ops/linear_native.cpp`) on fp32 weights where they lie, for up to 32 rows;
+               more rows go to PyTorch. Taken where there is a C++ compiler and no other dtype is asked for
+    packed     oneDNN on weights in its own order, which take as much memory again. Rows are padded to 4, for which it
+               has faster kernels than for fewer. Packed when a layer is first called without gradients
+
+Layers that get the same input (queries, keys and values; gate and up) are one product. The parameters stay as they are
+and where they are. When a weight has changed (another tensor, or written to in place) what was derived is made again;
+writing through `weight.data` is not seen. With gradients, under autocast or torch.compile, in another dtype and on
+another device, a layer is what it was.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from mvkernels.ops.linear_native import MOST_ROWS, LinearLayers, linear_reason
+
 # Projections that get the same input, by their names in transformers' modules.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MIN_ROWS = 4
@@ -29,10 +34,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def pack_linear(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Let the linear layers of a model use packed weights, in place; returns it. Packing twice only changes the dtype.
+    """Let the linear layers of a model multiply few rows fast, in place; returns it. Twice only changes the dtype.
 
-    Every `torch.nn.Linear` (no subclass) takes part that is on a CPU, in fp32 or bf16. dtype: of the packed weights and
-    the product; None: the layer's. torch.bfloat16 halves what is read and changes the result: an opt-in.
+    Every `torch.nn.Linear` (no subclass) takes part that is on a CPU, in fp32 or bf16. dtype: None for the layer's, or
+    that of packed weights and of the product. torch.bfloat16 halves what is read and changes the result: an opt-in.
     Raises ValueError for another dtype, and for bf16 on a CPU without it.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -51,6 +56,17 @@ def pack_linear(model: Model, dtype: torch.dtype | None = None) -> Model:
         if module not in taken and _fits(module, dtype):
             _install([module], dtype)  # type: ignore[list-item]
     return model
+
+
+def packs_without_memory(model: nn.Module) -> bool:
+    """Whether `pack_linear` would use all weights of a model where they lie."""
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    return all(_lies_well(weight) for weight in weights) and linear_reason() is None
+
+
+def _lies_well(tensor: torch.Tensor) -> bool:
+    """Whether the compiled kernel can use a tensor where it is."""
+    return tensor.device.type == "cpu" and tensor.dtype is torch.float32 and tensor.is_contiguous()
 
 
 def unpack_linear(model: Model) -> Model:
@@ -93,6 +109,7 @@ class _Pack:
 
     def forget(self) -> None:
         """What was made from the weights."""
+        self._compiled: LinearLayers | None = None
         self._packed: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
         self._seen: list[tuple[int, int] | None] = []
@@ -133,8 +150,13 @@ class _Pack:
         """All layers' results side by side, [.., sum of their sizes], in x's dtype."""
         seen = [_state(weight) for layer in self.layers for weight in layer._parameters.values()]
         if seen != self._seen:
-            self._pack()
+            self._make()
             self._seen = seen
+        if self._compiled is not None:
+            if x.numel() <= MOST_ROWS * x.shape[-1]:
+                return self._compiled(x)
+            parts = [nn.functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         rows, dtype = x.shape[-2] if x.dim() > 1 else 1, x.dtype
         few = rows < MIN_ROWS and x.dim() > 1 and x.numel() == rows * x.shape[-1]
         if few:
@@ -145,21 +167,29 @@ class _Pack:
         out = out.to(dtype)
         return out[..., :rows, :] if few else out
 
+    def _make(self) -> None:
+        """What is derived from the weights."""
+        self._compiled = self._packed = self._bias = None
+        tensors = [tensor for layer in self.layers for tensor in layer._parameters.values() if tensor is not None]
+        if self.dtype is None and all(map(_lies_well, tensors)) and linear_reason() is None:
+            self._compiled = LinearLayers([one.weight for one in self.layers], [one.bias for one in self.layers])
+        else:
+            self._pack()
+        ends = torch.tensor([layer.out_features for layer in self.layers]).cumsum(0).tolist()
+        self._bounds = list(zip([0, *ends], ends, strict=False))
+
     def _pack(self) -> None:
         dtype = self.dtype or self.layers[0].weight.dtype
         with torch.no_grad():
             weights = [layer.weight.detach() for layer in self.layers]
             whole = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).contiguous()
             self._packed = torch.ops.mkldnn._reorder_linear_weight(whole, None)
-            self._bias = None
             if any(layer.bias is not None for layer in self.layers):
                 parts = [
                     layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
                     for layer in self.layers
                 ]
                 self._bias = torch.cat(parts).to(dtype)
-        ends = torch.tensor([layer.out_features for layer in self.layers]).cumsum(0).tolist()
-        self._bounds = list(zip([0, *ends], ends, strict=False))
 
 
 def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:

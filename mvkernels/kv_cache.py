@@ -176,10 +176,10 @@ class PagedKVCache:
         if self.device_tables is not None:
             self.device_tables.rows.merged(before.node, tails, state.tail)
         state.children.clear()
-        for child in joined:
-            child.merged, child.parent, child.tail.merged_branch = True, None, child.id
-            if child.tail.frozen:  # by tokens of branches that outlived their parent: the handle can take no more
-                self._forget_merged(child.tail)
+        for child, tail in zip(joined, tails, strict=True):
+            child.merged, child.parent, tail.merged_branch = True, None, child.id
+            if tail.frozen:  # by tokens of branches that outlived their parent: the handle can take no more
+                self._forget_merged(tail)
         for head in (before, *(child.head for child in joined)):
             self._release(head)
 
@@ -276,7 +276,7 @@ class PagedKVCache:
         rotation = None if rope is None else rope.at(step.positions)
         if rope is not None and backend == "reference":
             k_new, rotation = rotate(k_new, step.positions, rope, backend), None
-        append_rows(self.k[layer], self.v[layer], k_new, v_new, step.slots, backend, rotation)
+        append_rows(self.k[layer], self.v[layer], k_new, v_new, step.slots, backend, rotation, step.spare)
 
     def commit(self, step: Step) -> None:
         """The tokens of a step become part of their branches. Raises StaleStep."""

@@ -61,7 +61,10 @@ class Node:
     @property
     def frozen(self) -> bool:
         """Whether a node with tokens sees this one."""
-        return any(link.after for link in self.links)
+        for link in self.links:  # noqa: SIM110 (a generator takes three times as long, and a merge asks for every child)
+            if link.after:
+                return True
+        return False
 
     def renew(self) -> None:
         """The pages are not those that they were: an array of them is made anew."""
@@ -187,11 +190,12 @@ def tokens_vanish(node: Node) -> None:
 def suffix(head: Link, base: Link | None) -> list[Node]:
     """The nodes of a list behind the link `base`, oldest first."""
     found = []
-    for link in head.back():
-        if link is base:
-            break
+    link: Link | None = head
+    while link is not None and link is not base:
         found.append(link.node)
-    return found[::-1]
+        link = link.before
+    found.reverse()
+    return found
 
 
 def contents_of(link: Link | None, page_size: int) -> Contents | None:

@@ -73,6 +73,7 @@ class Step:
     ahead             the slots of the steps to come, [1 + reserve, N] int64, for `PagedKVCache.advance`; None where it
                       cannot be used: an entry adds several tokens, or sees some that another one adds
     cursor [1]        int64, the row of `ahead` that is this step's; `index` is the same number on the host
+    spare             whether some rows are written nowhere: their slots are -1
     """
 
     total_rows: int
@@ -86,6 +87,7 @@ class Step:
     ahead: torch.Tensor | None = field(default=None, repr=False)
     cursor: torch.Tensor | None = field(default=None, repr=False)
     index: int = 0
+    spare: bool = False
 
     @cached_property
     def longest_context(self) -> int:

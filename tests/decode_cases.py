@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from mvkernels.decode import tree_decode
+from mvkernels.ops.decode_native import compile_reason
 from mvkernels.reference.decode import attend
 from tests.cache_world import World
+
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(compile_reason() is not None, reason=str(compile_reason())))
 
 
 def one_token(w: World):
@@ -145,7 +149,7 @@ def assert_batch_invariant(w: World, backend: str, heads: int = 4) -> None:
     for batch in batches:
         step = w.cache.plan([(branch, counts[branch]) for branch in batch])
         keys = torch.cat([rows[branch] for branch in batch]).to(w.cache.k[0])
-        w.cache.append(0, keys, keys.flip(-1), step, backend=backend)
+        w.cache.append(0, keys, keys.flip(-1), step, backend="cpu" if backend == "native" else backend)
         queries_now = torch.cat([q[branch] for branch in batch])
         arguments = (queries_now, w.cache.k[0], w.cache.v[0], step)
         out, lse = tree_decode(*arguments, backend=backend, return_lse=True, batch_invariant=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from mvkernels.grammar import TAGS, Kind
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.model.sampling import sample
+from mvkernels.model.scheduler import Scheduler
 from tests.tiny_model import END
 
 # fp32 on logits of magnitude 10; two computations with another order of summation were seen to differ by 5e-6.
@@ -159,3 +162,19 @@ def check_pages(engine: Engine) -> None:
         engine.clear_prefixes()
         engine.cache.check()
         assert engine.cache.num_free_pages == engine.cache.num_pages and engine.cache.bytes_moved == 0
+
+
+@contextmanager
+def preempted_before_every_step():
+    """Every request loses its pages before each step, unless it is being computed again: that may take several."""
+    schedule = Scheduler.schedule
+
+    def preempt_all(self: Scheduler):
+        for request in self.running:
+            if request not in self._behind:
+                self.preempt(request)
+        return schedule(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scheduler, "schedule", preempt_all)
+        yield

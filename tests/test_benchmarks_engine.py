@@ -24,11 +24,13 @@ from benchmarks.engine_watch import Watch
 from benchmarks.run import main
 from mvkernels.grammar import Kind
 from mvkernels.model.engine import Engine
+from mvkernels.ops.decode_native import compile_reason
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 SMALL = ("--suite", "engine", "--tokens", "24", "--rounds", "3", "--device", "cpu")
 OURS = {"ours", "ours-unpacked"}
-PEERS = {"single": OURS | {"generate"}, "batch": OURS | {"generate-padded", "continuous-batching"}}
+STRICT = set() if compile_reason() else {"ours-strict"}
+PEERS = {"single": OURS | {"generate"}, "batch": OURS | STRICT | {"generate-padded", "continuous-batching"}}
 
 
 def tiny(name: str = "tiny", device: str = "cpu") -> Loaded:

@@ -18,9 +18,9 @@ from mvkernels.ops import decode_calls, decode_cpu, decode_invariant
 from mvkernels.ops.backends import choose_backend
 from mvkernels.ops.decode_tasks import EntryView, KeyRun, build_tasks
 from tests.cache_world import World, may_grow, poisoned_cache
-from tests.decode_cases import CASES, assert_batch_invariant, assert_decodes, expected, queries
+from tests.decode_cases import CASES, NATIVE, assert_batch_invariant, assert_decodes, expected, queries
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = [NATIVE, "cpu", "reference"]
 
 
 def make_world(page_size=3, kv_heads=2, head_dim=16, dtype=torch.float32, layers=1, tokens=400, seed=0) -> World:
@@ -46,6 +46,10 @@ def test_dtype_and_heads(dtype, heads, kv_heads, head_dim, backend):
     w = make_world(16, kv_heads, head_dim, dtype)
     step = w.write(CASES["ending_children_with_merged_parent"](w))
     q = queries(w, step.total_rows, heads)
+    if backend == "native" and dtype == torch.float64:
+        with pytest.raises(BackendError, match="expected dtype float32, bfloat16, float16, got torch"):
+            tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend=backend)
+        return
     out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend=backend, return_lse=True)
     assert_decodes(w, step, q, out, lse)
 
@@ -87,9 +91,10 @@ def tree_steps(draw):
     return w, [(branch, draw(tokens)) for branch in order]
 
 
-@settings(max_examples=60)
-@given(tree_steps(), st.sampled_from([1, 2, 3, 7]), st.sampled_from(BACKENDS))
-def test_random_trees(world_and_entries, group, backend):
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=30)
+@given(tree_steps(), st.sampled_from([1, 2, 3, 7]))
+def test_random_trees(backend, world_and_entries, group):
     w, entries = world_and_entries
     step = w.write(entries)
     q = queries(w, step.total_rows, group * w.cache.num_kv_heads)
@@ -99,41 +104,45 @@ def test_random_trees(world_and_entries, group, backend):
     w.check()
 
 
-def test_layers_and_scale_are_kept_apart():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_and_scale_are_kept_apart(backend):
     w = make_world(layers=3)
     step = w.write(CASES["siblings"](w))
     q = queries(w, step.total_rows, 4)
     stores = zip(w.cache.k, w.cache.v, strict=True)
-    found = [tree_decode(q, k, v, step, scale=0.7, return_lse=True) for k, v in stores]
+    found = [tree_decode(q, k, v, step, 0.7, backend, return_lse=True) for k, v in stores]
     for layer, (out, lse) in enumerate(found):  # after all of them: layers gather into the same memory
         assert_decodes(w, step, q, out, lse, layer, scale=0.7)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 @pytest.mark.parametrize("case", ["prefill_on_prefix", "siblings"])
-def test_a_scale_of_either_sign(case, scale):
+@pytest.mark.parametrize("backend", [NATIVE, "cpu"])
+def test_a_scale_of_either_sign(case, scale, backend):
     w = make_world()
     step = w.write(CASES[case](w))
     q = queries(w, step.total_rows, 4)
-    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, scale, "cpu", return_lse=True)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, scale, backend, return_lse=True)
     assert_decodes(w, step, q, out, lse, scale=scale)
 
 
-def test_auto_is_the_cpu_backend_here_and_is_bitwise_reproducible():
+@pytest.mark.parametrize("backend", [NATIVE, "cpu"])
+def test_the_same_step_has_the_same_bits(backend):
     w = make_world(page_size=3)
     step = w.write(CASES["nested"](w))
     q = queries(w, step.total_rows, 6)
-    once = tree_decode(q, w.cache.k[0], w.cache.v[0], step)
+    once = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend=backend)
     step.views._cache.clear()
-    assert torch.equal(once, tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu"))
+    assert torch.equal(once, tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend=backend))
 
 
-def test_strided_queries():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_queries(backend):
     w = make_world()
     step = w.write(CASES["requests"](w))
     wide = torch.randn(1, 6, step.total_rows, 2 * w.cache.head_dim, generator=w.generator)
     q = wide[0].transpose(0, 1)[..., ::2]
-    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend=backend, return_lse=True)
     assert_decodes(w, step, q, out, lse)
 
 
@@ -155,7 +164,8 @@ def test_scattered_pages(view_tokens, monkeypatch):
     assert_decodes(w, step, q, out, lse)
 
 
-def test_pages_used_again_hide_what_they_held():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_used_again_hide_what_they_held(backend):
     """A freed branch's keys stay in memory; the page's next owner sees its own tokens only."""
     w = make_world(page_size=16)
     first = w.new()
@@ -164,7 +174,7 @@ def test_pages_used_again_hide_what_they_held():
     step = w.write([(w.new(), 3)])
     assert step.slots.tolist() == [0, 1, 2]
     q = queries(w, 3, 2)
-    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend=backend, return_lse=True)
     assert_decodes(w, step, q, out, lse)
 
 
@@ -176,7 +186,7 @@ def test_long_prefill_takes_one_call_and_no_gather():
     assert (call.rows, call.slots, call.causal) == (slice(0, 3000), slice(0, 3000), True)
     assert plan.path == "direct" and not plan.merges
     q = queries(w, 3000, 2)
-    out = tree_decode(q, w.cache.k[0], w.cache.v[0], step)
+    out = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu")
     exact, _ = expected(w, step, q, 0, torch.float64)
     assert (out - exact).abs().max() < 1e-5
 
@@ -200,9 +210,9 @@ def test_keys_are_shared_where_that_saves_more_than_it_costs(prefix, branches, o
     step = w.write([(child, 1) for child in children])
     q = queries(w, branches, 4)
     arguments = (q, w.cache.k[0], w.cache.v[0], step)
-    assert decode_path(*arguments) == decode_path(*arguments, backend="cpu") == path
+    assert decode_path(*arguments, backend="cpu") == path
     assert decode_path(*arguments, backend="reference") == "direct"
-    assert_decodes(w, step, q, *tree_decode(*arguments, return_lse=True))
+    assert_decodes(w, step, q, *tree_decode(*arguments, backend="cpu", return_lse=True))
 
 
 def test_short_lists_of_unequal_lengths_are_one_call():
@@ -214,7 +224,7 @@ def test_short_lists_of_unequal_lengths_are_one_call():
         w.step((child, tokens))
     step = w.write([(child, 1) for child in children])
     q = queries(w, 6, 4)
-    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True)
     lists, prefix = decode_calls.plan_calls(step.views, 2, 2).calls
     assert prefix.num_rows == lists.num_rows == 6 and lists.lists and lists.bias.shape == (6, 1, 1, 51)
     assert_decodes(w, step, q, out, lse)
@@ -230,7 +240,7 @@ def test_long_runs_are_cut_where_threads_would_idle(threads, rows, dtype, monkey
     w.step((root, 3001))
     step = w.write([(child, 1) for child in w.fork(root, rows)])
     q = queries(w, rows, 4)
-    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True)
     assert [call.parts for call in decode_calls.plan_calls(step.views, 4, 1).calls if call.parts > 1] == [threads]
     assert_decodes(w, step, q, out, lse)
 
@@ -273,7 +283,7 @@ def test_plans_advance_with_their_steps(page_size, kv_heads, monkeypatch):
     step = w.write([(branch, 1) for branch in (alone, *children, *scattered, *nearly_long)], reserve=40)
     for _ in range(40):
         q = queries(w, 8, 4)
-        out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True)
+        out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True)
         assert_decodes(w, step, q, out, lse)
         plan = decode_calls.plan_calls(step.views, 4 // kv_heads, kv_heads)
         assert plans_alike(plan, build(step.views, decode_calls.Cut(4 // kv_heads, kv_heads, 3)))
@@ -288,7 +298,7 @@ def test_many_partials_are_merged_piece_by_piece(monkeypatch):
     w = make_world(page_size=3)
     step = w.write(CASES["prefill_on_prefix"](w))
     q = queries(w, step.total_rows, 4)
-    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True, batch_invariant=True)
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True, batch_invariant=True)
     assert_decodes(w, step, q, out, lse)
 
 
@@ -307,24 +317,27 @@ def test_batch_invariant_calls_are_never_of_one_problem(branches, monkeypatch):
     w.step((root, 40))
     step = w.write([(child, 1) for child in w.fork(root, branches)])
     q = queries(w, branches, 3)
-    tree_decode(q, w.cache.k[0], w.cache.v[0], step, batch_invariant=True)
+    tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", batch_invariant=True)
     assert problems and min(problems) >= 2
 
 
 @pytest.mark.parametrize("page_size", [3, 16])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 64), (14, 2, 8), (40, 1, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_batch_invariance(page_size, heads, kv_heads, head_dim, dtype, monkeypatch):
+@pytest.mark.parametrize("backend", [NATIVE, "cpu"])
+def test_batch_invariance(page_size, heads, kv_heads, head_dim, dtype, backend, monkeypatch):
     monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 16)
-    assert_batch_invariant(make_world(page_size, kv_heads, head_dim, dtype), "cpu", heads)
+    assert_batch_invariant(make_world(page_size, kv_heads, head_dim, dtype), backend, heads)
 
 
-def test_batch_invariant_decoding_of_every_case():
+@pytest.mark.parametrize("backend", [NATIVE, "cpu"])
+def test_batch_invariant_decoding_of_every_case(backend):
     for case in CASES:
         w = make_world(page_size=3)
         step = w.write(CASES[case](w))
         q = queries(w, step.total_rows, 6)
-        out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, return_lse=True, batch_invariant=True)
+        arguments = (q, w.cache.k[0], w.cache.v[0], step)
+        out, lse = tree_decode(*arguments, backend=backend, return_lse=True, batch_invariant=True)
         assert_decodes(w, step, q, out, lse)
 
 
@@ -400,7 +413,7 @@ def test_arguments_that_do_not_fit():
             tree_decode(*arguments, step)
     with torch.no_grad():
         tree_decode(q.clone().requires_grad_(), k, v, step)
-    with pytest.raises(ValueError, match="expected one of 'auto', 'cpu', 'triton', 'reference', got 'flash'"):
+    with pytest.raises(ValueError, match="expected one of 'auto', 'native', 'cpu', 'triton', 'reference', got 'flash'"):
         tree_decode(q, k, v, step, backend="flash")
     w.commit(step)
     with pytest.raises(StaleStep, match="was committed"):
@@ -428,7 +441,7 @@ def test_auto_gives_every_reason():
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_scale_that_is_not_finite(scale, backend):
     w = make_world()
     step = w.write(CASES["siblings"](w))

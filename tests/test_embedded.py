@@ -17,6 +17,7 @@ from mvkernels.model.evaluation.accuracy import EMBEDDED, MAX_NEW_TOKENS, Accura
 from mvkernels.model.tasks.arithmetic import generate, grade
 from mvkernels.model.tokens import read_entry
 from mvkernels.model.training import Recipe
+from tests.engine_cases import preempted_before_every_step
 from tests.lossless import Recorder, check_lossless
 
 MAX_BYTES = 8 * 10**6
@@ -85,3 +86,17 @@ def test_lossless_on_fifty_problems(engine: Engine, first: int) -> None:
         assert not result.warnings and result.finish_reason == "stop"
         compared = check_lossless(engine, recorder, result, TOLERANCE, request, chunk=64)
         assert compared == result.layout.sampled.sum() > 200
+
+
+def test_lossless_with_preemption_at_every_step(engine: Engine) -> None:
+    """Blocks in blocks; before every step all pages are given back, and all is computed again."""
+    problem = next(problem for problem in generate(7, "test") if len(problem.terms) == 2)
+    config = Config(max_new_tokens=MAX_NEW_TOKENS)
+    (expected,) = engine.generate(problem.prompt(), config)
+    recorder, before = Recorder(), engine.preemptions
+    with preempted_before_every_step():
+        (result,) = engine.generate(problem.prompt(), config, recorder)
+    assert engine.preemptions - before > result.critical_path / 2
+    assert result.token_ids == expected.token_ids and result.finish_reason == "stop"
+    assert any(len(path) > 1 for path in result.texts)
+    assert check_lossless(engine, recorder, result, TOLERANCE, chunk=64) == result.layout.sampled.sum() > 150

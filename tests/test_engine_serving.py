@@ -6,15 +6,23 @@ import asyncio
 import gc
 import random
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
 
 from mvkernels.model import Engine
 from mvkernels.model.engine import FinishEvent, TokenEvent
-from mvkernels.model.scheduler import Scheduler
-from tests.engine_cases import CASES, TOLERANCE, by_request, check_pages, config_for, follow, plain
+from tests.engine_cases import (
+    CASES,
+    TOLERANCE,
+    by_request,
+    check_pages,
+    config_for,
+    follow,
+    plain,
+    preempted_before_every_step,
+)
 from tests.lossless import Recorder, check_lossless
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
@@ -28,22 +36,6 @@ def engine() -> Engine:
 def all_pages_come_back(engine: Engine):
     yield
     check_pages(engine)
-
-
-@contextmanager
-def preempted_before_every_step():
-    """Every request loses its pages before each step, unless it is being computed again: that may take several."""
-    schedule = Scheduler.schedule
-
-    def preempt_all(self: Scheduler):
-        for request in self.running:
-            if request not in self._behind:
-                self.preempt(request)
-        return schedule(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scheduler, "schedule", preempt_all)
-        yield
 
 
 # ---- preemption, prompts in pieces

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import os
 import random
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
 from mvkernels import PagedKVCache
-from mvkernels.model import Engine, Generation, GenerationConfig
-from mvkernels.model.engine import FinishEvent
+from mvkernels.model import Engine, Generation
+from mvkernels.model.evaluation.stress import Summary, any_tokens, main, same_text, serve
 from mvkernels.model.request import Request
-from mvkernels.model.sampling import sample
-from tests.engine_cases import CASES, by_request, check_pages, config_for, follow, goal, plain, script
-from tests.tiny_model import scripted, tiny_model, tiny_tokenizer
+from mvkernels.ops.decode_native import compile_reason
+from tests.engine_cases import CASES, by_request, check_pages, config_for, follow, plain
+from tests.tiny_model import tiny_model, tiny_tokenizer
 
 FULL = bool(os.environ.get("MVKERNELS_FULL"))
 
@@ -37,94 +36,53 @@ def test_many_requests_with_tags_cancels_and_few_pages(engine: Engine) -> None:
     small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=100, max_step_tokens=64)
     names = list(CASES)
     alone: dict[tuple[str, str], Generation] = {}
-    streams, left, cancelled = {}, set(), set()
-    for number in range(count):
+    streams, wanted = [], []
+    for _ in range(count):
         name, prompt = chosen.choice(names), "the product" + " of parts" * chosen.choice([0, 1, 5, 20])
         if (name, prompt) not in alone:
             [alone[name, prompt]] = engine.generate(prompt, config_for(engine), follow(engine, CASES[name]))
-        stream = small.stream(prompt, config_for(small), follow(small, CASES[name]))
-        streams[number] = stream, alone[name, prompt], chosen.choice([None] * 3 + ["cancel", "close"])
-    ends: dict[int, Generation] = {}
-    waiting, running = list(streams), []
-    while waiting or running:
-        running += [waiting.pop(0) for _ in range(min(len(waiting), chosen.choice([0, 1, 6])))]
-        for number in list(running):
-            stream, expected, fate = streams[number]
-            for _ in range(chosen.randint(1, 60)):
-                event = next(stream, None)
-                if isinstance(event, FinishEvent):
-                    ends[number] = event.generation
-            if event is None:
-                running.remove(number)
-            elif fate and chosen.random() < 0.05:
-                streams[number] = stream, expected, None
-                if fate == "cancel":
-                    stream.cancel()
-                    cancelled.add(number)
-                else:
-                    stream.close()
-                    left.add(number)
-    assert set(ends) == set(range(count)) - left and cancelled and left
-    for number, out in ends.items():
-        expected = streams[number][1]
+        streams.append(small.stream(prompt, config_for(small), follow(small, CASES[name])))
+        wanted.append(alone[name, prompt])
+    served = serve(streams, chosen)
+    assert set(served.ends) == set(range(count)) - served.closed and served.cancelled and served.closed
+    for number, out in served.ends.items():
+        expected = wanted[number]
         if out.finish_reason == "cancelled":
-            assert number in cancelled
+            assert number in served.cancelled
         else:
             assert out.finish_reason == "stop" and out.token_ids == expected.token_ids and out.text == expected.text
     assert small.preemptions > count / 20
     check_pages(small)
 
 
-# ---- any output at all
+# ---- any output at all: the command, with fewer requests
 
 
 @pytest.mark.parametrize("grammar", [True, False], ids=["grammar", "any token"])
 def test_a_model_of_random_tokens(engine: Engine, grammar: bool) -> None:
-    """Every id is equally likely, but tags, newlines and digits more so."""
-    count = 5000 if FULL else 150
-    chosen = random.Random(int(grammar))
-    small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=400)
-    bias = torch.zeros(300)
-    bias[list(small.tags.ids)] = 3.0
-    bias[small.tags.encode("\n1:")] = 3.0
+    count, summary = 5000 if FULL else 150, Summary("")
+    any_tokens(engine.model, engine.tokenizer, count, 0, summary, grammar)
+    assert summary.requests == count and summary.forked > count / 20 and summary.preemptions and summary.closed
+    assert set(summary.reasons) == {"stop", "max_new_tokens", "max_critical_path", "cancelled"}
 
-    def choose(views, logits):
-        return sample(views, bias.expand(len(views), -1))
 
-    # Without the grammar hardly a block would come about: most begin with one.
-    head = script({"": goal("1: a", "2: b")}, small, grammar)[()]
-    scripts = [{(): head} if not grammar and i % 3 else {} for i in range(count)]
+@pytest.mark.skipif(compile_reason() is not None, reason=str(compile_reason()))
+def test_the_text_is_that_of_the_request_alone(engine: Engine) -> None:
+    summary = Summary("")
+    same_text(engine.model, engine.tokenizer, 40, 0, summary)
+    assert summary.requests == 40 and summary.forked > 4 and summary.preemptions
 
-    configs = [
-        GenerationConfig(
-            temperature=1.0,
-            seed=i,
-            grammar=grammar,
-            max_new_tokens=chosen.choice([1, 5, 30, 80, 200]),
-            max_critical_path=chosen.choice([None, 20, 60]),
-            max_width=chosen.choice([1, 2, 5]),
-            max_depth=chosen.choice([0, 1, 2, 4]),
-            max_path_tokens=chosen.choice([None, 40]),
-            sequential=chosen.random() < 0.1,
-            logprobs=chosen.choice([None, None, 0, 2]),
-            eos_token_ids=(small.tokenizer.eos_token_id,),
-        )
-        for i in range(count)
-    ]
-    reasons, forked = Counter(), 0
-    for first in range(0, count, 500):
-        part = configs[first : first + 500]
-        outs = small.generate(["the product"] * len(part), part, scripted(scripts[first : first + 500], choose))
-        check_pages(small)
-        for out, config in zip(outs, configs[first:], strict=False):
-            reasons[out.finish_reason] += 1
-            forked += out.layout.has_branches
-            assert out.total_tokens <= config.max_new_tokens
-            assert out.layout.total_tokens == len(out.token_ids) == out.prompt_length + out.total_tokens
-            assert config.max_critical_path is None or out.critical_path <= config.max_critical_path
-            assert Generation.from_json(out.to_json()) == out
-    assert set(reasons) <= {"stop", "max_new_tokens", "max_critical_path"} and len(reasons) == 3
-    assert forked > count / 20
+
+def test_the_command_says_how_to_see_a_violation_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--requests", "4", "--same", "0", "--seed", "3"]) == 0
+    assert "any tokens, grammar      2 requests" in capsys.readouterr().out
+    monkeypatch.setattr(PagedKVCache, "num_free_pages", 1)
+    assert main(["--requests", "4", "--same", "0", "--seed", "3"]) == 1
+    said = capsys.readouterr().out
+    assert "any tokens, grammar: Violation: expected 160 free pages and no bytes moved, got 1 and 0" in said
+    assert "stress --seed 3 --same 0 --requests 4" in said
 
 
 # ---- faults

@@ -1,4 +1,4 @@
-"""Packed linear layers give what the layers give, follow their weights, and leave training alone."""
+"""Fast linear layers give what the layers give, follow their weights, and leave training alone: compiled and packed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,23 @@ pytest.importorskip("transformers", reason="needs the hf extra: transformers is 
 from mvkernels import hf_linear
 from mvkernels.hf_linear import pack_linear, unpack_linear
 from mvkernels.model import Engine, GenerationConfig
+from mvkernels.ops.linear_native import LinearLayers, linear_reason
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(not hf_linear._takes(torch.float32), reason="needs PyTorch with oneDNN")
 IDS = torch.arange(40).view(1, 40) % 7
+
+
+@pytest.fixture(autouse=True, params=["compiled", "packed"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of multiplying fp32 weights."""
+    if request.param == "packed":
+        monkeypatch.setattr(hf_linear, "linear_reason", lambda: "not here")
+    elif linear_reason() is not None:
+        pytest.skip(str(linear_reason()))
+    return request.param
+
+
 # Relative to the logits; fp32 with another order of summation was seen to differ by 3e-6.
 TOLERANCE = 1e-5
 
@@ -147,8 +160,46 @@ def test_bf16_weights_are_an_opt_in() -> None:
     model = tiny_model()
     expected = logits(model)
     found = logits(pack_linear(model, torch.bfloat16))
+    assert all(pack._compiled is None for pack in packs(model))
     assert found.dtype == torch.float32 and close(found, expected, 0.1) and not close(found, expected, 1e-4)
     assert close(logits(pack_linear(model)), expected)
+
+
+def test_which_way_is_taken(way: str) -> None:
+    model = pack_linear(tiny_model())
+    logits(model)
+    for pack in packs(model):
+        assert (pack._compiled is not None, pack._packed is not None) == (way == "compiled", way == "packed")
+
+
+def test_layers_that_are_not_contiguous_are_packed() -> None:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.randn(8, 8).T)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        expected = layer(x)
+        assert close(pack_linear(layer)(x), expected)
+    assert next(iter(packs(layer)))._compiled is None
+
+
+@pytest.mark.parametrize("inner", [1, 15, 16, 100, 257])
+@pytest.mark.parametrize("rows", [1, 3, 7, 8, 9, 16, 17, 32, 33, 65])
+def test_the_kernel_of_few_rows(inner: int, rows: int) -> None:
+    """Several layers at once, with and without a bias; nothing beside the result is written."""
+    if linear_reason() is not None:
+        pytest.skip(str(linear_reason()))
+    sizes = (1, 47, 48, 131)
+    weights, biases = [torch.randn(n, inner) for n in sizes], [None, torch.randn(47), None, torch.randn(131)]
+    layers, x = LinearLayers(weights, biases), torch.randn(2 * rows, inner)[::2]
+    exact = [
+        nn.functional.linear(x.double(), w.double(), b if b is None else b.double())
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    for invariant in (False, True):
+        found = layers(x, invariant)
+        assert close(found.double(), torch.cat(exact, -1), 2e-6)
+        alone = torch.cat([layers(row[None], invariant) for row in x])
+        assert torch.equal(alone, found) or not (invariant or rows <= 8)
 
 
 def test_the_engine_generates_the_same() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from mvkernels.grammar import TAGS
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.model.loading import load_checkpoint
 from mvkernels.model.tokens import add_tags
+from tests.engine_cases import preempted_before_every_step
 from tests.lossless import Recorder, check_lossless, packed_logits, unpatched
 from tests.tiny_model import scripted
 
@@ -83,38 +86,77 @@ def test_patched_logits_on_plain_text(engine: Engine, data_dir: Path, length: in
     assert error <= 2 * eager, f"patched differs from sdpa by {error:.2e}, eager by {eager:.2e}"
 
 
-def test_lossless_with_forced_tags() -> None:
+@pytest.fixture(scope="module")
+def tagged() -> Engine:
     model, tokenizer = load_checkpoint(weights(), dtype=torch.float32)
-    tags = add_tags(model, tokenizer, seed=0)
-    engine = Engine(model, tokenizer)
+    add_tags(model, tokenizer, seed=0)
+    return Engine(model, tokenizer)
 
+
+def writer(engine: Engine) -> Callable[..., list[int]]:
     def tokens(*parts: str | int) -> list[int]:
         """Texts, and numbers of tokens that the model chooses."""
-        return [token for part in parts for token in (tags.encode(part) if isinstance(part, str) else [-1] * part)]
+        encode = engine.tags.encode
+        return [token for part in parts for token in (encode(part) if isinstance(part, str) else [-1] * part)]
 
-    def goal(*outlines: str) -> str:
-        inner = "".join(f"<Outline>\n{outline}\n</Outline>\n" for outline in outlines)
-        return f"Let's think in parallel.\n<Parallel>\n<Goal>\n{inner}</Goal>"
+    return tokens
 
-    conclude = "\n</Conclusion>\n</Parallel>"
+
+def plain(engine: Engine) -> Callable[..., list[int]]:
+    """The likeliest token that is no tag and no end of text."""
+    special = torch.tensor([*engine.tags.ids, engine.tokenizer.eos_token_id])
+    return lambda views, logits: logits.index_fill(1, special, -torch.inf).argmax(-1).tolist()
+
+
+def goal(*outlines: str) -> str:
+    inner = "".join(f"<Outline>\n{outline}\n</Outline>\n" for outline in outlines)
+    return f"Let's think in parallel.\n<Parallel>\n<Goal>\n{inner}</Goal>"
+
+
+CONCLUDE = "\n</Conclusion>\n</Parallel>"
+
+
+def test_lossless_with_forced_tags(tagged: Engine) -> None:
+    engine, tokens = tagged, writer(tagged)
     script = {
-        (): [*tokens(6, goal("1: What she earns", "2: What she spends"), 10, conclude, 8), tokenizer.eos_token_id],
-        (1,): tokens(12, goal("1.1: Eggs", "1.2: Ducks", "1.3: Days"), 6, conclude, 4, "\n</Path>"),
+        (): [
+            *tokens(6, goal("1: What she earns", "2: What she spends"), 10, CONCLUDE, 8),
+            engine.tokenizer.eos_token_id,
+        ],
+        (1,): tokens(12, goal("1.1: Eggs", "1.2: Ducks", "1.3: Days"), 6, CONCLUDE, 4, "\n</Path>"),
         (1, 1): tokens(9, "\n</Path>"),
         (1, 2): tokens("\n</Path>"),
         (1, 3): tokens(15, "\n</Path>"),
         (2,): tokens(30, "\n</Path>"),
     }
-    special = torch.tensor([*tags.ids, tokenizer.eos_token_id])
-
-    def plain(views, logits):
-        return logits.index_fill(1, special, -torch.inf).argmax(-1).tolist()
-
-    recorder = Recorder(scripted(script, plain))
+    recorder = Recorder(scripted(script, plain(engine)))
     prompt = "Janet's ducks lay 16 eggs per day. She sells them for $2 each and spends $5 a day on food."
     total = sum(map(len, script.values()))
     [out] = engine.generate(prompt, GenerationConfig(max_new_tokens=1000), recorder)
-    count = {tag: out.token_ids.count(token) for tag, token in zip(TAGS, tags.ids, strict=True)}
+    count = {tag: out.token_ids.count(token) for tag, token in zip(TAGS, engine.tags.ids, strict=True)}
     assert count["<Path>"] == count["</Path>"] == 5 and count["</Parallel>"] == 2
     assert check_lossless(engine, recorder, out, TOLERANCE, chunk=64) == total
     assert out.finish_reason == "stop" and not out.warnings and out.parallelism > 1.2
+
+
+def test_lossless_with_preemption_at_every_step(tagged: Engine) -> None:
+    """Short, as each step computes all that is there again. The outer block begins with the prompt."""
+    engine, tokens = tagged, writer(tagged)
+    script = {
+        (): [*tokens(1, CONCLUDE, 2), engine.tokenizer.eos_token_id],
+        (1,): tokens(1, goal("1.1: a", "1.2: b").partition("\n")[2], CONCLUDE, 1, "\n</Path>"),
+        (1, 1): tokens(2, "\n</Path>"),
+        (1, 2): tokens("\n</Path>"),
+        (2,): tokens(4, "\n</Path>"),
+    }
+    prompt = "Eggs and days.\n" + goal("1: Eggs", "2: Days").partition("\n")[2]
+    outs, recorders = [], []
+    for preempted in (False, True):
+        recorders.append(Recorder(scripted(script, plain(engine))))
+        before = engine.preemptions
+        with preempted_before_every_step() if preempted else nullcontext():
+            outs += engine.generate(prompt, GenerationConfig(max_new_tokens=300), recorders[-1])
+        assert (engine.preemptions - before > outs[-1].steps / 3) is preempted
+    assert outs[0].token_ids == outs[1].token_ids and outs[1].finish_reason == "stop" and not outs[1].warnings
+    assert outs[1].token_ids.count(engine.tags.ids[TAGS.index("</Path>")]) == 4
+    assert check_lossless(engine, recorders[1], outs[1], TOLERANCE, chunk=64) == sum(map(len, script.values()))

@@ -41,12 +41,14 @@ def tiny_tokenizer(tags: bool = True) -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_model(seed: int = 0, max_positions: int = 512, **changes: object) -> Qwen2ForCausalLM:
+def tiny_model(
+    seed: int = 0, max_positions: int = 512, intermediate_size: int = 96, **changes: object
+) -> Qwen2ForCausalLM:
     """fp32, on the CPU. The weights are large enough that the logits depend on the whole context."""
     config = Qwen2Config(
         vocab_size=300,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

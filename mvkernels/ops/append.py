@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from mvkernels.ops.backends import choose_backend, triton_reason
+from mvkernels.ops.decode_native import append_native, compile_reason
 from mvkernels.ops.rope import Rotation, check_rotation, rotate_rows, rotation_reason
 
 
@@ -23,8 +24,12 @@ def append_rows(
     slots: torch.Tensor,
     backend: str = "auto",
     rotation: Rotation | None = None,
+    spare: bool = True,
 ) -> None:
-    """Checks the arguments, chooses a backend, and writes. Raises ValueError and BackendError."""
+    """Checks the arguments, chooses a backend, and writes. Raises ValueError and BackendError.
+
+    spare: whether some slots may be -1.
+    """
     expected = (slots.shape[0], *k_cache.shape[2:])
     for name, new, stored in (("k_new", k_new, k_cache), ("v_new", v_new, v_cache)):
         if tuple(new.shape) != expected:
@@ -50,10 +55,28 @@ def append_rows(
 
         launch_append(k_cache, v_cache, k_new, v_new, slots, rotation)
         return
+    if _compiled_fits(k_cache, v_cache, k_new, v_new, slots) and rotation is None and backend != "reference":
+        append_native(k_cache, v_cache, k_new, v_new, slots)
+        return
     with torch.no_grad():
         k_new = k_new if rotation is None else rotate_rows(k_new, rotation)
-        written = slots >= 0
-        if not bool(written.all()):
+        if spare:
+            written = slots >= 0
             slots, k_new, v_new = slots[written], k_new[written], v_new[written]
-        k_cache.view(-1, *k_cache.shape[2:])[slots] = k_new
-        v_cache.view(-1, *v_cache.shape[2:])[slots] = v_new
+        for stored, new in ((k_cache, k_new), (v_cache, v_new)):
+            stored.view(-1, *stored.shape[2:]).index_put_((slots,), new)
+
+
+def _compiled_fits(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, slots: torch.Tensor
+) -> bool:
+    """Whether the kernel that is compiled for this CPU may write these: it does what indexing does, in one call."""
+    return (
+        k_cache.device.type == slots.device.type == "cpu"
+        and slots.dtype == torch.int64
+        and slots.is_contiguous()
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+        and (k_new.stride(2) == v_new.stride(2) == 1 or k_new.shape[2] == 1)
+        and compile_reason() is None
+    )

@@ -7,11 +7,10 @@ scattered ones are gathered, and the short lists of many branches are attended t
 share a key-value head become rows of one problem, so that each key is read once for all of them. Keys beyond a node's
 length are never read. The order is fixed: the same step gives the same bits with the same number of threads.
 
-Where the time goes: of the 2.3 ms of 8 branches on 8192 shared and 256 own tokens (8 query and 2 key-value heads of 64,
-fp32, caches overwritten before, two cores of an AMD EPYC with AVX-512) 1.6 are the kernel on the shared keys, of which
-1.1 stay when they are in the caches (its products alone, at the 85 GFLOP/s that a core reaches in them, are 0.8); 0.4
-are the own lists, gathered and attended to, and the rest is the dispatch of small ops, whose code is cold as well. SDPA
-branch by branch takes 6.6 there: six times as fast would need a kernel that computes while it waits for the memory.
+This is for where `decode_native` cannot run: without a C++ compiler, and in fp64. Where the time goes: of the 2.3 ms of
+8 branches on 8192 shared and 256 own tokens (8 query and 2 key-value heads of 64, fp32, caches overwritten before, two
+cores with AVX-512) 1.6 are the kernel on the shared keys, of which 1.1 stay when they are in the caches; 0.4 are the
+own lists, gathered and attended to, and the rest is the dispatch of small ops, whose code is cold as well.
 
 Inside, rows are [R, G, Hkv, D] (head = kv_head * G + g): so the kernel writes them, whichever way they were packed.
 """

@@ -1,0 +1,76 @@
+"""Linear layers with few rows of input on the CPU, fp32: see `linear_native.cpp`, which is compiled where it runs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mvkernels.ops.native import native_library, native_reason
+
+SOURCE = Path(__file__).with_name("linear_native.cpp")
+MOST_ROWS = 32  # with more, the products of PyTorch are as fast or faster: they are bound by arithmetic
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of the kernel."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("outer", ctypes.c_int64), ("column", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class LinearLayers:
+    """Layers with the same input: weights [outer, inner] and biases [outer] or None, contiguous fp32 on the CPU.
+
+    They are used where they lie, and must outlive this. outer: the sum of theirs.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
+        self.outer, self.inner = 0, weights[0].shape[1]
+        layers = []
+        for weight, bias in zip(weights, biases, strict=True):
+            layers.append(_Layer(weight.data_ptr(), None if bias is None else bias.data_ptr(), len(weight), self.outer))
+            self.outer += len(weight)
+        self._layers = (_Layer * len(layers))(*layers)
+
+    def __call__(self, x: torch.Tensor, invariant: bool = False) -> torch.Tensor:
+        """x [.., inner] -> [.., outer], the layers' results side by side; no gradients.
+
+        invariant: whether a row shall have the same bits whatever the number of rows; else it has within 1 to 8 rows,
+        and from 9 on.
+        """
+        library, few = _kernel()
+        x = x.contiguous()
+        rows = x.numel() // self.inner
+        out = x.new_empty(*x.shape[:-1], self.outer)
+        if not rows:
+            return out
+        space = None
+        if invariant or rows > few:
+            space = torch.empty(library.space_numbers(rows, self.inner))
+        library.linear(
+            self._layers, len(self._layers), x.data_ptr(), rows, self.inner, out.data_ptr(), self.outer,
+            None if space is None else space.data_ptr(), invariant, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+@functools.cache
+def linear_reason() -> str | None:
+    """Why the kernel cannot be compiled here, or None. Compiles it at the first call."""
+    return native_reason(SOURCE)
+
+
+@functools.cache
+def _kernel() -> tuple[ctypes.CDLL, int]:
+    """The library, and up to how many rows are few."""
+    library = native_library(SOURCE)
+    pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.space_numbers.argtypes, library.space_numbers.restype = [long, long], long
+    library.linear.argtypes = [pointer, short, pointer, long, long, pointer, long, pointer, short, short]
+    library.linear.restype = None
+    return library, int(library.few_rows())
