@@ -412,10 +412,7 @@ class Core:
 
     def _make_room(self, pages: int, least: int) -> bool:
         """Prefixes that nobody uses go before any request does."""
-        try:
-            return self.prefixes is not None and self.prefixes.evict(pages, least)
-        except Exception:  # they stay until the next time; whoever needs pages gets them from a request
-            return False
+        return self.prefixes is not None and self.prefixes.evict(pages, least)
 
     def _deliver(self) -> None:
         """Tells every call what has happened to its requests."""

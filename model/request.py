@@ -66,8 +66,9 @@ class Request:
     `take` takes one.
 
     `events` collects what happened; `finish_reason` is set when the request has ended, which may be at once.
-    writer, masks: None for a tokenizer without tags. prefixes: where it finds and leaves its beginning. Raises ValueError where the prompt leaves the model no position,
-    and where it leaves blocks open that cannot be closed within the budgets.
+    writer, masks: None for a tokenizer without tags. prefixes: where it finds and leaves its beginning. Raises
+    ValueError where the prompt leaves the model no position, and where it leaves blocks open that cannot be closed
+    within the budgets.
     """
 
     def __init__(

@@ -45,19 +45,20 @@ class Entry:
 class RequestKV:
     """See the module's docstring. Branches are numbers of the caller's; 0 is the trunk, and there from the beginning.
 
-    prefixes: where beginnings of requests are kept; for that `positions` says where the tokens of a branch stand. It holds nothing in the cache before the first `entries`. Figures, all kept as they change:
+    prefixes: where beginnings of requests are kept; for that `positions` says where the tokens of a branch stand. It
+    holds nothing in the cache before the first `entries`. Figures, all kept as they change:
 
     unsent_tokens   tokens that are not handed out
     most_pages      pages of the whole structure. num_pages: those that are in the cache
-    starved         whether the latest `entries` left a branch out for want of pages
-    short           how many more pages they would have taken
+    new_pages       that the latest `entries` take. short: how many more they would have taken, had there been any
+    starved         whether they left a branch out for want of pages
     """
 
     def __init__(
         self, cache: PagedKVCache, prefixes: PrefixCache | None = None, positions: Positions | None = None
     ) -> None:
         self.cache = cache
-        self.unsent_tokens = self.most_pages = self.num_pages = self.short = 0
+        self.unsent_tokens = self.most_pages = self.num_pages = self.new_pages = self.short = 0
         self.starved = False
         self._trunk = Line(0, reached=True)
         self._prefix = None
@@ -141,7 +142,7 @@ class RequestKV:
         if self._trunk.handle is None:
             self._enter()
         self._before = dict(self._ready), list(self._due), self.unsent_tokens, self.num_pages
-        self._step, self.starved, self.short = [], False, 0
+        self._step, self.starved, self.short, self.new_pages = [], False, 0, 0
         try:
             return self._entries(max_tokens, max_branches, max_pages, may)
         except BaseException:
@@ -187,6 +188,7 @@ class RequestKV:
             tokens -= count
             self.unsent_tokens -= count
             self.num_pages += new
+            self.new_pages += new
             del self._ready[line]
             if line.given < limit:
                 self._ready[line] = None  # behind those that had no turn

@@ -66,8 +66,9 @@ class _Step(Generic[R]):
 class Scheduler(Generic[R]):
     """See the module's docstring.
 
-    free_pages       how many pages the next step may take. make_room: asks for so many that nobody needs, or for none if
-                     they are fewer than its second argument; whether any came. failed: told of a request whose side of the cache raised an error; it removes the request
+    free_pages       how many pages the next step may take. make_room: asks for so many that nobody needs, or for none
+                     if they are fewer than its second argument; whether any came. failed: told of a request whose side
+                     of the cache raised an error, or room for it; it removes the request
     max_step_tokens  tokens of a step. max_step_width: branches of one request in a step; they take turns
     max_requests     requests that run at once
     """
@@ -170,15 +171,19 @@ class Scheduler(Generic[R]):
                 return
             if self._running and request.kv.awaits_prefix():
                 continue
-            if not self._has_room(request.kv):
-                return
+            try:
+                if not self._has_room(request.kv):
+                    return
+            except Exception as error:
+                self._failed(request, error)
+                continue
             self._waiting.remove(request)
             insort(self._running, request, key=self._arrived.__getitem__)
             self._admitted.add(request)
             self._behind.add(request)
 
     def _has_room(self, kv: RequestKV) -> bool:
-        """Whether there are pages for a request that waits; with nobody else to wait for, it gets on with what is there."""
+        """Whether there are pages for a request that waits; where nobody runs, it gets on with what there is."""
         promised = sum(other.kv.hold_prefix() for other in self._behind) + len(self._running)
         wanted = kv.hold_prefix() + promised
         while (missing := wanted - self._free_pages()) > 0:
@@ -192,16 +197,15 @@ class Scheduler(Generic[R]):
         """Adds what a request may put into the step; who is younger may have to give up his pages, and his part."""
         kv = request.kv
         while request in self._admitted:  # it may have been preempted meanwhile, or have ended
-            held = kv.num_pages
             try:
                 entries = request.entries(step.tokens, self.max_step_width, self._free_pages() - step.pages)
+                if kv.short and self._make_room(kv.short, 1):
+                    kv.unsent()
+                    continue
             except Exception as error:
                 return self._failed(request, error)
-            if kv.short and self._make_room(kv.short, 1):
-                kv.unsent()
-                continue
             if not kv.starved or (entries and len(self._running) == 1):
-                return step.add(request, entries, kv.num_pages - held) if entries else kv.unsent()
+                return step.add(request, entries, kv.new_pages) if entries else kv.unsent()
             kv.unsent()
             youngest = self._running[-1]
             if youngest is request and len(self._running) == 1:

@@ -49,7 +49,7 @@ class Node:
     refs: int = 0
     # The handle of a merged branch whose tail this is: it may still write here until the node may not grow.
     merged_branch: int | None = None
-    # The front of a node that was cut in two: no handle writes here.
+    # The front of a node that was cut in two, or what a branch was cut off behind: no handle writes here.
     sealed: bool = False
     _page_array: Int32Array | None = None
     # Where its pages stand in the tables on the device, if the cache keeps some and it ever had a token.

@@ -36,6 +36,10 @@ def find_cut(head: Link, dropped: int, page_size: int) -> Cut:
     if not dropped:
         for after in reversed(behind):
             if _begins_for_good(after):
+                for (
+                    before
+                ) in after.node.predecessors:  # fronts, ended paths, what stands before a block that was merged
+                    before.sealed = True
                 return Cut(after)
             if after.node.length:
                 break
@@ -47,13 +51,13 @@ def find_cut(head: Link, dropped: int, page_size: int) -> Cut:
 
 
 def _begins_for_good(link: Link) -> bool:
-    """Whether the node begins here, and nothing before it can grow any more, even if the node dies."""
-    node, before = link.node, link.before
-    if node.chain is not before or before is None:
+    """Whether the node begins here, and nothing right before it can grow any more, even if the node dies."""
+    node = link.node
+    if node.chain is not link.before:
         return False
-    if link.forked:  # behind what its parent may go on with
-        return before.node.sealed
-    return all(other.merged_branch is None for other in node.predecessors)
+    if link.forked:  # behind what its parent may go on with, unless it came from a cut
+        return all(before.sealed for before in node.predecessors)
+    return all(before.merged_branch is None for before in node.predecessors)
 
 
 def split(node: Node, tokens: int, number: int, page_size: int) -> Node:

@@ -93,8 +93,8 @@ class CacheMachine(RuleBasedStateMachine):
         if count < before:
             return own and (link.node.length - before + count) % self.cache.page_size == 0
         for after in behind[::-1]:  # where a join has a token, or nobody is left to go on with its paths
-            ended = all(n.merged_branch is None for n in after.node.predecessors) and not after.forked
-            if after.node.chain is after.before and (ended or after.before.node.sealed):
+            ended = all(n.sealed if after.forked else n.merged_branch is None for n in after.node.predecessors)
+            if after.node.chain is after.before and ended:
                 return True
             if after.node.length:
                 break
