@@ -61,7 +61,7 @@ class PrefixCache:
 
     size         pieces in the cache. idle_pages: pages of those that no request uses
     hits         tokens that requests found here instead of computing them
-    version      changes whenever another piece can be found, or another request is about to bring some
+    version      changes whenever other pieces can be found
     """
 
     def __init__(self, cache: PagedKVCache) -> None:
@@ -97,13 +97,11 @@ class PrefixCache:
     def announce(self, piece: Piece, key: bytes, owner: object) -> None:
         """The owner is about to compute the part behind a piece."""
         self._coming.setdefault((piece, key), owner)
-        self.version += 1
 
     def withdraw(self, piece: Piece, key: bytes, owner: object) -> None:
         """It is there, or never comes."""
         if self._coming.get((piece, key)) is owner:
             del self._coming[piece, key]
-            self.version += 1
 
     def is_coming(self, piece: Piece, key: bytes) -> bool:
         """Whether some request is about to compute the part behind a piece."""

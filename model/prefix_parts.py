@@ -41,21 +41,21 @@ class RequestPrefix:
         return self._may_begin_behind(self._depth) and self.cache.is_coming(self.piece, parts[self._depth].key)
 
     def hold(self) -> int:
-        """Keeps the pieces that there are from being given up; returns their pages."""
+        """Keeps the pieces that there are from being given up, and announces the next one; returns their pages."""
         if not self._held:
             self._look()
             self.cache.hold(self.piece)
             self._held = True
             self.pages = sum(part.pages for part in self._parts[: self._depth])
+            if self._depth < len(self._parts):
+                self._announced = self.piece, self._parts[self._depth].key
+                self.cache.announce(*self._announced, self)
         return self.pages
 
     def begin(self) -> tuple[Branch, Part]:
         """The request's branch, and what it has there: what the pieces hold in all."""
         self.hold()
         branch = self.cache.begin(self.piece)
-        if self._depth < len(self._parts):
-            self._announced = self.piece, self._parts[self._depth].key
-            self.cache.announce(*self._announced, self)
         given, passed = self.piece.part.given, self.piece.part.passed
         return branch, Part(b"", given, passed, given, self.pages, self.piece.seen)
 
