@@ -86,6 +86,22 @@ def test_behind_a_join_a_branch_starts_where_the_join_did(table_size) -> None:
     world.check()
 
 
+def test_who_sees_a_node_goes_on_after_it_was_cut() -> None:
+    """What was remembered of lists, for the host and for the device, holds for both halves."""
+    world = make(table_size=(16, 64))
+    trunk = world.new()
+    world.step((trunk, 22))
+    children = world.fork(trunk, 2)
+    world.step(*((child, 3) for child in children))
+    cuts = [world.fork_at(trunk, count) for count in (16, 4, 12)]
+    world.step(*((branch, 2) for branch in (*children, *cuts)))
+    world.check()
+    late = world.fork_at(children[0], 22 + 4)
+    world.merge(trunk)
+    world.step(*((branch, 1) for branch in (trunk, late, *cuts)))
+    world.check()
+
+
 def test_an_open_block_is_cut_off_its_trunk() -> None:
     """The children stay those of their parent, and are merged into it."""
     world = make()

@@ -25,6 +25,9 @@ TREES = [
     [13, [[5], [3]], 3],
     [12, [[5], [3]], 20],
     [9, [[4], [2, [[7], [1]], 3]], 30],
+    # The same tokens at the same positions, and in the last of them some see others.
+    [13, [[5, [[1], [1, [[2], [1]]]]]], 9],
+    [13, [[5, [[1], [1]], [[2], [1]]]], 9],
 ]
 
 
