@@ -124,10 +124,11 @@ def run(
 def _bench(loaded: Loaded, device: str, tokens: int, effort: Effort, *sinks: Any) -> Bench:
     unpacked = strict = None
     if device == "cpu":
-        unpacked = Engine(copy_model(loaded.bare), loaded.tokenizer, fast_linear=False)
+        unpacked = Engine(copy_model(loaded.bare), loaded.tokenizer, fast_linear=False, prefix_cache=False)
         if compile_reason() is None:  # it has no other attention to run with
-            strict = Engine(loaded.model, loaded.tokenizer, strict=True)
-    engine = Engine(loaded.model, loaded.tokenizer, fast_linear=device == "cpu")
+            strict = Engine(loaded.model, loaded.tokenizer, strict=True, prefix_cache=False)
+    # Every round has the same prompts, which are to be computed in each.
+    engine = Engine(loaded.model, loaded.tokenizer, fast_linear=device == "cpu", prefix_cache=False)
     return Bench(loaded, engine, unpacked, strict, device, tokens, effort, *sinks)
 
 

@@ -24,6 +24,7 @@ import torch
 
 from mvkernels.model.events import Event
 from mvkernels.model.logprobs import TokenLogprob, token_logprobs
+from mvkernels.model.prefix_cache import PrefixCache
 from mvkernels.model.request import Request
 from mvkernels.model.request_kv import Entry, RequestKV
 from mvkernels.model.runner import BadLogits, Runner
@@ -72,6 +73,7 @@ class Core:
     wake, rest   called before the first step and after the last one, as often as work comes and ends
     limits       those of the scheduler, by name
     own_positions: whether the requests say where their tokens stand; else the cache does
+    prefix_cache: whether beginnings of requests stay in the cache, as `prefixes`, for others
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class Core:
         rest: Callable[[], None],
         limits: dict[str, int],
         own_positions: bool = False,
+        prefix_cache: bool = True,
     ) -> None:
+        self.prefixes = PrefixCache(runner.cache) if prefix_cache else None
         self.runner, self._wake, self._rest, self._own_positions = runner, wake, rest, own_positions
         self.scheduler: Scheduler[Request] = Scheduler(runner.free_pages, self._make_room, self._fail, **limits)
         self._turn = threading.Condition()
@@ -136,6 +140,20 @@ class Core:
                 return
             self._stepping = threading.get_ident()
         self._make_step(steps=False)
+
+    def between_steps(self, change: Callable[[], None]) -> None:
+        """Changes something while no step is made. Raises RuntimeError within a step."""
+        with self._turn:
+            if self.within_step():
+                raise RuntimeError("expected a call from outside of a step, got one from a sampler of this engine")
+            self._turn.wait_for(lambda: self._stepping is None)
+            self._stepping = threading.get_ident()
+        try:
+            change()
+        finally:
+            with self._turn:
+                self._stepping = None
+                self._turn.notify_all()
 
     @property
     def busy(self) -> bool:
@@ -392,8 +410,9 @@ class Core:
         except Exception:  # tried again before the next step
             self._unfreed.append(kv)
 
-    def _make_room(self, pages: int) -> bool:
-        return False
+    def _make_room(self, pages: int, least: int) -> bool:
+        """Prefixes that nobody uses go before any request does."""
+        return self.prefixes is not None and self.prefixes.evict(pages, least)
 
     def _deliver(self) -> None:
         """Tells every call what has happened to its requests."""

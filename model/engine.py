@@ -70,6 +70,10 @@ class Engine:
                      gradients only, undone by `unpack_linear`. None: where that takes no memory; for bf16, and for fp32
                      without a C++ compiler, it takes as much again as the weights
     graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
+    prefix_cache     whether what requests begin with stays in pages, for those that begin in the same way: a common
+                     prompt, the samples of one, the next turn of a chat, a request that is computed again. Such pages
+                     are given up, the least recently used first, before any request has to make room. Weights that are
+                     written to in place, or move, are noticed; after other changes of the model call `clear_prefixes`
     strict           whether a request's tokens and log-probabilities shall be the same, bit for bit, whoever shares its
                      steps (model/strict.py): every forward has max_step_tokens rows, by default 64, and no graph
     One engine serves any number of threads and tasks at once; their requests share its steps. Raises ValueError for a
@@ -90,6 +94,7 @@ class Engine:
         max_step_width: int = 64,
         max_requests: int = 256,
         graph: bool | None = None,
+        prefix_cache: bool = True,
         fast_linear: bool | None = None,
         strict: bool = False,
     ) -> None:
@@ -115,9 +120,11 @@ class Engine:
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed
         self.graph, self.strict = False if strict else graph, strict
+        self.prefix_cache = prefix_cache
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self._core: Core | None = None
         self._training = False
+        self._weights: tuple[tuple[int, int], ...] = ()  # with which the prefixes were computed
         try:
             self.tags: TagTokens | None = TagTokens.from_tokenizer(tokenizer)
         except ValueError as error:
@@ -200,6 +207,25 @@ class Engine:
         """How often a request had to give its pages back and was computed again, since the engine was made."""
         return 0 if self._core is None else self._core.scheduler.preemptions
 
+    @property
+    def prefix_hits(self) -> int:
+        """How many tokens requests did not compute because others had, since the engine was made."""
+        return 0 if self._core is None or self._core.prefixes is None else self._core.prefixes.hits
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that no request uses, those of prefixes included; between two calls all there are."""
+        if self._core is None:
+            return 0
+        prefixes = self._core.prefixes
+        return self._core.runner.cache.num_available_pages + (0 if prefixes is None else prefixes.idle_pages)
+
+    def clear_prefixes(self) -> None:
+        """Gives up all prefixes that no request uses at the moment."""
+        core = self._core
+        if core is not None and core.prefixes is not None:
+            core.between_steps(core.prefixes.clear)
+
     # ---- before the run
 
     def _requests(
@@ -213,7 +239,8 @@ class Engine:
             if needed > cache.num_pages:
                 expected = f"at most {cache.num_pages} pages to be needed"
                 raise OutOfPages(f"prompt {task.index}: expected {expected}, got {needed}")
-        return core, [Request(task, cache, self.tokenizer, self._writer, self._masks) for task in tasks]
+        parts = self.tokenizer, self._writer, self._masks, core.prefixes
+        return core, [Request(task, cache, *parts) for task in tasks]
 
     def _tasks(self, prompts: Any, config: GenerationConfig | Sequence[GenerationConfig] | None, n: int) -> list[Task]:
         listed = as_prompts(prompts)
@@ -245,7 +272,9 @@ class Engine:
         constant_rows = limits["max_step_tokens"] if self.strict else None
         runner = Runner(self.model, cache, DecodeGraph(self.model, cache) if captures else None, constant_rows)
         released = self._writer is not None and self._writer.semantics == "released"
-        self._core = Core(runner, self._wake, self._rest, limits, own_positions=released)
+        self._core = Core(
+            runner, self._wake, self._rest, limits, own_positions=released, prefix_cache=self.prefix_cache
+        )
         return self._core
 
     # ---- while there is work
@@ -253,6 +282,10 @@ class Engine:
     def _wake(self) -> None:
         self._training = self.model.training
         self.model.train(False)
+        weights = tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters())
+        if self._weights != weights and self._core is not None and self._core.prefixes is not None:
+            self._core.prefixes.clear()
+        self._weights = weights
 
     def _rest(self) -> None:
         self.model.train(self._training)

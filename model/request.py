@@ -25,6 +25,7 @@ from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, Me
 from mvkernels.model.interpreter import Budget, Interpreter
 from mvkernels.model.logprobs import TokenLogprob
 from mvkernels.model.penalty import SeenTokens
+from mvkernels.model.prefix_cache import PrefixCache
 from mvkernels.model.request_kv import Entry, RequestKV
 from mvkernels.model.sampling import BranchView, branch_key
 from mvkernels.model.task import Task
@@ -65,12 +66,19 @@ class Request:
     `take` takes one.
 
     `events` collects what happened; `finish_reason` is set when the request has ended, which may be at once.
-    writer, masks: None for a tokenizer without tags. Raises ValueError where the prompt leaves the model no position,
-    and where it leaves blocks open that cannot be closed within the budgets.
+    writer, masks: None for a tokenizer without tags. prefixes: where it finds and leaves its beginning. Raises
+    ValueError where the prompt leaves the model no position, and where it leaves blocks open that cannot be closed
+    within the budgets.
     """
 
     def __init__(
-        self, task: Task, cache: PagedKVCache, tokenizer: Any, writer: TagWriter | None, masks: TokenMasks | None
+        self,
+        task: Task,
+        cache: PagedKVCache,
+        tokenizer: Any,
+        writer: TagWriter | None,
+        masks: TokenMasks | None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         config = task.config
         self.task, self.config, self.tokenizer, self.writer = task, config, tokenizer, writer
@@ -81,7 +89,7 @@ class Request:
             grammar=config.grammar and writer is not None,
             prices=writer.prices if writer else None,
         )
-        self.kv = RequestKV(cache)
+        self.kv = RequestKV(cache, prefixes, lambda number: self.branches[number].positions)
         self.branches = [_Branch(0, task.key, self.kv.tokens(0))]
         if config.repetition_penalty != 1:
             self.branches[0].seen = SeenTokens()
@@ -215,7 +223,8 @@ class Request:
         self.kv.unsent()
 
     def views(self, numbers: Sequence[int]) -> list[BranchView]:
-        """What a sampler sees of these branches, in the order in which `take` is called for them."""
+        """What a sampler sees of these branches, whose logits are good, in the order in which `take` comes for them."""
+        self.kv.confirm()
         interp = self.interpreter
         allowed = interp.allowed(numbers) if self.masks is not None else []
         return [self._view(number, allowed[i] if allowed else None) for i, number in enumerate(numbers)]

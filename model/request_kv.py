@@ -6,23 +6,30 @@ The structure grows first, as fast as the interpreter reads it; the cache follow
     entries                 tokens that may go into the next step, on which branches; what they follow comes before
                             them, in this step or an earlier one, and the cache forks and merges when their turn comes
     sent, unsent            that step was committed, or it was not and the cursors go back
+    confirm                 what was sent gave good logits, so others may begin with it
     evict                   every page goes back and every cursor to 0: what comes next is the whole request again,
                             token for token and position for position
 
 So a prompt's replay, decoding and the recomputation of a request that had to make room are one thing. A step takes as
 much as the cache allows (`kv_cache`, "Growing"): a branch's tokens up to where it forks, with the first ones of its
 paths; the last tokens of paths, with the first ones behind their join; but only one run of tokens of each branch.
+
+With a PrefixCache, a request that enters the cache begins behind what it finds there, as if that had been sent; and
+leaves there what was confirmed: its prompt with the first token that is sampled behind it, the rest when it is evicted.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Branch
+from mvkernels.model.lines import Block, Line, inside
+from mvkernels.model.prefix_cache import Part, PrefixCache
+from mvkernels.model.prefix_parts import Positions, RequestPrefix
 
 
 @dataclass(slots=True)  # not frozen, which makes them three times as slow to create
@@ -35,77 +42,37 @@ class Entry:
     count: int
 
 
-@dataclass(slots=True, eq=False)
-class _Block:
-    """Paths that fork from a branch behind its first `at` tokens.
-
-    merged: the structure has joined them. forked, joined: the cache has; a step that is taken back does not undo this.
-    left: of a merged block, the paths whose last tokens were not handed out yet.
-    """
-
-    at: int
-    children: list[_Line]
-    merged: bool = False
-    forked: bool = False
-    joined: bool = False
-    left: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """One branch. tokens: its own. home: the block that it is a path of.
-
-    given: tokens handed out, in the cache or in the step that is made. passed: blocks behind it, handed out too.
-    filled: tokens handed out since the last fork or join, in the node that the cache writes.
-    reached: what its next token follows was handed out. in_step: it has an entry in this step.
-    """
-
-    number: int
-    parent: _Line | None = None
-    home: _Block | None = None
-    tokens: list[int] = field(default_factory=list)
-    blocks: list[_Block] = field(default_factory=list)
-    handle: Branch | None = None
-    given: int = 0
-    passed: int = 0
-    filled: int = 0
-    reached: bool = False
-    in_step: bool = False
-
-    @property
-    def limit(self) -> int:
-        """Tokens that it has before it forks next."""
-        return self.blocks[self.passed].at if self.passed < len(self.blocks) else len(self.tokens)
-
-    @property
-    def through(self) -> bool:
-        """Whether all that it has was handed out."""
-        return self.reached and self.passed == len(self.blocks) and self.given == len(self.tokens)
-
-
 class RequestKV:
     """See the module's docstring. Branches are numbers of the caller's; 0 is the trunk, and there from the beginning.
 
-    It holds nothing in the cache before the first `entries`. Figures, all kept as they change:
+    prefixes: where beginnings of requests are kept; for that `positions` says where the tokens of a branch stand. It
+    holds nothing in the cache before the first `entries`. Figures, all kept as they change:
 
     unsent_tokens   tokens that are not handed out
     most_pages      pages of the whole structure. num_pages: those that are in the cache
-    starved         whether the latest `entries` left a branch out for want of pages
+    new_pages       that the latest `entries` take. short: how many more they would have taken, had there been any
+    starved         whether they left a branch out for want of pages
     """
 
-    def __init__(self, cache: PagedKVCache) -> None:
+    def __init__(
+        self, cache: PagedKVCache, prefixes: PrefixCache | None = None, positions: Positions | None = None
+    ) -> None:
         self.cache = cache
-        self.unsent_tokens = self.most_pages = self.num_pages = 0
+        self.unsent_tokens = self.most_pages = self.num_pages = self.new_pages = self.short = 0
         self.starved = False
-        self._trunk = _Line(0, reached=True)
-        self._lines: dict[int, _Line] = {0: self._trunk}
-        self._ready: dict[_Line, None] = {}  # reached, with tokens; whoever waits longest comes first
-        self._due: list[_Line] = []  # reached, and to fork or to join before the next step
-        self._step: list[_Line] | None = None  # what has an entry in the step that is made
-        self._queue: deque[_Line] = deque()
+        self._trunk = Line(0, reached=True)
+        self._prefix = None
+        if prefixes is not None and positions is not None:
+            self._prefix = RequestPrefix(prefixes, self._trunk, positions)
+        self._confirmed: tuple[int, int] | None = None  # tokens and blocks of the trunk
+        self._lines: dict[int, Line] = {0: self._trunk}
+        self._ready: dict[Line, None] = {}  # reached, with tokens; whoever waits longest comes first
+        self._due: list[Line] = []  # reached, and to fork or to join before the next step
+        self._step: list[Line] | None = None  # what has an entry in the step that is made
+        self._queue: deque[Line] = deque()
         # What `unsent` restores: cursors one by one, and the rest as it was.
         self._undo: list[tuple[Any, str, Any]] = []
-        self._before: tuple[dict[_Line, None], list[_Line], int, int] = ({}, [], 0, 0)
+        self._before: tuple[dict[Line, None], list[Line], int, int] = ({}, [], 0, 0)
 
     # ---- the structure
 
@@ -129,9 +96,9 @@ class RequestKV:
         fresh = [number for number in children if number not in self._lines]
         if not children or len({*fresh}) < len(children):
             raise ValueError(f"fork: expected fresh numbers of branches, got {list(children)}")
-        block = _Block(len(line.tokens), [])
+        block = Block(len(line.tokens), [])
         for number in children:
-            self._lines[number] = child = _Line(number, line, block)
+            self._lines[number] = child = Line(number, line, block)
             block.children.append(child)
         if line.through:
             self._due.append(line)
@@ -172,8 +139,10 @@ class RequestKV:
         max_pages new pages. may: which branches are allowed. Raises what the cache raises; nothing is handed out then.
         """
         self._between_steps()
+        if self._trunk.handle is None:
+            self._enter()
         self._before = dict(self._ready), list(self._due), self.unsent_tokens, self.num_pages
-        self._step, self.starved = [], False
+        self._step, self.starved, self.short, self.new_pages = [], False, 0, 0
         try:
             return self._entries(max_tokens, max_branches, max_pages, may)
         except BaseException:
@@ -184,8 +153,6 @@ class RequestKV:
         self, tokens: int, branches: int | None, pages: int | None, may: Callable[[int], bool] | None
     ) -> list[Entry]:
         assert self._step is not None
-        if self._trunk.handle is None:
-            self._trunk.handle = self.cache.new()
         due, self._due = self._due, []
         for line in due:
             self._settle(line)
@@ -203,6 +170,7 @@ class RequestKV:
             if count > room:
                 new = -(-(count - room) // size)
                 if pages is not None and new > pages:
+                    self.short += new - pages
                     new, count = pages, room + pages * size
                     if not count:
                         self.starved = True
@@ -220,6 +188,7 @@ class RequestKV:
             tokens -= count
             self.unsent_tokens -= count
             self.num_pages += new
+            self.new_pages += new
             del self._ready[line]
             if line.given < limit:
                 self._ready[line] = None  # behind those that had no turn
@@ -243,11 +212,21 @@ class RequestKV:
         self._ready, self._due, self.unsent_tokens, self.num_pages = self._before
         self.sent()
 
+    def confirm(self) -> None:
+        """Behind tokens that were sent, good logits came: so all that they see is good. At first that is the prompt."""
+        first, self._confirmed = self._confirmed is None, (self._trunk.given, self._trunk.passed)
+        if first:
+            self._share()
+
     def evict(self) -> None:
         """Gives every page back; what is handed out next is the whole request again."""
         self._between_steps()
         if self._trunk.handle is not None:
+            self._share()
             self.cache.evict(self._trunk.handle)
+        if self._prefix is not None:
+            self._prefix.end()
+        self._confirmed = None
         self.unsent_tokens = self.num_pages = 0
         for line in self._lines.values():
             line.handle, line.given, line.passed, line.filled, line.reached = None, 0, 0, 0, False
@@ -258,24 +237,68 @@ class RequestKV:
         self._ready.clear()
         self._due = [self._trunk]
 
+    # ---- beginnings that others have computed
+
+    def awaits_prefix(self) -> bool:
+        """Whether another request is about to compute more of what this one begins with, and it had better wait."""
+        return self._prefix is not None and self._trunk.handle is None and self._prefix.is_coming()
+
+    def hold_prefix(self) -> int:
+        """Keeps what it finds of its beginning from being given up; the pages that it still needs for all that it has.
+        It has entered the cache, or `release_prefix` comes.
+        """
+        if self._prefix is None or self._trunk.handle is not None:
+            return self.most_pages - self.num_pages
+        return self.most_pages - self._prefix.hold()
+
+    def release_prefix(self) -> None:
+        """It does not enter the cache now."""
+        if self._prefix is not None and self._trunk.handle is None:
+            self._prefix.end()
+
+    def _enter(self) -> None:
+        """The trunk's branch of the cache, behind what is there already."""
+        if self._prefix is None:
+            self._trunk.handle = self.cache.new()
+            return
+        self._trunk.handle, found = self._prefix.begin()
+        if found.tokens:
+            self._pass(found)
+
+    def _pass(self, found: Part) -> None:
+        """So much of the trunk is in the cache, as if it had been sent."""
+        trunk = self._trunk
+        trunk.given, trunk.passed = found.given, found.passed
+        self.unsent_tokens -= found.tokens
+        self.num_pages += found.pages
+        for block in trunk.blocks[: found.passed]:
+            for line in inside(block):
+                line.given, line.passed, line.reached = len(line.tokens), len(line.blocks), True
+        self._ready.clear()
+        self._due = [trunk]
+
+    def _share(self) -> None:
+        if self._prefix is not None and self._confirmed is not None and self._trunk.handle is not None:
+            self._prefix.share(self._trunk.handle, *self._confirmed)
+
     # ---- inside
 
     def _between_steps(self) -> None:
         if self._step is not None:
             raise RuntimeError("expected the step before to be sent or taken back, got one that is made still")
 
-    def _growing(self, branch: int) -> _Line:
+    def _growing(self, branch: int) -> Line:
         self._between_steps()
         line = self._lines[branch]
         if (line.blocks and not line.blocks[-1].merged) or (line.home is not None and line.home.merged):
             raise ValueError(f"expected a branch that may grow, got {branch}, which has ended or waits for its paths")
         return line
 
-    def _set(self, item: _Line | _Block, name: str, value: object) -> None:
+    def _set(self, item: Line | Block, name: str, value: object) -> None:
         self._undo.append((item, name, getattr(item, name)))
         setattr(item, name, value)
 
-    def _settle(self, line: _Line) -> None:
+    def _settle(self, line: Line) -> None:
         """All that stands before a line's cursor is handed out: what comes next, here and on whoever waited for it."""
         work = [line]
         while work:
@@ -299,7 +322,7 @@ class RequestKV:
                     assert line.parent is not None
                     work.append(line.parent)
 
-    def _begin(self, line: _Line, block: _Block) -> None:
+    def _begin(self, line: Line, block: Block) -> None:
         """The paths of a block may begin."""
         assert line.handle is not None
         if not block.forked:
@@ -312,7 +335,7 @@ class RequestKV:
         for child in block.children:
             self._set(child, "reached", True)
 
-    def _join(self, line: _Line, block: _Block) -> None:
+    def _join(self, line: Line, block: Block) -> None:
         """A branch goes on behind the paths of a block."""
         assert line.handle is not None
         if not block.joined:

@@ -1,7 +1,7 @@
 """Continuous batching: which requests run, and what of them goes into the next step. Plain Python, no tensors.
 
     waiting    holds nothing in the cache. The oldest is admitted first, as soon as there are pages for all that it has,
-               and one for every request that runs
+               and one for every request that runs; but not while another one computes what it begins with, too
     running    takes part in every step; its waiting paths keep their pages. Who decodes comes before who is behind with
                a prompt, or is computed again: their tokens fill the step up
     preempted  when pages run out, unused prefixes go first, then the youngest request. It waits again, and once it is
@@ -66,8 +66,9 @@ class _Step(Generic[R]):
 class Scheduler(Generic[R]):
     """See the module's docstring.
 
-    free_pages       how many pages the next step may take. make_room: asks for so many that nobody needs; whether any
-                     came. failed: told of a request whose side of the cache raised an error; it removes the request
+    free_pages       how many pages the next step may take. make_room: asks for so many that nobody needs, or for none
+                     if they are fewer than its second argument; whether any came. failed: told of a request whose side
+                     of the cache raised an error, or room for it; it removes the request
     max_step_tokens  tokens of a step. max_step_width: branches of one request in a step; they take turns
     max_requests     requests that run at once
     """
@@ -75,7 +76,7 @@ class Scheduler(Generic[R]):
     def __init__(
         self,
         free_pages: Callable[[], int],
-        make_room: Callable[[int], bool],
+        make_room: Callable[[int, int], bool],
         failed: Callable[[R, Exception], None],
         max_step_tokens: int,
         max_step_width: int,
@@ -165,32 +166,47 @@ class Scheduler(Generic[R]):
         return [(request, entries) for request, (entries, _) in step.chosen.items()]
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.max_requests:
-            request = self._waiting[0]
-            promised = sum(other.kv.most_pages - other.kv.num_pages for other in self._behind)
-            missing = request.kv.most_pages + promised + len(self._running) - self._free_pages()
-            if self._running and missing > 0:
-                if self._make_room(missing):
-                    continue
+        for request in tuple(self._waiting):
+            if len(self._running) >= self.max_requests:
                 return
-            self._running.append(self._waiting.pop(0))
+            if self._running and request.kv.awaits_prefix():
+                continue
+            try:
+                if not self._has_room(request.kv):
+                    return
+            except Exception as error:
+                self._failed(request, error)
+                continue
+            self._waiting.remove(request)
+            insort(self._running, request, key=self._arrived.__getitem__)
             self._admitted.add(request)
             self._behind.add(request)
+
+    def _has_room(self, kv: RequestKV) -> bool:
+        """Whether there are pages for a request that waits; where nobody runs, it gets on with what there is."""
+        promised = sum(other.kv.hold_prefix() for other in self._behind) + len(self._running)
+        wanted = kv.hold_prefix() + promised
+        while (missing := wanted - self._free_pages()) > 0:
+            if not self._make_room(missing, missing):
+                if self._running:
+                    kv.release_prefix()
+                return not self._running
+        return True
 
     def _choose(self, request: R, step: _Step[R]) -> None:
         """Adds what a request may put into the step; who is younger may have to give up his pages, and his part."""
         kv = request.kv
         while request in self._admitted:  # it may have been preempted meanwhile, or have ended
-            held = kv.num_pages
             try:
                 entries = request.entries(step.tokens, self.max_step_width, self._free_pages() - step.pages)
+                if kv.short and self._make_room(kv.short, 1):
+                    kv.unsent()
+                    continue
             except Exception as error:
                 return self._failed(request, error)
             if not kv.starved or (entries and len(self._running) == 1):
-                return step.add(request, entries, kv.num_pages - held) if entries else kv.unsent()
+                return step.add(request, entries, kv.new_pages) if entries else kv.unsent()
             kv.unsent()
-            if self._make_room(1):
-                continue
             youngest = self._running[-1]
             if youngest is request and len(self._running) == 1:
                 return request.finish("out_of_pages")

@@ -5,6 +5,7 @@ Storage: k[layer], v[layer]: [num_pages, page_size, num_kv_heads, head_dim]. A b
     fork(b, n)          n children that see all of b, each with an empty node of its own
     merge(b, children)  b sees the children's nodes too, and goes on in a new empty node; its next position is the
                         highest next position among the children (arXiv 2506.09991, section 4.2)
+    fork_at(b, n)       a branch of its own that sees the first n tokens of what b sees
     truncate, free, evict   take back last tokens, a branch, a branch with its descendants
     plan .. commit      a step: new tokens of any branches, one row each; nothing changes before commit
 
@@ -42,6 +43,7 @@ from mvkernels.kv_nodes import (
     tokens_vanish,
 )
 from mvkernels.kv_pages import FreePages
+from mvkernels.kv_split import find_cut, split
 from mvkernels.kv_step import Branch, PlannedNode, Step, make_step, next_step
 from mvkernels.ops.append import append_rows
 from mvkernels.rope import Rope, rotate
@@ -117,6 +119,35 @@ class PagedKVCache:
         children = [self._make_branch(state.head, (state.tail,), state.id) for _ in range(count)]
         state.children.extend(child.id for child in children)
         return children
+
+    def fork_at(self, branch: Branch, num_tokens: int) -> Branch:
+        """A branch that sees the first `num_tokens` tokens of what `branch` sees, whatever comes later. No key or value
+        moves. It is no child of `branch`, which grows, merges and ends as before; only those that `branch` was forked
+        from may not grow as long as the tokens live that came behind their fork.
+
+        The cut is at the end of a page of a node, or at the end of a node: where its branch forked or merged, was cut
+        before, or ends now. It goes through no merged block, but may lie behind one whose join has a token. What
+        `branch` wrote since its last fork or merge, as `truncate` has it, begins behind the cut from now on. Raises
+        BranchError for a cut elsewhere, and when the branch is gone or merged; ValueError for a number out of range.
+        """
+        state = self._state(branch)
+        if state.merged:
+            raise BranchError(f"fork_at: expected a branch that was not merged, got merged branch {branch.id}")
+        seen = self.num_tokens(branch)
+        if not 0 <= num_tokens <= seen:
+            raise ValueError(f"fork_at: expected 0 to {seen} tokens, which branch {branch.id} sees, got {num_tokens}")
+        cut = find_cut(state.head, seen - num_tokens, self.page_size)
+        self._discard("discarded by a fork")
+        if cut.after is not None:
+            return self._make_branch(cut.after.before, cut.after.node.predecessors, None)
+        if cut.link is None:
+            return self.new()
+        self._made += 1
+        front = split(cut.link.node, cut.tokens, self._made, self.page_size)
+        self._nodes[front.id] = front
+        if self.device_tables is not None:
+            self.device_tables.rows.split(cut.link.node, front)
+        return self._make_branch(cut.link.before, (front,), None)
 
     def merge(self, parent: Branch, children: Sequence[Branch]) -> None:
         """Joins all children of `parent` into it: page lists are concatenated, and no key or value moves.

@@ -25,7 +25,7 @@ def check_cache(
     _expect("live nodes", sorted(node.id for node in refs), sorted(nodes))
     after = _count_after(refs)
     ends: dict[Node, int] = {}
-    for node in sorted(refs, key=lambda node: node.id):  # whatever a node starts after was made before it
+    for node in _in_order(refs):
         _expect(f"the node numbered {node.id}", node, nodes[node.id])
         _expect(f"references of node {node.id}", refs[node], node.refs)
         _expect(f"links of node {node.id}", [], [link for link in held if link.node is node and link not in node.links])
@@ -68,6 +68,19 @@ def _count_after(nodes: Collection[Node]) -> Counter[Link]:
     return after
 
 
+def _in_order(nodes: Collection[Node]) -> list[Node]:
+    """Each behind those that it starts after; a node may be older than the front that was cut off it."""
+    order: dict[Node, None] = {}
+    stack = sorted(nodes, key=lambda node: -node.id)
+    while stack:
+        waiting = [before for before in stack[-1].predecessors if before not in order]
+        if waiting:
+            stack.extend(waiting)
+        else:
+            order[stack.pop()] = None
+    return [*order]
+
+
 def _seen(node: Node) -> set[Node]:
     """What every row of a node sees whole."""
     return {link.node for link in node.chain.back()} if node.chain is not None else set()
@@ -81,6 +94,7 @@ def _expect(what: str, expected: object, got: object) -> None:
 def _check_branches(branches: Mapping[int, BranchState]) -> None:
     """Parents and children name each other; no two branches write one node."""
     _expect("branches that share a tail", len(branches), len({state.tail for state in branches.values()}))
+    _expect("branches that write a sealed node", [], [number for number, b in branches.items() if b.tail.sealed])
     for number, state in branches.items():
         _expect("number of a branch", number, state.id)
         _expect(f"children of branch {number} that are listed twice", len(state.children), len(set(state.children)))

@@ -1,6 +1,7 @@
 """What the paged cache is made of: nodes, links, free pages, the state behind a handle. Host side, no tensors.
 
-A node is a run of tokens of one branch: it owns pages, of which only the last may be ragged. What a branch sees is a
+A node is a run of tokens of one branch: it owns pages, of which only the last may be ragged. It may be cut in two at
+the end of a page, or behind all that it has (`kv_split`). What a branch sees is a
 list of nodes. The lists share their beginnings: a list is its last link, and a link is a node and the link before it.
 So a fork costs one link a child, and a merge one link for every node that the children's lists add.
 
@@ -48,6 +49,8 @@ class Node:
     refs: int = 0
     # The handle of a merged branch whose tail this is: it may still write here until the node may not grow.
     merged_branch: int | None = None
+    # The front of a node that was cut in two, or what a branch was cut off behind: no handle writes here.
+    sealed: bool = False
     _page_array: Int32Array | None = None
     # Where its pages stand in the tables on the device, if the cache keeps some and it ever had a token.
     spot: Spot | None = field(default=None, init=False)
@@ -63,9 +66,13 @@ class Node:
                 return True
         return False
 
+    def renew(self) -> None:
+        """The pages are not those that they were: an array of them is made anew."""
+        self._page_array = None
+
     def forget(self) -> None:
         """Drops what was derived from the pages: some are given back, and others may come in their place."""
-        self._page_array = None
+        self.renew()
         for link in self.links:
             link.contents = None
 

@@ -84,6 +84,21 @@ class Rows:
             spot.row.overlong = False
             self._changed[node] = None
 
+    def split(self, node: Node, front: Node) -> None:
+        """The first pages of the node are those of `front` now, which stands right before it."""
+        spot = node.spot or Row().add(node)
+        row, pages = spot.row, len(front.pages)
+        if spot.entries < pages:
+            self._remove(row, self._free)
+        entries = min(spot.entries, pages)
+        front.spot = before = Spot(front, row, spot.first, entries, min(spot.paged, pages), min(spot.full, pages))
+        spot.first, spot.entries = spot.first + entries, spot.entries - entries
+        spot.paged, spot.full = max(spot.paged - pages, 0), max(spot.full - pages, 0)
+        row.spots.insert(row.spots.index(spot), before)
+        row.alive += 1
+        if node in self._changed:
+            self._changed[front] = None
+
     def died(self, node: Node) -> None:
         """No branch sees the node any more."""
         if node.spot is not None:

@@ -59,6 +59,7 @@ class World:
         self.generator = torch.Generator().manual_seed(seed)
         self.sequential = sequential  # token i is filled with i: exact, and shows which token it is
         self.written = 0
+        self.cut = False  # whether `fork_at` was used
 
     def new(self) -> Branch:
         branch = self.cache.new()
@@ -71,6 +72,23 @@ class World:
             self.live[child], self.children[child] = mirror, []
         self.children[branch] += children
         return children
+
+    def fork_at(self, branch: Branch, count: int) -> Branch:
+        """A branch of its own whose reference is a copy of the first `count` tokens."""
+        items = first_items(self.live[branch]._before(), count)
+        assert items is not None, f"a branch that sees {count} tokens, with half a block"
+        fresh, self.cut = self.cache.fork_at(branch, count), True
+        self.live[fresh], self.children[fresh] = ReferenceBranch(), []
+        self.live[fresh].items = items
+        return fresh
+
+    def may_grow(self, branch: Branch) -> bool:
+        """By the reference; but tokens that only a branch of `fork_at` sees any more are in nobody's tree."""
+        if not self.cut:
+            return may_grow(self.mirror(branch))
+        tail = self.cache._state(branch).tail
+        chains = [node.chain for node in self.cache._nodes.values() if node.length and node.chain is not None]
+        return may_grow(self.mirror(branch)) and not any(link.node is tail for chain in chains for link in chain.back())
 
     def merge(self, parent: Branch) -> None:
         children, self.children[parent] = self.children[parent], []
@@ -205,6 +223,35 @@ class World:
             by_token = keys[:, 0, 0].argsort()
             assert torch.equal(keys[by_token], expected_keys[order] + layer)
             assert torch.equal(values[by_token], expected_values[order] + layer)
+
+
+def first_items(items, count: int):
+    """A copy of what holds the first `count` tokens; None where it would see a path and some of its sibling.
+
+    Some of the first path of a block is a sequence without that block.
+    """
+    out = []
+    for item in items:
+        if not count:
+            break
+        if isinstance(item, Token):
+            out.append(item)
+            count -= 1
+            continue
+        paths = [path for path in item if not path.freed]
+        sizes = [len(flatten(path.items)) for path in paths]
+        if count >= sum(sizes):
+            block = []
+            for path, size in zip(paths, sizes, strict=True):
+                block.append(ReferenceBranch())
+                block[-1].items = first_items(path.items, size)
+            out.append(block)
+            count -= sum(sizes)
+            continue
+        with_tokens = [path for path, size in zip(paths, sizes, strict=True) if size]
+        first = first_items(with_tokens[0].items, count)
+        return None if count > len(flatten(with_tokens[0].items)) or first is None else out + first
+    return out
 
 
 def check_runs(step: Step) -> None:

@@ -155,8 +155,11 @@ def by_request(samplers):
 
 
 def check_pages(engine: Engine) -> None:
-    """Every page of the latest call is free again, and nothing was ever moved."""
+    """No request has a page any more, none is lost with the prefixes, and nothing was ever moved."""
     if engine.cache is not None:
+        engine.cache.check()
+        assert engine.available_pages == engine.cache.num_pages
+        engine.clear_prefixes()
         engine.cache.check()
         assert engine.cache.num_free_pages == engine.cache.num_pages and engine.cache.bytes_moved == 0
 

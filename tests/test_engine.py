@@ -148,7 +148,7 @@ def test_a_prompt_cut_anywhere_goes_on_to_the_same_transcript(engine: Engine, na
         assert out.critical_path == whole.layout.critical_path - cut_path
         assert out.finish_reason == "stop" and not out.warnings
         engine.cache.check()
-        assert engine.cache.num_free_pages == engine.cache.num_pages
+        assert engine.available_pages == engine.cache.num_pages
 
 
 def test_lossless_behind_a_prompt_with_finished_blocks(engine: Engine) -> None:
@@ -227,8 +227,7 @@ def test_page_size_changes_nothing(engine: Engine, page_size: int) -> None:
     other = Engine(engine.model, engine.tokenizer, page_size=page_size)
     [out] = other.generate("the product", config_for(engine), follow(engine, CASES["nested"]))
     assert out.token_ids == expected.token_ids
-    other.cache.check()
-    assert other.cache.num_free_pages == other.cache.num_pages
+    check_pages(other)
 
 
 def test_a_script_is_followed(engine: Engine) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mvkernels.errors import BranchError, OutOfPages, StaleStep
-from tests.cache_world import World, may_grow, poisoned_cache
+from tests.cache_world import Unchanged, World, first_items, may_grow, poisoned_cache
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -55,6 +55,51 @@ class CacheMachine(RuleBasedStateMachine):
             self.close()
             self.world.fork(data.draw(st.sampled_from(list(self.world.live))), count)
 
+    @precondition(lambda self: 0 < len(self.world.live) < 12)
+    @rule(data=st.data(), ends=st.booleans())
+    def fork_at(self, data, ends):
+        """ends: where a node ends, or one of its pages, so that most calls succeed."""
+        branch = data.draw(st.sampled_from(list(self.world.live)))
+        size, places = self.cache.page_size, [0]
+        nodes = self.cache._state(branch).nodes
+        for node in nodes:
+            places += [places[-1] + min(size, node.length - done) for done in range(0, node.length, size)]
+        if not ends:
+            places = range(places[-1] + 1)
+        count = data.draw(st.sampled_from(places))
+        held = self.open
+        self.close()
+        if self.cuts(branch, count):
+            self.world.fork_at(branch, count)
+            return
+        if held is not None:
+            self.cache.rollback(held)
+        with Unchanged(self.cache, BranchError, "fork_at: expected a cut"):
+            self.cache.fork_at(branch, count)
+
+    def cuts(self, branch, count) -> bool:
+        """Whether a branch can see just so many tokens: by the reference, and by where nodes and pages end."""
+        before, link = self.cache.num_tokens(branch), self.cache._state(branch).head
+        behind = []
+        while link is not None and before - link.node.length >= count:
+            before -= link.node.length
+            behind.append(link)
+            link = link.before
+        if link is None:
+            return True
+        if first_items(self.world.live[branch]._before(), count) is None:
+            return False
+        own = link.node.chain is link.before
+        if count < before:
+            return own and (link.node.length - before + count) % self.cache.page_size == 0
+        for after in behind[::-1]:  # where a join has a token, or nobody is left to go on with its paths
+            ended = all(n.sealed if after.forked else n.merged_branch is None for n in after.node.predecessors)
+            if after.node.chain is after.before and ended:
+                return True
+            if after.node.length:
+                break
+        return own
+
     @rule(data=st.data())
     def merge(self, data):
         children = self.world.children
@@ -94,7 +139,7 @@ class CacheMachine(RuleBasedStateMachine):
         node = self.cache._state(branch).tail
         held = self.open
         self.close()  # its rows stand in nobody's way
-        if not may_grow(self.world.mirror(branch)) or count > node.length:
+        if not self.world.may_grow(branch) or count > node.length:
             if held is not None:
                 self.cache.rollback(held)
             with pytest.raises(BranchError, match="truncate: expected"):
@@ -106,7 +151,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data(), reserve=st.integers(1, 5), count=st.integers(1, 7))
     def plan_ahead(self, data, reserve, count):
         """Steps that follow one another in reserved pages, and the error when those are used up."""
-        leaves = [b for b in self.world.live if may_grow(self.world.live[b])]
+        leaves = [b for b in self.world.live if self.world.may_grow(b)]
         chosen = data.draw(st.lists(st.sampled_from(leaves), max_size=4, unique=True)) if leaves else []
         entries = [(branch, 1) for branch in chosen]
         if self.open is not None:
@@ -204,7 +249,7 @@ class CacheMachine(RuleBasedStateMachine):
         undo = []
         for branch, count in entries:
             mirror = self.world.mirror(branch)
-            if not may_grow(mirror):
+            if not may_grow(mirror) or not self.world.may_grow(branch):
                 break
             mirror.append(torch.zeros(count, 1, 2), torch.zeros(count, 1, 2))
             undo.append((mirror, count))

@@ -42,7 +42,7 @@ class World:
             lambda: self.cache.num_free_pages, self.make_room, self.fail, tokens, width, requests
         )
 
-    def make_room(self, pages: int) -> bool:
+    def make_room(self, pages: int, least: int) -> bool:
         if not self.spare:
             return False
         self.cache.evict(self.spare.pop(0))

@@ -256,6 +256,10 @@ def _check_pages(engine: Engine) -> None:
     cache = engine.cache
     if cache is not None:
         cache.check()
+        available = engine.available_pages
+        _require(available == cache.num_pages, f"expected {cache.num_pages} available pages, got {available}")
+        engine.clear_prefixes()
+        cache.check()
         _require(
             cache.num_free_pages == cache.num_pages and cache.bytes_moved == 0,
             f"expected {cache.num_pages} free pages and no bytes moved, got {cache.num_free_pages} and "
