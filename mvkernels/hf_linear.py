@@ -3,7 +3,7 @@
 A step of decoding multiplies a few rows with every weight, so it is as fast as the weights are read. PyTorch hands
 fp32 products of that shape to MKL, which reads them several times over for 2 to 8 rows. Two ways read them once:
 
-    compiled   a kernel of this library (`ops/linear_native.cpp`) on fp32 weights where they lie, for up to 32 rows;
+    compiled   a kernel of this library (`ops/linear_native.cpp`) on fp32 weights where they lie, for up to 64 rows;
                more rows go to PyTorch. Taken where there is a C++ compiler and no other dtype is asked for
     packed     oneDNN on weights in its own order, which take as much memory again. Rows are padded to 4, for which it
                has faster kernels than for fewer. Packed when a layer is first called without gradients
@@ -139,6 +139,9 @@ class _Pack:
                 or torch.is_autocast_enabled("cpu")
             ):
                 return nn.functional.linear(x, layer.weight, layer.bias)
+            self._follow()
+            if self._compiled is not None and x.numel() > MOST_ROWS * x.shape[-1]:
+                return nn.functional.linear(x, layer.weight, layer.bias)
             out = self._product(x)
         if len(self.layers) == 1:
             return out
@@ -146,17 +149,17 @@ class _Pack:
         first, last = self._bounds[place]
         return out[..., first:last]
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        """All layers' results side by side, [.., sum of their sizes], in x's dtype."""
+    def _follow(self) -> None:
+        """What is derived from the weights is made, and made again when they have changed."""
         seen = [_state(weight) for layer in self.layers for weight in layer._parameters.values()]
         if seen != self._seen:
             self._make()
             self._seen = seen
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """All layers' results side by side, [.., sum of their sizes], in x's dtype."""
         if self._compiled is not None:
-            if x.numel() <= MOST_ROWS * x.shape[-1]:
-                return self._compiled(x)
-            parts = [nn.functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            return self._compiled(x)
         rows, dtype = x.shape[-2] if x.dim() > 1 else 1, x.dtype
         few = rows < MIN_ROWS and x.dim() > 1 and x.numel() == rows * x.shape[-1]
         if few:

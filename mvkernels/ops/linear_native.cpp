@@ -31,7 +31,6 @@ constexpr int LANES = 2 * WIDTH;
 constexpr int FEW = 8;
 constexpr int TILE = REGISTERS / 3;  // weights at a time, by vectors of rows
 constexpr int64_t BLOCK = 48;        // weights (rows of W) that a thread takes: they stay in its cache for all rows
-constexpr int64_t AHEAD = 1024;      // numbers; how far ahead weights are fetched
 
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES), may_alias));
 
@@ -50,6 +49,10 @@ extern "C" struct Layer {
 
 namespace {
 
+// While some weights are used, those that come next are fetched, each line once and into the second cache: the first
+// one has no room for them beside x.
+inline void fetch(const float* weight) { __builtin_prefetch(weight, 0, 2); }
+
 // COUNT weights on ROWS rows, by vectors along the inner dimension.
 template <int ROWS, int COUNT>
 inline void along(const float* weight, const float* bias, const float* x, int64_t inner, float* y, int64_t stride) {
@@ -59,7 +62,7 @@ inline void along(const float* weight, const float* bias, const float* x, int64_
         Floats w[COUNT];
         for (int c = 0; c < COUNT; ++c) {
             w[c] = load(weight + c * inner + i);
-            __builtin_prefetch(weight + c * inner + i + AHEAD);
+            fetch(weight + (COUNT + c) * inner + i);
         }
         for (int r = 0; r < ROWS; ++r) {
             const Floats xs = load(x + r * inner + i);
@@ -93,8 +96,8 @@ inline void across(const float* weight, const float* bias, const Floats* xt, int
     for (int c = 0; c < COUNT; ++c)
         for (int n = 0; n < NV; ++n) sum[c][n] = Floats{} + (bias ? bias[c] : 0);
     for (int64_t i = 0; i < inner; ++i) {
-        if (i % 16 == 0)
-            for (int c = 0; c < COUNT; ++c) __builtin_prefetch(weight + c * inner + i + AHEAD);
+        if (i % WIDTH == 0)
+            for (int c = 0; c < COUNT; ++c) fetch(weight + (COUNT + c) * inner + i);
         for (int c = 0; c < COUNT; ++c)
             for (int n = 0; n < NV; ++n) sum[c][n] += weight[c * inner + i] * xt[i * NV + n];
     }

@@ -12,7 +12,7 @@ import torch
 from mvkernels.ops.native import native_library, native_reason
 
 SOURCE = Path(__file__).with_name("linear_native.cpp")
-MOST_ROWS = 32  # with more, the products of PyTorch are as fast or faster: they are bound by arithmetic
+MOST_ROWS = 64  # with more, the products of PyTorch are as fast or faster: they are bound by arithmetic
 
 
 class _Layer(ctypes.Structure):

@@ -1,0 +1,65 @@
+"""RMSNorms of transformers models in one call each, on a CPU, for inference: `fuse_norms` and its undoing.
+
+transformers writes an RMSNorm as seven operations. With few rows each takes longer to start than to compute, and a
+model has two norms in every layer. With gradients, under torch.compile, in another dtype than fp32 and on another
+device, a norm is what it was.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from mvkernels.ops.norm_native import norm_reason, rms_norm
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fuse_norms(model: Model) -> Model:
+    """Let the RMSNorms of a model take one call, in place; returns it. Where no compiler is, it changes nothing.
+
+    A module takes part whose class computes what Llama's does, in the very same code, as those of Qwen2, Qwen3 and
+    Mistral do.
+    """
+    unfuse_norms(model)
+    for module in model.modules():
+        if _is_rms_norm(module) and norm_reason() is None:
+            module.forward = partial(_forward, module)
+    return model
+
+
+def unfuse_norms(model: Model) -> Model:
+    """Restore the norms that `fuse_norms` changed; returns the model."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "func", None) is _forward:
+            del module.__dict__["forward"]
+    return model
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    if "forward" in module.__dict__:  # somebody else's
+        return False
+    code = getattr(type(module).forward, "__code__", None)
+    known = LlamaRMSNorm.forward.__code__
+    return code is not None and all(
+        getattr(code, name) == getattr(known, name) for name in ("co_code", "co_names", "co_consts")
+    )
+
+
+def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    weight = module.weight
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or hidden_states.dtype is not torch.float32
+        or weight.dtype is not torch.float32
+        or not hidden_states.is_cpu
+        or not weight.is_cpu
+    ):
+        plain: torch.Tensor = type(module).forward(module, hidden_states)
+        return plain
+    return rms_norm(hidden_states, weight, module.variance_epsilon)
