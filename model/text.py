@@ -20,9 +20,8 @@ class TextStream:
     """Turns tokens into text incrementally.
 
     A token's text may depend on the ones before it (bytes of one character; spaces in SentencePiece vocabularies), so
-    each piece is the difference of two decodings of a short window of tokens. Where a token is so many bytes whatever
-    stands before it, and no character is unfinished, that difference is the token's own text, which is remembered.
-    tokenizer: anything with `decode`. context: tokens before the first one. silent: tokens without text, such as end of
+    each piece is the difference of two decodings of a short window of tokens. Where a token is the same bytes whatever
+    stands before it, and no token waits for another, that is the token's own text, which is remembered. tokenizer: anything with `decode`. context: tokens before the first one. silent: tokens without text, such as end of
     text.
     """
 
@@ -40,7 +39,7 @@ class TextStream:
             piece = self.rest()
             self._before += piece
             return piece
-        if self._texts is not None and self._finished == len(self._window) and _UNFINISHED not in self._before:
+        if self._texts is not None and self._finished == len(self._window):
             alone = self._texts.get(token)
             if alone is None:
                 alone = self._texts[token] = self._decode([token])
