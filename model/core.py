@@ -288,17 +288,17 @@ class Core:
     def _forward(self, batch: _Batch) -> tuple[list[_Asked], torch.Tensor]:
         """Runs some requests' part of a step. Returns which branches want a token, and their logits, row by row."""
         asked = self._asked(batch)
-        wanted = {(part.request, number) for part in asked for number in part.numbers}
         entries: list[Entry] = []
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
-        for request, own in batch:
+        for (request, own), part in zip(batch, asked, strict=True):
+            wanted = {*part.numbers}
             for entry in own:
                 tokens, places = request.new_tokens(entry)
                 ids += tokens
                 positions += places
-                if (request, entry.branch) in wanted:
+                if entry.branch in wanted:
                     rows.append(len(entries))
                 entries.append(entry)
         careful = batch[0][0] in self._suspects

@@ -259,7 +259,8 @@ class Request:
         kind = self._kind(token)
         actions, piece = self._push(b, token, kind, sampled=True, logprob=logprob)
         self._touched.append(number)
-        self._run(actions)
+        if actions:
+            self._run(actions)
         if self.finish_reason is None and self.interpreter.is_running(number):
             ended = self._stopped(b, token, piece)
             if ended is not None:
@@ -308,11 +309,18 @@ class Request:
     ) -> None:
         """Tokens that the interpreter has read on `b` just now."""
         end = self.interpreter.position(b.number)
-        b.positions += range(end - len(tokens), end)
-        b.sampled += [sampled] * len(tokens)
-        b.pieces += [piece] * len(tokens)
-        b.steps += [self.steps] * len(tokens)
-        b.logprobs += [logprob] * len(tokens)
+        if len(tokens) == 1:  # nearly always
+            b.positions.append(end - 1)
+            b.sampled.append(sampled)
+            b.pieces.append(piece)
+            b.steps.append(self.steps)
+            b.logprobs.append(logprob)
+        else:
+            b.positions += range(end - len(tokens), end)
+            b.sampled += [sampled] * len(tokens)
+            b.pieces += [piece] * len(tokens)
+            b.steps += [self.steps] * len(tokens)
+            b.logprobs += [logprob] * len(tokens)
         for token in tokens:
             self.kv.extend(b.number, token)  # it lengthens b.tokens
             if b.seen is not None:

@@ -11,8 +11,11 @@ from transformers import PreTrainedModel
 
 from mvkernels.hf_graph import DecodeGraph
 from mvkernels.kv_cache import PagedKVCache
-from mvkernels.kv_step import Step
+from mvkernels.kv_step import Branch, Step
 from mvkernels.model.request_kv import Entry
+
+# Steps of the same branches that pages are set aside for, once these have come twice in a row: they need no planning.
+_RESERVE = 32
 
 
 class BadLogits(RuntimeError):
@@ -42,6 +45,8 @@ class Runner:
         constant_rows: int | None = None,
     ) -> None:
         self.model, self.cache, self.graph, self.constant_rows = model, cache, graph, constant_rows
+        self._latest: list[tuple[Branch, int]] = []  # what the latest step had
+        self._ahead: Step | None = None  # the step after it, where it was opened already
 
     def run(
         self,
@@ -63,10 +68,10 @@ class Runner:
             if len(rows) < len(logits):
                 logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
             return _checked(logits.float(), committed=True)
-        step = self.cache.plan(planned)
+        step = self._open(planned)
         try:
             logits = _checked(self._forward(step, ids, positions, rows), committed=False)
-            self.cache.commit(step)
+            self._close(step)
         except BaseException:
             if step.state.closed is None:
                 with suppress(Exception):  # a step that stays open is discarded by the next one
@@ -82,6 +87,29 @@ class Runner:
         """Forgets what was captured and set aside; to be called when weights have moved."""
         if self.graph is not None:
             self.graph.reset()
+        self._latest, step, self._ahead = [], self._ahead, None
+        if step is not None and step.state.closed is None:
+            self.cache.rollback(step)
+
+    def _open(self, planned: list[tuple[Branch, int]]) -> Step:
+        """The step of these entries: planned, or there already because it follows one of the same branches."""
+        again, self._latest = planned == self._latest, planned
+        step, self._ahead = self._ahead, None
+        if again and step is not None and step.state.closed is None:  # nobody has changed the tree since
+            return step
+        reserve = _RESERVE if again and self.constant_rows is None and all(count == 1 for _, count in planned) else 0
+        if self.cache.num_available_pages < len(planned) * (reserve // self.cache.page_size + 2):
+            reserve = 0
+        with torch.inference_mode():  # as what the model derives from the step's tensors, which advance in place
+            return self.cache.plan(planned, reserve)
+
+    def _close(self, step: Step) -> None:
+        """Commits a step that has run; opens the next one of its branches where pages are set aside for it."""
+        if step.index < step.views.reserve:
+            with torch.inference_mode():
+                self._ahead = self.cache.advance(step)
+        else:
+            self.cache.commit(step)
 
     def _forward(
         self, step: Step, ids: Sequence[int], positions: Sequence[int] | None, rows: Sequence[int]

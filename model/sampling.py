@@ -25,6 +25,8 @@ _ONE = 2.0**62
 # Rows are sampled in groups of so many logits at most: their fp64 copies stay in a CPU's cache (five times as fast as
 # 64 rows of 49152 at once), and never fill a GPU.
 _LARGEST_GROUP = {"cpu": 2**19, "cuda": 2**24}
+# Logits whose largest one is looked for first, on a CPU: its argmax takes one number after the other, its amax vectors.
+_PIECE = 256
 # Top-p looks at so many of the likeliest tokens first, then at more; where they do not suffice, at the whole row.
 _NUCLEUS = (256, 4096)
 
@@ -122,11 +124,27 @@ def branch_key(parent: str, ordinal: int, number: int) -> str:
 def _greedy(views: Sequence[BranchView], logits: torch.Tensor) -> tuple[list[int], list[float], list[bool]]:
     """The likeliest token of each row, its logit, and whether the row's mask lets it come: then it is the choice."""
     table, index = _masks(views, logits)
-    chosen = logits.argmax(dim=-1)
+    chosen = _argmax(logits)
     best = logits.gather(1, chosen[:, None])[:, 0]  # NaN where there is one: argmax takes it for the largest
     fits = torch.ones_like(best) if table is None else table[index, chosen]
     tokens, highest, fit = torch.stack((chosen.double(), best.double(), fits.double())).tolist()  # one transfer
     return [int(token) for token in tokens], highest, [value > 0 for value in fit]
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """[n] int64: the first NaN of each row, else the first of its largest logits. logits: [n, V]."""
+    size = logits.shape[-1]
+    if logits.device.type != "cpu" or size <= _PIECE:
+        return logits.argmax(dim=-1)
+    rest = size % _PIECE
+    largest = logits[:, : size - rest].reshape(len(logits), -1, _PIECE).amax(dim=-1)
+    if rest:
+        largest = torch.cat((largest, logits[:, -rest:].amax(dim=-1, keepdim=True)), dim=1)
+    # The last piece is filled up from the one before, where all are smaller if it has the first of the largest.
+    first = (largest.argmax(dim=-1) * _PIECE).clamp(max=size - _PIECE)[:, None]
+    places = first + torch.arange(_PIECE)
+    chosen: torch.Tensor = first + logits.gather(1, places).argmax(dim=-1, keepdim=True)
+    return chosen[:, 0]
 
 
 def _masks(views: Sequence[BranchView], logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

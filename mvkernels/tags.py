@@ -18,6 +18,7 @@ from mvkernels.grammar import FIRST_TAG, INDEX_PATTERN, TAG_PATTERN, TAGS, WHITE
 _WHITESPACE_SPELLINGS = re.compile(r"(?:[ĠĊĉčċČ▁ \t\n\r\f\v]|<0x(?:20|0A|09|0D|0B|0C)>)+")
 _INDEX_TOKEN = re.compile(r"[0-9.]+")
 _INDEX_END_TOKEN = re.compile(r"[0-9.]*:")
+_KINDS = tuple(Kind)  # by their numbers
 _INDEX_PREFIX = re.compile(rf"[{re.escape(WHITESPACE)}]*{INDEX_PATTERN.pattern}")
 
 
@@ -80,7 +81,7 @@ class TagTokens:
 
     def kind(self, token: int) -> Kind:
         """The grammar kind of one token id."""
-        return Kind(self._kind_of.get(token, 0))
+        return _KINDS[self._kind_of.get(token, 0)]
 
     def kinds(self, ids: Iterable[int]) -> bytes:
         """One grammar kind per token id, as `mvkernels.grammar.parse` takes them. ids: integers, or a 1-D tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
 import pytest
@@ -229,6 +230,20 @@ def test_text_of_bytes_that_are_no_character() -> None:
     # Never waits for ever: leading bytes alone come out as what the tokenizer makes of them.
     stream = TextStream(tokenizer)
     assert "".join(stream.push(euro[0]) for _ in range(40)).count("\N{REPLACEMENT CHARACTER}") >= 30
+
+
+def test_text_that_is_remembered_is_what_decoding_gives() -> None:
+    tokenizer = tiny_tokenizer()
+    draw = random.Random(0)
+    usual = tokenizer.encode("aé€🙂 naïve — “quoted” 日本語\N{REPLACEMENT CHARACTER}<Path>\n1: b")
+    for start in (0, 3, 4):
+        fast, slow = (TextStream(tokenizer, usual[:start], frozenset({0})) for _ in range(2))
+        assert fast._texts is not None
+        slow._texts = None
+        euro = tokenizer.encode("€")
+        given_up = [euro[0]] * 9 + euro[1:] + usual[:3]  # its last byte belongs to the token behind it
+        for token in given_up + [draw.choice([*usual, draw.randrange(len(tokenizer))]) for _ in range(400)]:
+            assert fast.push(token) == slow.push(token) and fast.rest() == slow.rest()
 
 
 # ---- pages

@@ -15,6 +15,7 @@ from mvkernels.model.config import GenerationConfig
 from mvkernels.model.penalty import SeenTokens, penalise
 from mvkernels.model.sampling import (
     BranchView,
+    _argmax,
     _draw,
     branch_key,
     probabilities,
@@ -56,6 +57,17 @@ def random_logits(seed: int, *shape: int) -> torch.Tensor:
 def test_greedy_takes_the_likeliest_and_the_lowest_of_equals() -> None:
     logits = torch.tensor([[0.0, 5.0, 5.0, 1.0], [9.0, 1.0, 2.0, 3.0]])
     assert sample([view(), view()], logits) == [1, 0]
+
+
+@pytest.mark.parametrize("size", [255, 256, 257, 511, 512, 1000])
+def test_the_largest_is_the_first_of_its_equals_at_any_place(size: int) -> None:
+    logits = random_logits(size, 200, size).round()  # many equal ones
+    logits[0], logits[1, -1], logits[2, :-1] = 0, 99, -math.inf
+    logits[3, size // 2 :] = math.nan
+    logits[4, -3:] = 99
+    assert _argmax(logits).tolist() == [
+        max(range(size), key=lambda i: (row[i] != row[i], row[i])) for row in logits.tolist()
+    ]
 
 
 def test_banned_tokens_never_come() -> None:

@@ -45,6 +45,10 @@ class KeyRun:
         run._page_size = page_size
         return run
 
+    def longer(self, page_size: int) -> KeyRun:
+        """The run with one more token, in pages that it has already."""
+        return KeyRun.of_node(self.pages, self.tokens + 1, page_size, self.place)
+
     @property
     def counted(self) -> bool:
         """Whether there are counts already."""
@@ -167,7 +171,7 @@ class StepViews:
     def advanced(self) -> StepViews:
         """The views of the next step. Tables that have advanced on the device stay, plans of the host advance."""
         entries = tuple(
-            replace(entry, own=KeyRun.of_node(entry.own.pages, entry.own.tokens + 1, self.page_size, entry.own.place))
+            EntryView(entry.first_row, entry.num_rows, entry.own.longer(self.page_size), entry.whole)
             for entry in self.entries
         )
         kept: dict[Hashable, Any] = {k: value for k, value in self._cache.items() if isinstance(value, AdvancingTables)}
