@@ -21,8 +21,9 @@ class TextStream:
 
     A token's text may depend on the ones before it (bytes of one character; spaces in SentencePiece vocabularies), so
     each piece is the difference of two decodings of a short window of tokens. Where a token is the same bytes whatever
-    stands before it, and no token waits for another, that is the token's own text, which is remembered. tokenizer: anything with `decode`. context: tokens before the first one. silent: tokens without text, such as end of
-    text.
+    stands before it, and no token waits for another, that is the token's own text, which is remembered.
+    tokenizer: anything with `decode`. context: tokens before the first one. silent: tokens without text, such as end
+    of text.
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = (), silent: frozenset[int] = frozenset()) -> None:
