@@ -49,7 +49,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),
-    package_data={"mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp"], "mvkernels.model": ["embedded/*", "*.html"]},
+    package_data={
+        "mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp", "ops/*.h"],
+        "mvkernels.model": ["embedded/*", "*.html"],
+    },
     include_package_data=False,
     install_requires=["torch>=2.11", "numpy", "typer", "rich"],
     extras_require=EXTRAS,
