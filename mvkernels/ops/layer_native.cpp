@@ -30,8 +30,7 @@ void norm(const float* x, const float* weight, float eps, int64_t dim, float* y)
         }
     float total = 0;
     for (; i < dim; ++i) total += x[i] * x[i];
-    const Floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    for (int n = 0; n < WIDTH; ++n) total += sum[n];
+    total += sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
     const float factor = 1 / std::sqrt(total / float(dim) + eps);
     for (i = 0; i < dim; ++i) y[i] = weight[i] * (x[i] * factor);
 }

@@ -73,8 +73,7 @@ inline void along(const float* weight, const float* bias, const float* x, int64_
     }
     for (int c = 0; c < COUNT; ++c)
         for (int r = 0; r < ROWS; ++r) {
-            float total = bias ? bias[c] : 0;
-            for (int n = 0; n < WIDTH; ++n) total += sum[c][r][n];
+            float total = (bias ? bias[c] : 0) + sum_of(sum[c][r]);
             for (int64_t j = i; j < inner; ++j) total += weight[c * inner + j] * x[r * inner + j];
             to.put(r, c, total);
         }
