@@ -19,7 +19,6 @@ from mvkernels.model.prompts import chat_text
 from mvkernels.model.sequentialize import sequentialize
 from mvkernels.model.training.tuning_recipe import TuningRecipe
 
-
 _FIELDS = {"prompt": ("prompt", "question"), "trace": ("trace", "text"), "sequential": ("sequential",)}
 
 
