@@ -40,8 +40,8 @@ def split_context(layout: BranchLayout, ranks: int, tile_rows: int = TILE_ROWS) 
     """Split the rows of a layout over `ranks` processes, balanced by the keys that they see. The same on every process.
 
     Process r passes `x[split.rows[r]]` of everything that has a row a token: ids, positions, q, k, v. For shapes to be
-    alike, the number of tiles (layout.total_tokens / tile_rows) should be a multiple of the ranks. Raises ValueError for
-    fewer tiles than ranks.
+    alike, the number of tiles (layout.total_tokens / tile_rows) should be a multiple of the ranks. Raises ValueError
+    for fewer tiles than ranks.
     """
     tokens = layout.total_tokens
     starts = np.arange(0, tokens, tile_rows)
@@ -78,7 +78,8 @@ def _visible_keys(mask: IntervalMask) -> npt.NDArray[np.int64]:
     before = np.concatenate([[0], np.cumsum(widths)])
     hidden = before[mask.gap_ptr[1:]] - before[mask.gap_ptr[:-1]]
     offset = np.repeat(mask.first_key + hidden, np.diff(mask.segment_starts))
-    return np.arange(1, mask.total_tokens + 1) - offset
+    visible: npt.NDArray[np.int64] = np.arange(1, mask.total_tokens + 1) - offset
+    return visible
 
 
 def _part(mask: IntervalMask, starts: npt.NDArray[np.int64], own: npt.NDArray[np.bool_]) -> IntervalMask:
