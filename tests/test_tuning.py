@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -274,3 +277,21 @@ def test_the_command(base: Path, data: Path, tmp_path: Path) -> None:
     assert_one_line_error(invoke("train", file, tmp_path / "new", "--nothing", 1), "expected a field of a recipe")
     file.write_text("model = ")
     assert_one_line_error(invoke("train", file, "--dry-run"), "expected a recipe in TOML")
+
+
+def test_two_processes_train_as_one(recipe: TuningRecipe, base: Path, data: Path, tmp_path: Path) -> None:
+    """torchrun with gloo: each takes its rows, and the loss of a step is that of all of them."""
+    file = tmp_path / "my.toml"
+    file.write_text(
+        f'model = "{base}"\ndata = ["{data}"]\nheld_out = 1\ndocuments_per_step = 4\ntokens_per_row = 500\n'
+        "chat = false\nlearning_rate = 3e-3\npasses = [0.0, 1.0]\n"
+    )
+    alone = tune(load_recipe(file), tmp_path / "alone", progress=False)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "mvkernels", "train", str(file), str(tmp_path / "two"), "--quiet"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "two" / LOSSES_FILE).open() as rows:
+        found = [float(row["loss"]) for row in csv.DictReader(rows) if row["loss"]]
+    assert found == pytest.approx([loss for _, loss in alone.losses], rel=1e-5)

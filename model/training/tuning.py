@@ -173,7 +173,10 @@ def _with_lora(recipe: TuningRecipe, model: PreTrainedModel, tokenizer: Any) -> 
 def _arguments(recipe: TuningRecipe, folder: Path, mixture: Mixture) -> TrainingArguments:
     if recipe.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / _LOGS)  # transformers takes it from nowhere else
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True}
+    checkpointing["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     args = TrainingArguments(
+        **(checkpointing if recipe.gradient_checkpointing else {}),
         output_dir=str(folder / CHECKPOINTS),
         max_steps=mixture.steps,
         per_device_train_batch_size=1,
@@ -187,8 +190,7 @@ def _arguments(recipe: TuningRecipe, folder: Path, mixture: Mixture) -> Training
         adam_beta2=recipe.betas[1],
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision == "bf16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        ddp_find_unused_parameters=False,
         seed=recipe.seed,
         use_cpu=not torch.accelerator.is_available(),
         eval_strategy="steps" if recipe.held_out else "no",
