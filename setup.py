@@ -13,19 +13,20 @@ if VERSION is None:
     raise SystemExit('mvkernels/__init__.py has no line __version__ = "..."')
 
 HF = ["transformers>=5.17", "accelerate", "safetensors", "gguf"]
+TRAIN = [*HF, "peft>=0.17", "tensorboard"]
 PLOT = ["matplotlib"]
 BENCH = ["pytest", "pytest-benchmark"]
 # Compiles the CUDA sources in tests, without a GPU or its driver.
 NVRTC = [f"{name}>=13; sys_platform == 'linux'" for name in ("cuda-bindings", "nvidia-cuda-nvrtc")]
 EXTRAS = {
     "hf": HF,
-    "train": [*HF],
+    "train": TRAIN,
     "eval": [*HF],
     "bench": [*PLOT, *BENCH],
     "cuda": ["triton>=3.6", "cupy-cuda13x>=14"],
     "plot": PLOT,
     "dev": [
-        *HF,
+        *TRAIN,
         *PLOT,
         *BENCH,
         *NVRTC,
@@ -51,7 +52,7 @@ setup(
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),
     package_data={
         "mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp", "ops/*.h"],
-        "mvkernels.model": ["embedded/*", "*.html"],
+        "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml"],
     },
     include_package_data=False,
     install_requires=["torch>=2.11", "numpy", "typer", "rich"],

@@ -39,6 +39,8 @@ OPTIONAL = {
     "safetensors": {"model"},
     "gguf": {"model"},
     "accelerate": {"model"},
+    "peft": {"model"},
+    "tensorboard": {"model"},
     "matplotlib": {"commands"},
     "typer": {"commands", "__main__"},
     "rich": {"commands", "model"},

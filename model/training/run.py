@@ -9,43 +9,34 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import Sampler, SequentialSampler
-from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import logging
 
-from mvkernels import BranchLayout, patch_model, unpatch_model
+from mvkernels import patch_model, unpatch_model
 from mvkernels.model.tasks.arithmetic import PARALLEL_ENDING, generate
 from mvkernels.model.tokens import CONFIG_KEY, multiverse_entry
 from mvkernels.model.training.data import PackedProblems
 from mvkernels.model.training.optimizer import MuonAdamW
 from mvkernels.model.training.recipe import HEAD_SIZE, Recipe
+from mvkernels.model.training.recipe_file import CHECKPOINTS, prepare_folder
 from mvkernels.model.training.tokenizer import build_tokenizer
+from mvkernels.model.training.trainer import PackedTrainer, quiet
 
 MAX_POSITIONS = 4096
 # Positions hardly go beyond 500: slow rotations would tell nothing apart.
 ROPE_THETA = 1000.0
-_RECIPE_FILE = "recipe.json"
-_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -72,29 +63,27 @@ def train(
     there is nothing to resume or another recipe was interrupted there.
     """
     folder = Path(output_dir)
-    checkpoint = _prepare(recipe, folder, resume)
+    checkpoint = prepare_folder(recipe, folder, resume)
     set_seed(recipe.seed)
     tokenizer = make_tokenizer()
     model = make_model(recipe, tokenizer)
     optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, recipe.embedding_learning_rate)
-    trainer = _PackedTrainer(
+    trainer = PackedTrainer(
         model=patch_model(model),
         args=_arguments(recipe, folder),
         train_dataset=PackedProblems(recipe, tokenizer),
-        data_collator=_only_row,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(recipe))),
-        callbacks=[*([_Bar()] if progress else []), *callbacks],
+        progress=progress,
+        callbacks=list(callbacks),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
-    with _quiet():
+    with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - started
         unpatch_model(model).config.use_cache = True  # the trainer has turned it off
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    shutil.rmtree(folder / _CHECKPOINTS)
+    shutil.rmtree(folder / CHECKPOINTS)
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
     return TrainingRun(folder, losses, model.num_parameters(), seconds)
 
@@ -133,25 +122,9 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
     return model
 
 
-def _prepare(recipe: Recipe, folder: Path, resume: bool) -> Path | None:
-    """Checks the output folder and writes the recipe there; the checkpoint to resume from, or None."""
-    saved = folder / _RECIPE_FILE
-    if resume:
-        steps = sorted((folder / _CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not saved.exists() or not steps:
-            raise ValueError(f"resume: expected a folder with the checkpoint of an interrupted run, got {folder}")
-        recipe.require_equal(saved)
-        return steps[-1]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output: expected a new or empty folder, or one to resume, got {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(saved)
-    return None
-
-
 def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(folder / _CHECKPOINTS),
+        output_dir=str(folder / CHECKPOINTS),
         max_steps=recipe.steps,
         per_device_train_batch_size=1,
         seed=recipe.seed,
@@ -177,53 +150,3 @@ def _schedule(recipe: Recipe) -> Callable[[int], float]:
         return min(1.0, rising) * (1 - step / recipe.steps)
 
     return share
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bar for each file that it writes, which would break up the bar of the training."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _only_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch is one packed row."""
-    return rows[0]
-
-
-class _PackedTrainer(Trainer):
-    """Rows in their order, and the layout on the model's device."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # The rows are drawn at random already; in order, a resumed run need not draw those that it skips.
-        return SequentialSampler(range(self.args.max_steps))
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        layout: BranchLayout = prepared["branch_layout"]
-        prepared["branch_layout"] = layout.to(self.args.device)
-        return prepared
-
-
-class _Bar(TrainerCallback):
-    """A progress bar with the last logged loss."""
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.close()
