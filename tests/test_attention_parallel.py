@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,35 +37,45 @@ def one_process() -> list[torch.Tensor]:
     return [out.detach(), lse.detach().t(), *(x.grad for x in (q, k, v) if x.grad is not None)]
 
 
-def worker(rank: int, ranks: int, folder: str) -> None:
+def worker(rank: int, folder: str) -> None:
+    """One of four processes; two of them are a group of their own too."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
     try:
-        layout = packed()
-        rows = torch.from_numpy(split_context(layout, ranks).rows[rank])
-        q, k, v, grad = (x[rows] for x in inputs(layout.total_tokens))
-        for x in (q, k, v):
-            x.requires_grad_()
-        out, lse = multiverse_attention(q, k, v, layout, return_lse=True, group=dist.group.WORLD)
-        ((out * grad).sum() + lse.sin().sum()).backward()
-        with pytest.raises(ValueError, match=r"q: expected shape .*, the rows of rank"):
-            multiverse_attention(q[1:], k, v, layout, group=dist.group.WORLD)
-        torch.save((rows, [out.detach(), lse.detach().t(), q.grad, k.grad, v.grad]), f"{folder}/{rank}.pt")
+        pair = dist.new_group([0, 1])
+        run(rank, 4, dist.group.WORLD, folder)
+        if rank < 2:
+            run(rank, 2, pair, folder)
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_as_one_process(ranks: int, tmp_path: Path) -> None:
-    mp.spawn(worker, (ranks, str(tmp_path)), nprocs=ranks)
+def run(rank: int, ranks: int, group: Any, folder: str) -> None:
+    layout = packed()
+    rows = torch.from_numpy(split_context(layout, ranks).rows[rank])
+    q, k, v, grad = (x[rows] for x in inputs(layout.total_tokens))
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, lse = multiverse_attention(q, k, v, layout, return_lse=True, group=group)
+    ((out * grad).sum() + lse.sin().sum()).backward()
+    with pytest.raises(ValueError, match=r"q: expected shape .*, the rows of rank"):
+        multiverse_attention(q[1:], k, v, layout, group=group)
+    torch.save((rows, [out.detach(), lse.detach().t(), q.grad, k.grad, v.grad]), f"{folder}/{ranks}-{rank}.pt")
+
+
+def test_as_one_process(tmp_path: Path) -> None:
+    mp.spawn(worker, (str(tmp_path),), nprocs=4)
     expected = one_process()
-    seen = []
-    for rank in range(ranks):
-        rows, found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        seen.append(rows)
-        for name, mine, whole in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
-            torch.testing.assert_close(mine, whole[rows], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-    assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(expected[0])))
+    for ranks in (2, 4):
+        seen = []
+        for rank in range(ranks):
+            rows, found = torch.load(tmp_path / f"{ranks}-{rank}.pt", weights_only=True)
+            seen.append(rows)
+            for name, mine, whole in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+                torch.testing.assert_close(
+                    mine, whole[rows], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{ranks}, {n}: {m}"
+                )
+        assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(expected[0])))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

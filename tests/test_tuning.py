@@ -226,6 +226,13 @@ def test_out_of_memory_names_the_traces(recipe: TuningRecipe, tmp_path: Path, mo
         tune(recipe, tmp_path / "run", progress=False)
 
 
+def test_sharded_weights_are_refused(recipe: TuningRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="expected processes that hold the whole model each, got FSDP"):
+        tune(recipe, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_shipped_recipes_and_overrides(tmp_path: Path) -> None:
     paper = load_recipe(find_recipe("multiverse-32b.toml"))
     assert paper.passes == (0, 0, 0.1, 0.5, 0.5, 0.9, 1, 1) and paper.betas == (0.9, 0.95)

@@ -102,6 +102,9 @@ def tune(
     fit into memory, whose traces the message names. ImportError where peft or tensorboard is asked for and missing.
     """
     folder = Path(output_dir)
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+            raise ValueError(f"tune: expected processes that hold the whole model each, got {name}, which shards it")
     if recipe.tensorboard:
         import_for("tensorboard = true", "tensorboard")
     tokenizer = recipe_tokenizer(recipe)
@@ -120,8 +123,6 @@ def tune(
         eval_dataset=PackedRows([(example.parallel,) for example in data.held_out]) if data.held_out else None,
         callbacks=list(callbacks),
     )
-    if trainer.is_fsdp_enabled and recipe.lora_rank and recipe.merge:
-        raise ValueError("merge: expected false under FSDP, whose weights lie in shards, got true")
     started = time.perf_counter()
     with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -216,7 +217,6 @@ def _arguments(recipe: TuningRecipe, folder: Path, mixture: Mixture) -> Training
 def _save(recipe: TuningRecipe, trainer: PackedTrainer, model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Weights in safetensors, in the recipe's precision, and the tokenizer; by the first process."""
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():
         return
     saved: Any = unpatch_model(model)
@@ -224,10 +224,7 @@ def _save(recipe: TuningRecipe, trainer: PackedTrainer, model: PreTrainedModel, 
     if recipe.lora_rank:
         adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
         saved = adapted.merge_and_unload() if recipe.merge else adapted
-    if state is not None:
-        saved.save_pretrained(folder, state_dict={name: value.to(dtype) for name, value in state.items()})
-    else:
-        saved.to(dtype).save_pretrained(folder)
+    saved.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
