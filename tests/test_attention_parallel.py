@@ -73,7 +73,7 @@ def test_as_one_process(tmp_path: Path) -> None:
             seen.append(rows)
             for name, mine, whole in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
                 torch.testing.assert_close(
-                    mine, whole[rows], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{ranks}, {n}: {m}"
+                    mine, whole[rows], rtol=1e-9, atol=1e-10, msg=lambda m, n=f"{ranks}, {name}": f"{n}: {m}"
                 )
         assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(expected[0])))
 
