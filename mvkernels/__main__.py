@@ -134,6 +134,7 @@ def add_tags(
 @app.command()
 def train(
     out: Annotated[Path, typer.Argument(help="New folder for the model; with --resume, the interrupted one.")],
+    task: Annotated[str | None, typer.Option(help="Whose problems it learns: arithmetic, sat.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     tokens_per_step: Annotated[int | None, typer.Option(help="Tokens of one packed row.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak, of the layers' matrices.")] = None,
@@ -150,6 +151,7 @@ def train(
 ) -> None:
     """Train the embedded model from nothing, on generated problems; the defaults are its recipe."""
     fields = {
+        "task": task,
         "steps": steps,
         "tokens_per_step": tokens_per_step,
         "learning_rate": learning_rate,

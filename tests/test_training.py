@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainerCallback
 
 from mvkernels import BranchLayout, TagTokens
 from mvkernels.grammar import TAGS
+from mvkernels.model.tasks import arithmetic
 from mvkernels.model.tasks.arithmetic import generate
 from mvkernels.model.tokens import read_entry
 from mvkernels.model.training import Recipe, TrainingRun, train
@@ -49,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return make_tokenizer(arithmetic.TASK)
 
 
 def test_the_loss_falls(whole: TrainingRun) -> None:
@@ -79,11 +80,11 @@ def test_what_is_saved_loads_and_names_its_tags(whole: TrainingRun) -> None:
     assert read_entry(model.config) == "canonical"
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.config.use_cache
-    assert TagTokens.from_tokenizer(tokenizer).ids == TagTokens.from_tokenizer(make_tokenizer()).ids
+    assert TagTokens.from_tokenizer(tokenizer).ids == TagTokens.from_tokenizer(make_tokenizer(arithmetic.TASK)).ids
     # transformers gives a Qwen2 checkpoint Qwen2's own tokenizer class, which must cut the text into the same tokens.
     for problem in islice(generate(0), 20):
         text = problem.prompt() + problem.parallel_trace
-        assert tokenizer.encode(text) == make_tokenizer().encode(text)
+        assert tokenizer.encode(text) == make_tokenizer(arithmetic.TASK).encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
     # No checkpoint is left beside the model.
     assert not [path for path in whole.folder.iterdir() if path.is_dir()]

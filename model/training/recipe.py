@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from mvkernels.model.tasks import task_named
+
 #: Head size of the model; the hidden size is a multiple of it.
 HEAD_SIZE = 32
 
@@ -15,13 +17,15 @@ HEAD_SIZE = 32
 class Recipe:
     """How a model is made from nothing. The defaults make the embedded model.
 
+    task                     whose problems it learns: a name in `mvkernels.model.tasks.TASKS`
     steps                    optimizer steps, one packed row of documents each
     tokens_per_step          a row is filled with fresh problems; the last is cut where the row is full
     learning_rate            peak, of the layers' matrices (Muon); it falls to 0 along a straight line
     embedding_learning_rate  peak, of all other parameters (AdamW)
     weight_decay             of the layers' matrices
     warmup_steps             steps in which the learning rates rise to their peaks
-    sequential_share         share of the problems that are written as one chain, without blocks
+    sequential_share         share of the problems that are written as one chain, without blocks; 1 makes an
+                             autoregressive model
     bare_share               share of the parallel problems whose prompt ends with the question
     hidden_size, layers, intermediate_size    sizes of the model; heads have 32 channels
     bf16                     matrix products in bf16 (autocast); the weights and the attention are in fp32 on a CPU
@@ -31,6 +35,7 @@ class Recipe:
     Raises ValueError when a value is out of range.
     """
 
+    task: str = "arithmetic"
     steps: int = 3600
     tokens_per_step: int = 3072
     learning_rate: float = 6e-3
@@ -48,6 +53,7 @@ class Recipe:
     save_every: int = 200
 
     def __post_init__(self) -> None:
+        task_named(self.task)
         for name in ("steps", "tokens_per_step", "hidden_size", "layers", "intermediate_size", "log_every"):
             self._require(
                 name, "a whole number >= 1", isinstance(getattr(self, name), int) and getattr(self, name) >= 1

@@ -34,7 +34,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from mvkernels import BranchLayout, patch_model, unpatch_model
-from mvkernels.model.tasks.arithmetic import PARALLEL_ENDING, generate
+from mvkernels.model.tasks import Task, task_named
+from mvkernels.model.tasks.common import PARALLEL_ENDING
 from mvkernels.model.tokens import CONFIG_KEY, multiverse_entry
 from mvkernels.model.training.data import PackedProblems
 from mvkernels.model.training.optimizer import MuonAdamW
@@ -50,7 +51,9 @@ _CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What came out. losses: (step, mean loss since the last one). seconds: of this call, without what was resumed."""
+    """What came out. losses: (step, mean loss since the last one). seconds: of training, up to the last logged loss,
+    those before an interruption included and what had to be done again not counted.
+    """
 
     folder: Path
     losses: tuple[tuple[int, float], ...]
@@ -74,7 +77,7 @@ def train(
     folder = Path(output_dir)
     checkpoint = _prepare(recipe, folder, resume)
     set_seed(recipe.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(task_named(recipe.task))
     model = make_model(recipe, tokenizer)
     optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, recipe.embedding_learning_rate)
     trainer = _PackedTrainer(
@@ -83,27 +86,27 @@ def train(
         train_dataset=PackedProblems(recipe, tokenizer),
         data_collator=_only_row,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(recipe))),
-        callbacks=[*([_Bar()] if progress else []), *callbacks],
+        callbacks=[_Clock(), *([_Bar()] if progress else []), *callbacks],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    started = time.perf_counter()
     with _quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.perf_counter() - started
         unpatch_model(model).config.use_cache = True  # the trainer has turned it off
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     shutil.rmtree(folder / _CHECKPOINTS)
-    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in logged)
+    seconds = float(logged[-1]["seconds"]) if logged else 0.0
     return TrainingRun(folder, losses, model.num_parameters(), seconds)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the task: always the same. Its chat template asks for parallel thinking."""
-    problem = next(generate(0))
+def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
+    """The tokenizer of a task: always the same. Its chat template asks for parallel thinking."""
+    problem = next(task.generate(0, "train"))
     words = re.findall(r" ?[A-Za-z]+", problem.prompt(parallel=True) + problem.prompt(parallel=False))
-    return build_tokenizer([*words, " +", " ->"], chat_ending=PARALLEL_ENDING)
+    return build_tokenizer([*words, *task.words], task.added, chat_ending=PARALLEL_ENDING)
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
@@ -208,6 +211,17 @@ class _PackedTrainer(Trainer):
         layout: BranchLayout = prepared["branch_layout"]
         prepared["branch_layout"] = layout.to(self.args.device)
         return prepared
+
+
+class _Clock(TrainerCallback):
+    """Writes into the log how long the training has taken, which a resumed run reads there and goes on from."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        before = float(state.log_history[-1].get("seconds", 0)) if state.log_history else 0.0
+        self.started = time.perf_counter() - before
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.log_history[-1]["seconds"] = time.perf_counter() - self.started
 
 
 class _Bar(TrainerCallback):
