@@ -16,6 +16,8 @@ EXTRAS: dict[str, str] = {
     "triton": "cuda",
     "cupy": "cuda",
     "matplotlib": "plot",
+    "math_verify": "eval",
+    "lighteval": "eval",
 }
 
 

@@ -1,8 +1,8 @@
-"""3-SAT decided by recursive branching on variables: a node fixes one variable, and both of its values are paths.
+"""3-SAT decided by recursive branching on variables: a block fixes one, with a path for either value.
 
-A question lists one clause a line: `-a+b-c` is (not a, or b, or not c). Variables are fixed in alphabetical order, false
-first. A node writes only the literal that it fixes; a leaf the first clause of the question that fails, or SAT where all
-variables are fixed and none has failed; the conclusion of a block SAT or UNSAT:
+A question lists one clause a line: `-a+b-c` is (not a, or b, or not c). Variables are fixed in alphabetical order,
+false first. A node writes only the literal that it fixes; a leaf the first clause of the question that fails, or SAT
+where all variables are fixed and none has failed; the conclusion of a block SAT or UNSAT:
 
     <Path>
     1.2:+b          path 1 has fixed -a, this one +b
@@ -266,5 +266,5 @@ TASK = Task(
     ),
     added=_indices(),
     size_name="variables",
-    max_new_tokens=8192,
+    max_new_tokens=4096,
 )

@@ -6,12 +6,13 @@ the same recipe gives the same losses and weights, interrupted or not.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,23 @@ from mvkernels.model.training.tokenizer import build_tokenizer
 MAX_POSITIONS = 4096
 # Positions hardly go beyond 500: slow rotations would tell nothing apart.
 ROPE_THETA = 1000.0
+TRAINING_FILE = "training.json"
 _RECIPE_FILE = "recipe.json"
 _CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What came out. losses: (step, mean loss since the last one). seconds: of training, up to the last logged loss,
-    those before an interruption included and what had to be done again not counted.
+    """What came out; TRAINING_FILE in the folder has the same. losses: (step, mean loss since the last one). seconds:
+    of training, up to the last logged loss, those before an interruption included and what had to be done again not
+    counted. clock: the same at each logged loss.
     """
 
     folder: Path
     losses: tuple[tuple[int, float], ...]
     parameters: int
     seconds: float
+    clock: tuple[float, ...] = ()
 
 
 def train(
@@ -95,11 +99,14 @@ def train(
         unpatch_model(model).config.use_cache = True  # the trainer has turned it off
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    shutil.rmtree(folder / _CHECKPOINTS)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in logged)
-    seconds = float(logged[-1]["seconds"]) if logged else 0.0
-    return TrainingRun(folder, losses, model.num_parameters(), seconds)
+    clock = tuple(float(entry["seconds"]) for entry in logged)
+    result = TrainingRun(folder, losses, model.num_parameters(), clock[-1] if clock else 0.0, clock)
+    known = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "folder"}
+    (folder / TRAINING_FILE).write_text(json.dumps(known) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / _CHECKPOINTS)
+    return result
 
 
 def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:

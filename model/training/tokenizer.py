@@ -17,9 +17,7 @@ _PIECES = (
 )
 
 
-def build_tokenizer(
-    words: Iterable[str], added: Sequence[str] = (), chat_ending: str = ""
-) -> PreTrainedTokenizerFast:
+def build_tokenizer(words: Iterable[str], added: Sequence[str] = (), chat_ending: str = "") -> PreTrainedTokenizerFast:
     """A byte-level BPE vocabulary of `words`, with the twelve control tags and an end-of-text token.
 
     words: each becomes one token; none may span two of Qwen2's pieces. added: texts that are one token wherever they
