@@ -11,7 +11,7 @@ import numpy as np
 from mvkernels._lazy import import_for
 from mvkernels.model.evaluation.figures import MEASURES, budget_curve
 from mvkernels.model.evaluation.samples import Sample
-from mvkernels.model.evaluation.statistics import Fit
+from mvkernels.model.evaluation.statistics import Fit, inverse_fit
 
 _POINTS = 200
 
@@ -30,19 +30,26 @@ def budgets(runs: Mapping[str, Sequence[Sample]], out: Path, title: str) -> None
     _save(figure, out)
 
 
-def latency(runs: Mapping[str, Sequence[Sample]], fitted: Fit, out: Path, title: str) -> None:
-    """Milliseconds a token over # parallel, a dot an answer, and the fitted a + b / x."""
+def latency(runs: Mapping[str, Sequence[Sample]], out: Path, title: str) -> Fit | None:
+    """Milliseconds a token over # parallel, a dot an answer, and the fitted a + b / x, which is returned.
+
+    None, and no curve, where all answers are as parallel. The answers are to have run alone.
+    """
     figure, (axes,) = _figure(title, 1)
-    every = [sample.parallelism for samples in runs.values() for sample in samples]
+    every = [sample for samples in runs.values() for sample in samples]
+    spread = [sample.parallelism for sample in every]
+    fitted = inverse_fit(spread, [1e3 * one.seconds / one.tokens for one in every]) if len(set(spread)) > 1 else None
     for name, samples in runs.items():
         y = [1e3 * sample.seconds / sample.tokens for sample in samples]
         axes.plot([sample.parallelism for sample in samples], y, ".", alpha=0.5, label=name)
-    x = np.linspace(min(every), max(every), _POINTS)
-    label = f"{fitted.a:.3f} + {fitted.b:.3f} / x, R² = {fitted.r2:.2f}"
-    axes.plot(x, fitted.a + fitted.b / x, color="0.2", label=label)
+    if fitted is not None:
+        x = np.linspace(min(spread), max(spread), _POINTS)
+        label = f"{fitted.a:.3f} + {fitted.b:.3f} / x, R² = {fitted.r2:.2f}"
+        axes.plot(x, fitted.a + fitted.b / x, color="0.2", label=label)
     axes.set(xlabel="# parallel (tokens / critical path)", ylabel="ms / token", ylim=(0, None))
     axes.legend(frameon=False)
     _save(figure, out)
+    return fitted
 
 
 def lines(

@@ -18,12 +18,10 @@ from mvkernels.model import GenerationConfig
 from mvkernels.model.evaluation.figures import Summary, accuracies, markdown_table, summarize
 from mvkernels.model.evaluation.questions import Question, generated_questions, read_questions
 from mvkernels.model.evaluation.samples import MODES, Plan, Sample, collect
-from mvkernels.model.evaluation.statistics import inverse_fit, paired_test
+from mvkernels.model.evaluation.statistics import paired_test
 from mvkernels.model.tasks import TASKS
 
 DEFAULT_MAX_TOKENS = 32768
-#: Answers are told apart by # parallel in so few of a run's samples that a curve means little below.
-LEAST_FOR_LATENCY = 10
 
 
 def questions_of(what: str, problems: int | None, seed: int, raw: bool) -> tuple[list[Question], int]:
@@ -104,10 +102,8 @@ def report(what: str, plan: Plan, summaries: Sequence[Summary], runs: Mapping[st
 def draw(what: str, runs: Mapping[str, Sequence[Sample]], batch: int, out: Path) -> None:
     """Accuracy over budgets; where each question ran alone, also latency over # parallel."""
     charts.budgets(runs, out / "budgets.png", f"{what}: accuracy within a budget")
-    every = [sample for samples in runs.values() for sample in samples]
-    if batch == 1 and len(every) >= LEAST_FOR_LATENCY and len({sample.parallelism for sample in every}) > 1:
-        fitted = inverse_fit([one.parallelism for one in every], [1e3 * one.seconds / one.tokens for one in every])
-        charts.latency(runs, fitted, out / "latency.png", f"{what}: latency over # parallel")
+    if batch == 1:
+        charts.latency(runs, out / "latency.png", f"{what}: latency over # parallel")
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class Cells:
     # ---- models
 
     def recipe(self, task: str, kind: str, seed: int) -> Recipe:
-        found = Recipe(task=task, seed=seed, sequential_share=KINDS[kind], steps=STEPS[task], save_every=100)
+        found = Recipe(task=task, seed=seed, sequential_share=KINDS[kind], steps=STEPS[task], save_every=20)
         return replace(found, **self.scale.shrink) if self.scale.shrink else found
 
     def train(self, task: str, kind: str, seed: int) -> None:

@@ -18,7 +18,7 @@ from mvkernels.commands import charts
 from mvkernels.commands.reproduce_cells import ASKED, KINDS, Cells, model_name
 from mvkernels.model.evaluation.figures import accuracies, markdown, markdown_table, percent, summarize
 from mvkernels.model.evaluation.samples import Sample, read_samples
-from mvkernels.model.evaluation.statistics import exponential_fit, fit, inverse_fit, paired_test
+from mvkernels.model.evaluation.statistics import exponential_fit, fit, paired_test
 from mvkernels.model.tasks import sat
 from mvkernels.model.training import Recipe
 from mvkernels.model.training.run import TRAINING_FILE
@@ -125,23 +125,22 @@ class Report:
             return []
         seconds = {kind: fmean(sample.seconds for sample in samples) for kind, samples in runs.items()}
         gains = [b.seconds / a.seconds for a, b in zip(runs[FIRST], runs[LAST], strict=True)]
-        every = [sample for samples in runs.values() for sample in samples]
-        fitted = inverse_fit([one.parallelism for one in every], [1e3 * one.seconds / one.tokens for one in every])
         charts.budgets(runs, self.out / f"{task}-budgets.png", f"{task}: accuracy within a budget")
-        charts.latency(runs, fitted, self.out / f"{task}-latency.png", f"{task}: latency over # parallel")
+        fitted = charts.latency(runs, self.out / f"{task}-latency.png", f"{task}: latency over # parallel")
         speedup = seconds[LAST] / seconds[FIRST]
         self.figures[f"wall-clock {task}"] = {
             "seconds": seconds,
             "speedup": speedup,
             "median_speedup": median(gains),
-            "latency_fit": asdict(fitted),
+            "latency_fit": None if fitted is None else asdict(fitted),
         }
         text = (
             f"{len(gains)} problems, one at a time, both models in turn, one thread: {seconds[FIRST]:.3f} s a problem "
             f"in parallel, {seconds[LAST]:.3f} s autoregressive, {speedup:.2f}x as fast (median of the problems "
-            f"{median(gains):.2f}x). Latency of a token: {fitted.a:.3f} + {fitted.b:.3f} / # parallel ms "
-            f"(R² = {fitted.r2:.2f})."
+            f"{median(gains):.2f}x)."
         )
+        if fitted is not None:
+            text += f" Latency of a token: {fitted.a:.3f} + {fitted.b:.3f} / # parallel ms (R² = {fitted.r2:.2f})."
         pictures = "\n".join(f"![{what}]({task}-{what}.png)" for what in ("budgets", "latency"))
         return [f"## Wall-clock: {task}", markdown_table([summarize(*pair) for pair in runs.items()]), text, pictures]
 
