@@ -23,6 +23,7 @@ from mvkernels.model.evaluation.statistics import (
     pass_at_k,
     standard_error,
 )
+from mvkernels.model.loading import EMBEDDED
 from mvkernels.model.tasks import TASKS
 from tests.test_cli import assert_one_line_error, invoke
 from tests.tiny_model import tiny_model, tiny_tokenizer
@@ -243,7 +244,7 @@ def test_a_summary_is_of_questions_and_the_table_has_every_figure() -> None:
 
 def test_a_budget_curve_is_what_runs_with_these_budgets_give(tmp_path: Path) -> None:
     """With the embedded model: greedy answers under such a budget are right exactly where the curve says so."""
-    engine = Engine.from_pretrained(Path(__file__).parent.parent / "mvkernels" / "model" / "embedded")
+    engine = Engine.from_pretrained(EMBEDDED)
     asked = generated_questions(TASKS["arithmetic"], 3)
     plan = Plan("embedded", MODES["parallel"], GenerationConfig(max_new_tokens=2048), batch=4)
     free = collect(engine, asked, plan, tmp_path / "free.jsonl")
