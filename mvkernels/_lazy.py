@@ -17,7 +17,6 @@ EXTRAS: dict[str, str] = {
     "cupy": "cuda",
     "matplotlib": "plot",
     "math_verify": "eval",
-    "lighteval": "eval",
 }
 
 
