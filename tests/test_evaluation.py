@@ -155,6 +155,17 @@ def test_a_bad_question_says_where_and_what(line: str, message: str, tmp_path: P
         read_questions(file)
 
 
+@pytest.mark.real_data
+@pytest.mark.parametrize(("name", "count"), [("gsm8k_test", 1319), ("math500", 500), ("aime24", 30)])
+def test_published_questions_are_read_and_their_answers_graded_right(name: str, count: int, data_dir: Path) -> None:
+    pytest.importorskip("math_verify", reason="needs the eval extra")
+    found = read_questions(data_dir / "eval" / f"{name}.jsonl")
+    assert len(found) == count
+    for question in found[:: count // 30]:
+        assert question.grade(f"<Think>\n7\n</Think>\nIt is \\boxed{{{question.expected}}}."), question
+        assert not question.grade("<Think>\n7\n</Think>\nIt is \\boxed{123456789}."), question
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_problems_of_a_task_are_graded_by_its_traces(task: str) -> None:
     for question in generated_questions(TASKS[task], 4):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 from mvkernels._lazy import import_for
 
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?\}?\s*\}")
 _NAMED = re.compile(r"\banswer\b\W*(?:is|:)?\W*\(?([A-Z])\b", re.IGNORECASE)
+#: What math-verify may take to read an expression, and to compare two; then it gives up, and the answer is wrong.
+_SECONDS = 5
 _ALONE = re.compile(r"\s*\(?([A-Z])[).]?\s*")
 
 
@@ -19,10 +22,12 @@ def same_math(text: str, expected: str) -> bool:
     Raises ImportError without math-verify.
     """
     library: Any = import_for("grading mathematics", "math_verify")
-    # Its own limits of time need SIGALRM, which only the main thread has.
-    options = {"parsing_timeout": None}
-    gold = library.parse(f"${expected}$", **options) or library.parse(expected, **options)
-    return bool(library.verify(gold, library.parse(behind_thinking(text), **options), timeout_seconds=None))
+    # Its limits of time are alarms, which only the main thread gets; elsewhere it must do without.
+    limited = threading.current_thread() is threading.main_thread()
+    limit = _SECONDS if limited else None
+    gold = library.parse(f"${expected}$", parsing_timeout=limit) or library.parse(expected, parsing_timeout=limit)
+    found = library.parse(behind_thinking(text), parsing_timeout=limit)
+    return bool(library.verify(gold, found, timeout_seconds=limit))
 
 
 def choice_in(text: str, letters: str) -> str | None:

@@ -23,7 +23,12 @@ def budgets(runs: Mapping[str, Sequence[Sample]], out: Path, title: str) -> None
         top = max(taken(sample) for samples in runs.values() for sample in samples)
         limits = np.linspace(0, top * 1.02, _POINTS)
         for name, samples in runs.items():
-            axes.plot(limits, [100 * y for y in budget_curve(samples, measure, limits.tolist())], label=name)
+            axes.plot(
+                limits,
+                [100 * y for y in budget_curve(samples, measure, limits.tolist())],
+                label=name,
+                drawstyle="steps-post",
+            )
         unit = "tokens" if measure == "critical path" else "wall-clock"
         axes.set(xlabel=f"budget: {measure} ({unit})", ylabel="right (%)", ylim=(0, 102), xlim=(0, None))
     panels[0].legend(frameon=False)
