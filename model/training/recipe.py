@@ -83,8 +83,8 @@ class Recipe:
         """Raises ValueError when the recipe in this file is another: resuming would not give what either gives."""
         saved = json.loads(path.read_text(encoding="utf-8"))
         for field in fields(self):
-            if saved.get(field.name) != getattr(self, field.name):
+            before = saved.get(field.name, field.default)
+            if before != getattr(self, field.name):
                 raise ValueError(
-                    f"resume: expected {field.name}={saved.get(field.name)!r} as in {path}, "
-                    f"got {getattr(self, field.name)!r}"
+                    f"resume: expected {field.name}={before!r} as in {path}, got {getattr(self, field.name)!r}"
                 )
