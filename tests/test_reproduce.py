@@ -89,5 +89,5 @@ def test_the_scales_make_valid_recipes_below_the_limit_of_parameters() -> None:
     for scale in (FULL, QUICK):
         recipes = [Cells(Path(), scale, print).recipe(*model) for model in Cells(Path(), scale, print).models()]
         assert len(recipes) == 2 * sum(scale.seeds.values())
-        assert {recipe.sequential_share for recipe in recipes} == {*reproduce_cells.KINDS.values()}
+        assert {recipe.sequential_share for recipe in recipes} == {*reproduce_cells.CHAINS.values(), 1.0}
         assert len({(r.hidden_size, r.layers, r.steps) for r in recipes if r.task == "sat"}) == 1

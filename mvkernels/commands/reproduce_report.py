@@ -23,7 +23,7 @@ from mvkernels.model.tasks import sat
 from mvkernels.model.training import Recipe
 from mvkernels.model.training.run import TRAINING_FILE
 
-FIRST, LAST = tuple(KINDS)
+FIRST, LAST = KINDS
 
 
 class Report:
