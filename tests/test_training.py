@@ -151,6 +151,7 @@ def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, int]) -> N
         ({"task": "chess"}, r"task: expected one of \('arithmetic', 'sat'\), got 'chess'"),
         ({"steps": 0}, r"steps: expected a whole number >= 1, got 0"),
         ({"learning_rate": float("nan")}, r"learning_rate: expected a finite number > 0, got nan"),
+        ({"rope_theta": 0.0}, r"rope_theta: expected a finite number > 0, got 0.0"),
         ({"sequential_share": 1.5}, r"sequential_share: expected a number in \[0, 1\], got 1.5"),
         ({"hidden_size": 100}, r"hidden_size: expected a multiple of 32, got 100"),
         ({"warmup_steps": 9999}, r"warmup_steps: expected 0 to 3600 \(the steps\), got 9999"),

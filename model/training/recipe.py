@@ -28,6 +28,8 @@ class Recipe:
                              autoregressive model
     bare_share               share of the parallel problems whose prompt ends with the question
     hidden_size, layers, intermediate_size    sizes of the model; heads have 32 channels
+    rope_theta               base of the rotary positions: small where what matters is near; where tokens are found by
+                             what they are, hundreds of tokens away, a large one leaves more channels for that
     bf16                     matrix products in bf16 (autocast); the weights and the attention are in fp32 on a CPU
     seed                     of the initial weights and of the problems
     log_every, save_every    steps between two logged losses, and between two checkpoints to resume from
@@ -47,6 +49,7 @@ class Recipe:
     hidden_size: int = 128
     layers: int = 5
     intermediate_size: int = 512
+    rope_theta: float = 1000.0
     bf16: bool = True
     seed: int = 0
     log_every: int = 20
@@ -58,7 +61,7 @@ class Recipe:
             self._require(
                 name, "a whole number >= 1", isinstance(getattr(self, name), int) and getattr(self, name) >= 1
             )
-        for name in ("learning_rate", "embedding_learning_rate"):
+        for name in ("learning_rate", "embedding_learning_rate", "rope_theta"):
             self._require(name, "a finite number > 0", math.isfinite(getattr(self, name)) and getattr(self, name) > 0)
         self._require("weight_decay", "a number in [0, 1)", 0 <= self.weight_decay < 1)
         self._require("warmup_steps", f"0 to {self.steps} (the steps)", 0 <= self.warmup_steps <= self.steps)

@@ -44,8 +44,6 @@ from mvkernels.model.training.recipe import HEAD_SIZE, Recipe
 from mvkernels.model.training.tokenizer import build_tokenizer
 
 MAX_POSITIONS = 4096
-# Positions hardly go beyond 500: slow rotations would tell nothing apart.
-ROPE_THETA = 1000.0
 TRAINING_FILE = "training.json"
 _RECIPE_FILE = "recipe.json"
 _CHECKPOINTS = "checkpoints"
@@ -127,7 +125,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
         num_key_value_heads=heads,
         intermediate_size=recipe.intermediate_size,
         max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         initializer_range=0.5 * recipe.hidden_size**-0.5,
         tie_word_embeddings=True,
         use_cache=True,

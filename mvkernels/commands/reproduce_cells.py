@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from mvkernels.commands.generate import load_engine
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.model.evaluation.questions import Question, generated_questions
 from mvkernels.model.evaluation.samples import MODES, Plan, batches
@@ -37,6 +38,8 @@ KINDS = ("multiverse", "autoregressive")
 CHAINS = {"arithmetic": 0.3, "sat": 0.7}
 #: How each kind is asked.
 ASKED = {"multiverse": ("parallel", "zero"), "autoregressive": ("sequential",)}
+#: A failing clause is found by what it says, anywhere in the question.
+ROPE_THETA = {"arithmetic": 1e3, "sat": 1e5}
 #: Steps of each task's training: so many as 2 cores make in 15 minutes.
 STEPS = {"arithmetic": 2600, "sat": 1600}
 #: Seeds of problems that no other cell has.
@@ -112,7 +115,14 @@ class Cells:
 
     def recipe(self, task: str, kind: str, seed: int) -> Recipe:
         chains = CHAINS[task] if kind == KINDS[0] else 1.0
-        found = Recipe(task=task, seed=seed, sequential_share=chains, steps=STEPS[task], save_every=20)
+        found = Recipe(
+            task=task,
+            seed=seed,
+            sequential_share=chains,
+            rope_theta=ROPE_THETA[task],
+            steps=STEPS[task],
+            save_every=20,
+        )
         return replace(found, **self.scale.shrink) if self.scale.shrink else found
 
     def train(self, task: str, kind: str, seed: int) -> None:
@@ -215,7 +225,7 @@ def _unseen(task: str, count: int) -> list[Question]:
 
 @cache
 def _load(folder: Path) -> Engine:
-    return Engine.from_pretrained(folder)
+    return load_engine(str(folder), {"dtype": None, "device": None, "device_map": None})[0]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from mvkernels.model.training import Recipe
 from mvkernels.model.training.run import TRAINING_FILE
 
 FIRST, LAST = KINDS
+QUICK_NOTE = "With `--quick`: the models have hardly learned, and the figures show that everything runs, nothing else."
 
 
 class Report:
@@ -40,6 +41,7 @@ class Report:
         parts = [
             "# Multiverse in miniature",
             f"Written by `mvkernels reproduce`, from nothing: {where}.",
+            *([QUICK_NOTE] if self.cells.scale.shrink else []),
             *self._training(),
         ]
         for task in self.cells.scale.seeds:
