@@ -13,6 +13,7 @@ if VERSION is None:
     raise SystemExit('mvkernels/__init__.py has no line __version__ = "..."')
 
 HF = ["transformers>=5.17", "accelerate", "safetensors", "gguf"]
+TRAIN = [*HF, "peft>=0.17", "tensorboard"]
 PLOT = ["matplotlib"]
 EVAL = [*PLOT, "math-verify>=0.9"]
 BENCH = ["pytest", "pytest-benchmark"]
@@ -20,13 +21,13 @@ BENCH = ["pytest", "pytest-benchmark"]
 NVRTC = [f"{name}>=13; sys_platform == 'linux'" for name in ("cuda-bindings", "nvidia-cuda-nvrtc")]
 EXTRAS = {
     "hf": HF,
-    "train": [*HF],
+    "train": TRAIN,
     "eval": [*HF, *EVAL],
     "bench": [*PLOT, *BENCH],
     "cuda": ["triton>=3.6", "cupy-cuda13x>=14"],
     "plot": PLOT,
     "dev": [
-        *HF,
+        *TRAIN,
         *EVAL,
         *BENCH,
         *NVRTC,
@@ -50,7 +51,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),
-    package_data={"mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp"], "mvkernels.model": ["embedded/*", "*.html"]},
+    package_data={
+        "mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp", "ops/*.h"],
+        "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml"],
+    },
     include_package_data=False,
     install_requires=["torch>=2.11", "numpy", "typer", "rich"],
     extras_require=EXTRAS,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mvkernels.errors import OutOfPages
 from mvkernels.hf import patch_model
 from mvkernels.hf_graph import DecodeGraph
+from mvkernels.hf_layers import fuse_layers
 from mvkernels.hf_linear import pack_linear, packs_without_memory
 from mvkernels.hf_norm import fuse_norms
 from mvkernels.kv_cache import PagedKVCache
@@ -67,10 +68,11 @@ class Engine:
     max_step_tokens  tokens of one forward; prompts come in pieces where they do not fit. None: 512 on a CPU, else 4096
     max_step_width   branches of one request in one forward; if it has more, they take turns
     max_requests     requests that run at once; more of them wait
-    fast_linear      whether linear layers multiply few rows fast (`mvkernels.hf_linear.pack_linear`), and norms take
-                     one call (`mvkernels.hf_norm.fuse_norms`): on a CPU, without gradients only, undone by
-                     `unpack_linear` and `unfuse_norms`. None: where that takes no memory; for bf16, and for fp32
-                     without a C++ compiler, the linear layers take as much again as the weights
+    fast_linear      whether linear layers multiply few rows fast (`mvkernels.hf_linear.pack_linear`), norms take one
+                     call (`mvkernels.hf_norm.fuse_norms`) and decoder layers nine (`mvkernels.hf_layers.fuse_layers`):
+                     on a CPU, without gradients only; `unpack_linear`, `unfuse_norms`, `unfuse_layers` undo it. None:
+                     where that takes no memory; for bf16, and for fp32 without a C++ compiler, the linear layers take
+                     as much again as the weights
     graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
     prefix_cache     whether what requests begin with stays in pages, for those that begin in the same way: a common
                      prompt, the samples of one, the next turn of a chat, a request that is computed again. Such pages
@@ -118,7 +120,7 @@ class Engine:
             check_strict(model, backend, graph)
         self.model = patch_model(model, backend=backend)
         if fast_linear or (fast_linear is None and packs_without_memory(self.model)):
-            fuse_norms(pack_linear(self.model))
+            fuse_layers(fuse_norms(pack_linear(self.model)))
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed
         self.graph, self.strict = False if strict else graph, strict

@@ -10,7 +10,7 @@ from mvkernels.model.generation import Generation
 __all__ = ["Event", "FinishEvent", "ForkEvent", "Generation", "MergeEvent", "PathEndEvent", "TokenEvent"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen: one is made for every token, and that takes three times the time
 class TokenEvent:
     """One token has come on one branch.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from mvkernels._lazy import missing_message
 
@@ -25,19 +25,7 @@ def load_checkpoint(
     if device is not None and device_map is not None:
         raise ValueError(f"expected device or device_map, got both: {device!r} and {device_map!r}")
     path = Path(path)
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        folder, extra = path.parent, {"gguf_file": path.name}
-        _require("gguf", path)
-        _require("accelerate", path)
-    elif path.is_dir():
-        folder, extra = path, {}
-        if not any(path.glob("*.safetensors")):
-            raise ValueError(
-                f"expected a folder with config.json and *.safetensors, got {path} without *.safetensors (pickled "
-                "weights are not loaded)"
-            )
-    else:
-        raise ValueError(f"expected a local model folder or a .gguf file, got {path}, which is neither")
+    folder, extra = _locate(path, weights=True)
     if device_map is not None:
         _require("accelerate", path)
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **extra}
@@ -53,6 +41,39 @@ def load_checkpoint(
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer alone: of a folder, a GGUF file, or a tokenizer.json. No weights are read.
+
+    Raises ValueError with one line that says what was expected.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() and not (path / "tokenizer_config.json").exists() else path
+    try:
+        if file.suffix == ".json" and file.is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(file))
+        folder, extra = _locate(path, weights=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **extra)
+    except Exception as error:  # as above
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"expected a tokenizer, got {path}: {reason}") from error
+
+
+def _locate(path: Path, weights: bool) -> tuple[Path, dict[str, str]]:
+    """The folder of a checkpoint, and what transformers must be told of a GGUF file in it."""
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        _require("gguf", path)
+        _require("accelerate", path)
+        return path.parent, {"gguf_file": path.name}
+    if not path.is_dir():
+        raise ValueError(f"expected a local model folder or a .gguf file, got {path}, which is neither")
+    if weights and not any(path.glob("*.safetensors")):
+        raise ValueError(
+            f"expected a folder with config.json and *.safetensors, got {path} without *.safetensors (pickled "
+            "weights are not loaded)"
+        )
+    return path, {}
 
 
 def _require(module: str, path: Path) -> None:

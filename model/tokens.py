@@ -48,6 +48,13 @@ def read_entry(config: Any) -> str | None:
     return str(semantics)
 
 
+def add_tag_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Extend a tokenizer alone, in place. Returns the tags that it did not have."""
+    new = [tag for tag in TAGS if tag not in tokenizer.get_vocab()]
+    tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in new], special_tokens=True)
+    return new
+
+
 def add_tags(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0, semantics: str = "canonical"
 ) -> TagTokens:
@@ -58,9 +65,8 @@ def add_tags(
     keeps its row. The config gets its `multiverse` entry. Raises ValueError for unknown semantics.
     """
     entry = multiverse_entry(semantics)
-    new = [tag for tag in TAGS if tag not in tokenizer.get_vocab()]
+    new = add_tag_tokens(tokenizer)
     words = {tag: tokenizer.encode(tag.strip("</>"), add_special_tokens=False) for tag in new}
-    tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in new], special_tokens=True)
     tables = _tables(model)
     if len(tokenizer) > tables[0].shape[0]:
         # The rows are set below, so transformers need not sample them.

@@ -13,6 +13,8 @@ EXTRAS: dict[str, str] = {
     "safetensors": "hf",
     "gguf": "hf",
     "tokenizers": "hf",
+    "peft": "train",
+    "tensorboard": "train",
     "triton": "cuda",
     "cupy": "cuda",
     "matplotlib": "plot",

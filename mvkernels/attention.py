@@ -12,6 +12,7 @@ import math
 from typing import Literal, overload
 
 import torch
+import torch.distributed as dist
 
 from mvkernels.layout import BranchLayout
 from mvkernels.ops import attention_flash
@@ -32,6 +33,7 @@ def multiverse_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: Literal[False] = False,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor: ...
 @overload
 def multiverse_attention(
@@ -43,6 +45,7 @@ def multiverse_attention(
     backend: str = "auto",
     *,
     return_lse: Literal[True],
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def multiverse_attention(
     q: torch.Tensor,
@@ -52,6 +55,7 @@ def multiverse_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention under the mask of a layout, with gradients.
 
@@ -64,11 +68,20 @@ def multiverse_attention(
     infinite input reaches every row that sees it, as in scaled_dot_product_attention; it may also reach rows of the
     same tile.
 
+    group: context parallelism over the processes of a group. Each passes the q, k and v of its own rows, which are
+    `split_context(layout, ranks).rows[rank]`, and the whole layout, and gets out and lse of these rows. All must call,
+    forward and backward. Same values as in one process, but for rounding.
+
     Raises ValueError for inputs that do not fit together; BackendError where the named backend cannot do it, or, for
     "auto", no backend can ("reference" is never chosen: it builds T x T scores).
     """
     if not isinstance(layout, BranchLayout):
         raise ValueError(f"layout: expected a BranchLayout, got {type(layout).__name__}")
+    if group is not None:
+        from mvkernels import attention_parallel
+
+        result = attention_parallel.attend(q, k, v, layout, scale, backend, group)
+        return result if return_lse else result[0]
     _check(q, k, v, layout)
     # Both can run on CPU tensors only where Triton is interpreted, which is for tests and slow.
     auto = ("cpu", "flash", "triton") if _prefer_flash(q) else ("cpu", "triton")

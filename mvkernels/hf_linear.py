@@ -77,6 +77,19 @@ def unpack_linear(model: Model) -> Model:
     return model
 
 
+def compiled_layers(layers: Sequence[nn.Module]) -> LinearLayers | None:
+    """The compiled kernel on layers with the same input, on their weights as they are now, side by side in this order.
+
+    None where `pack_linear` has not put just these together, or has them multiplied in another way.
+    """
+    packs = [getattr(layer.__dict__.get("forward"), "func", None) for layer in layers]
+    pack = packs[0]
+    if not isinstance(pack, _Pack) or pack.layers != layers or packs.count(pack) != len(packs):
+        return None
+    pack._follow()
+    return pack._compiled
+
+
 def _install(layers: Sequence[nn.Linear], dtype: torch.dtype | None) -> None:
     pack = _Pack(layers, dtype)
     for place, layer in enumerate(layers):

@@ -7,6 +7,7 @@ device, a norm is what it was.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from mvkernels.ops.norm_native import norm_reason, rms_norm
+from mvkernels.ops.layer_native import layer_reason, rms_norm
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,7 +28,7 @@ def fuse_norms(model: Model) -> Model:
     """
     unfuse_norms(model)
     for module in model.modules():
-        if _is_rms_norm(module) and norm_reason() is None:
+        if is_rms_norm(module) and layer_reason() is None:
             module.forward = partial(_forward, module)
     return model
 
@@ -40,14 +41,24 @@ def unfuse_norms(model: Model) -> Model:
     return model
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
-    if "forward" in module.__dict__:  # somebody else's
-        return False
-    code = getattr(type(module).forward, "__code__", None)
-    known = LlamaRMSNorm.forward.__code__
-    return code is not None and all(
-        getattr(code, name) == getattr(known, name) for name in ("co_code", "co_names", "co_consts")
+def is_rms_norm(module: Any) -> bool:
+    """Whether a module computes what Llama's RMSNorm does, and nobody has replaced its forward."""
+    return (
+        isinstance(module, nn.Module) and _untouched(module) and same_code(type(module).forward, LlamaRMSNorm.forward)
     )
+
+
+def same_code(function: Any, known: Any) -> bool:
+    """Whether two functions have the very same code; transformers writes each model's anew."""
+    codes = [getattr(inspect.unwrap(one), "__code__", None) for one in (function, known)]
+    return None not in codes and all(
+        getattr(codes[0], name) == getattr(codes[1], name) for name in ("co_code", "co_names", "co_consts")
+    )
+
+
+def _untouched(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return forward is None or getattr(forward, "func", None) is _forward
 
 
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:

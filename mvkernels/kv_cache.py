@@ -407,7 +407,7 @@ class PagedKVCache:
             raise StaleStep("expected a step of this cache, got one of another")
 
     def _reserved(self) -> int:
-        return sum(len(planned.pages) for planned in self._open.planned) if self._open else 0
+        return self._open.reserved_pages if self._open else 0
 
     def _discard(self, why: str) -> None:
         if self._open is not None:

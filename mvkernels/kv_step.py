@@ -94,6 +94,11 @@ class Step:
         """The most tokens that any row sees, itself included."""
         return max(sum(run.tokens for run in (*view.whole, view.own)) for view in self.views.entries)
 
+    @cached_property
+    def reserved_pages(self) -> int:
+        """How many pages are set aside for this step and those to come."""
+        return sum(len(planned.pages) for planned in self.planned)
+
     def advance_tensors(self) -> None:
         """Turns the tensors of this step into those of the next, where they are: device work only, no host sync.
 

@@ -19,10 +19,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from mvkernels import hf_norm
 from mvkernels.hf_norm import fuse_norms, unfuse_norms
 from mvkernels.model import Engine
-from mvkernels.ops.norm_native import norm_reason, rms_norm
+from mvkernels.ops.layer_native import layer_reason, rms_norm
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.skipif(norm_reason() is not None, reason=str(norm_reason()))
+pytestmark = pytest.mark.skipif(layer_reason() is not None, reason=str(layer_reason()))
 IDS = torch.arange(40).view(1, 40) % 7
 
 
@@ -45,7 +45,7 @@ def test_the_kernel(rows: int, dim: int) -> None:
 def test_many_rows_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(100, 24), torch.randn(24)
     alone = rms_norm(x, weight, 1e-6)
-    monkeypatch.setattr("mvkernels.ops.norm_native.NUMBERS", 1)
+    monkeypatch.setattr("mvkernels.ops.layer_native.NUMBERS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(rms_norm(x, weight, 1e-6), alone)
 
@@ -98,7 +98,7 @@ def test_training_and_undoing_and_copies() -> None:
 
 
 def test_without_a_compiler_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_norm, "norm_reason", lambda: "not here")
+    monkeypatch.setattr(hf_norm, "layer_reason", lambda: "not here")
     assert fused(fuse_norms(tiny_model())) == 0
 
 

@@ -6,12 +6,12 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mvkernels import BranchLayout, TagTokens
 from mvkernels.model.tasks import GeneratedProblem, task_named
+from mvkernels.model.training.packing import pack_row
 from mvkernels.model.training.recipe import Recipe
 
 
@@ -75,16 +75,8 @@ class PackedProblems(Dataset[dict[str, Any]]):
 
 def pack_documents(documents: list[Document], tags: TagTokens) -> dict[str, Any]:
     """The documents one after the other, as arguments of a patched model."""
-    layout = BranchLayout.pack(
-        [
-            BranchLayout.from_token_ids(doc.ids, tags, prompt_length=doc.prompt_length, allow_open=True)
-            for doc in documents
-        ]
+    layouts = (
+        BranchLayout.from_token_ids(doc.ids, tags, prompt_length=doc.prompt_length, allow_open=True)
+        for doc in documents
     )
-    ids = torch.tensor([token for doc in documents for token in doc.ids])
-    return {
-        "input_ids": ids[None],
-        "labels": layout.labels(ids)[None],
-        "position_ids": layout.position_ids[None],
-        "branch_layout": layout,
-    }
+    return pack_row((doc.ids, layout) for doc, layout in zip(documents, layouts, strict=True))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 from mvkernels.model.tasks import task_named
+from mvkernels.model.training.recipe_file import RecipeFile
 
 #: Head size of the model; the hidden size is a multiple of it.
 HEAD_SIZE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(RecipeFile):
     """How a model is made from nothing. The defaults make the embedded model.
 
     task                     whose problems it learns: a name in `mvkernels.model.tasks.TASKS`
@@ -73,21 +72,3 @@ class Recipe:
             f"a multiple of log_every, {self.log_every}",
             self.save_every >= 1 and self.save_every % self.log_every == 0,
         )
-
-    def _require(self, name: str, expected: str, holds: bool) -> None:
-        if not holds:
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-
-    def save(self, path: Path) -> None:
-        """Writes the recipe as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    def require_equal(self, path: Path) -> None:
-        """Raises ValueError when the recipe in this file is another: resuming would not give what either gives."""
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        for field in fields(self):
-            before = saved.get(field.name, field.default)
-            if before != getattr(self, field.name):
-                raise ValueError(
-                    f"resume: expected {field.name}={before!r} as in {path}, got {getattr(self, field.name)!r}"
-                )

@@ -10,43 +10,37 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler, SequentialSampler
-from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import logging
 
-from mvkernels import BranchLayout, patch_model, unpatch_model
+from mvkernels import patch_model, unpatch_model
 from mvkernels.model.tasks import Task, task_named
 from mvkernels.model.tasks.common import PARALLEL_ENDING
 from mvkernels.model.tokens import CONFIG_KEY, multiverse_entry
 from mvkernels.model.training.data import PackedProblems
 from mvkernels.model.training.optimizer import MuonAdamW
 from mvkernels.model.training.recipe import HEAD_SIZE, Recipe
+from mvkernels.model.training.recipe_file import CHECKPOINTS, prepare_folder
 from mvkernels.model.training.tokenizer import build_tokenizer
+from mvkernels.model.training.trainer import PackedTrainer, quiet
 
 MAX_POSITIONS = 4096
 TRAINING_FILE = "training.json"
-_RECIPE_FILE = "recipe.json"
-_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -77,22 +71,20 @@ def train(
     there is nothing to resume or another recipe was interrupted there.
     """
     folder = Path(output_dir)
-    checkpoint = _prepare(recipe, folder, resume)
+    checkpoint = prepare_folder(recipe, folder, resume)
     set_seed(recipe.seed)
     tokenizer = make_tokenizer(task_named(recipe.task))
     model = make_model(recipe, tokenizer)
     optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, recipe.embedding_learning_rate)
-    trainer = _PackedTrainer(
+    trainer = PackedTrainer(
         model=patch_model(model),
         args=_arguments(recipe, folder),
         train_dataset=PackedProblems(recipe, tokenizer),
-        data_collator=_only_row,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(recipe))),
-        callbacks=[_Clock(), *([_Bar()] if progress else []), *callbacks],
+        progress=progress,
+        callbacks=[_Clock(), *callbacks],
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    with _quiet():
+    with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         unpatch_model(model).config.use_cache = True  # the trainer has turned it off
         model.save_pretrained(folder)
@@ -103,7 +95,7 @@ def train(
     result = TrainingRun(folder, losses, model.num_parameters(), clock[-1] if clock else 0.0, clock)
     known = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "folder"}
     (folder / TRAINING_FILE).write_text(json.dumps(known) + "\n", encoding="utf-8")
-    shutil.rmtree(folder / _CHECKPOINTS)
+    shutil.rmtree(folder / CHECKPOINTS)
     return result
 
 
@@ -141,25 +133,9 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
     return model
 
 
-def _prepare(recipe: Recipe, folder: Path, resume: bool) -> Path | None:
-    """Checks the output folder and writes the recipe there; the checkpoint to resume from, or None."""
-    saved = folder / _RECIPE_FILE
-    if resume:
-        steps = sorted((folder / _CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not saved.exists() or not steps:
-            raise ValueError(f"resume: expected a folder with the checkpoint of an interrupted run, got {folder}")
-        recipe.require_equal(saved)
-        return steps[-1]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output: expected a new or empty folder, or one to resume, got {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(saved)
-    return None
-
-
 def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(folder / _CHECKPOINTS),
+        output_dir=str(folder / CHECKPOINTS),
         max_steps=recipe.steps,
         per_device_train_batch_size=1,
         seed=recipe.seed,
@@ -187,37 +163,6 @@ def _schedule(recipe: Recipe) -> Callable[[int], float]:
     return share
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bar for each file that it writes, which would break up the bar of the training."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _only_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch is one packed row."""
-    return rows[0]
-
-
-class _PackedTrainer(Trainer):
-    """Rows in their order, and the layout on the model's device."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # The rows are drawn at random already; in order, a resumed run need not draw those that it skips.
-        return SequentialSampler(range(self.args.max_steps))
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        layout: BranchLayout = prepared["branch_layout"]
-        prepared["branch_layout"] = layout.to(self.args.device)
-        return prepared
-
-
 class _Clock(TrainerCallback):
     """Writes into the log how long the training has taken, which a resumed run reads there and goes on from."""
 
@@ -227,22 +172,3 @@ class _Clock(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.log_history[-1]["seconds"] = time.perf_counter() - self.started
-
-
-class _Bar(TrainerCallback):
-    """A progress bar with the last logged loss."""
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.close()

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvkernels.model.training import Recipe, train
-
-RECIPE_FILE = "recipe.json"
+from mvkernels.model.training.recipe_file import RECIPE_FILE
 
 
 def make_recipe(out: Path, given: Mapping[str, Any], resume: bool) -> Recipe:

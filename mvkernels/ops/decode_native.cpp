@@ -15,33 +15,24 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 
+#include "native.h"
+
 #if defined(__AVX512F__)
-#define VECTOR_BYTES 64
 #define TILE 8  // keys (or numbers of a value) at a time: TILE x 2 vectors are summed up in registers
-#elif defined(__AVX2__)
-#define VECTOR_BYTES 32
-#define TILE 4
 #else
-#define VECTOR_BYTES 16
 #define TILE 4
 #endif
 
 namespace {
 
-constexpr int WIDTH = VECTOR_BYTES / 4;
 constexpr int MAX_LANES = 2 * WIDTH;
 constexpr int BLOCK = 64;
 constexpr int MAX_DIM = 256;
 constexpr int LINE = 64;  // bytes of a cache line
-constexpr float LN_2 = 0.693147180559945f, LOG2_E = 1.442695040888963f;
+constexpr float LN_2 = 0.693147180559945f;
 constexpr float INF = std::numeric_limits<float>::infinity(), LOWEST = std::numeric_limits<float>::lowest();
-
-typedef float Floats __attribute__((vector_size(VECTOR_BYTES), may_alias));
-typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES), may_alias));
 
 struct Half { uint16_t bits; };      // IEEE 754
 struct Brain { uint16_t bits; };     // bfloat16
@@ -67,24 +58,6 @@ inline void store(float x, Brain& y) {  // to the nearest, ties to even
 inline void store(float x, Half& y) {
     const _Float16 z = _Float16(x);
     std::memcpy(&y.bits, &z, 2);
-}
-
-// 2^x for x <= 0: Taylor's series on [-1/2, 1/2] (relative error 1e-8), times a power of two; 0 below 2^-126.
-inline Floats exp2_of(Floats x) {
-    const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const Floats clamped = x < -126.0f ? Floats{} - 126.0f : x;
-    const Floats shifted = clamped + magic;
-    const Floats f = clamped - (shifted - magic);
-    Floats p = Floats{} + 1.525273380405984e-5f;
-    p = p * f + 1.540353039338161e-4f;
-    p = p * f + 1.333355814642844e-3f;
-    p = p * f + 9.618129107628477e-3f;
-    p = p * f + 5.550410866482158e-2f;
-    p = p * f + 2.402265069591007e-1f;
-    p = p * f + 6.931471805599453e-1f;
-    p = p * f + 1.0f;
-    const Ints exponent = ((Ints)shifted - (Ints)magic + 127) << 23;
-    return x < -126.0f ? Floats{} : p * (Floats)exponent;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Linear layers with few rows of input, y = x W^T + b in fp32: as fast as the weights are read, once, where they lie.
+// Linear layers with few rows of input, y = r + x W^T + b in fp32: as fast as the weights are read, once, where they lie.
 //
 //     up to FEW rows    vectors along the inner dimension: weights and rows are multiplied element by element
 //     more              vectors of rows (of x transposed): one weight times a vector adds to a vector of results
@@ -6,39 +6,25 @@
 // A row's numbers are added in an order that depends on which of the two it is, and on nothing else: within each, a row
 // has the same bits whoever is beside it, with any number of threads. Several layers with the same input are one call.
 //
-// Shapes: x [rows, inner], weight [outer, inner], bias [outer] or null, y [rows, stride], of which each layer fills its
-// own columns; all contiguous.
+// Shapes: x [rows, inner], weight [outer, inner], bias [outer] or null, r (or null) and y [rows, stride], of which each
+// layer fills its own columns; all contiguous.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
+
+#include "native.h"
 
 #if defined(__AVX512F__)
-#define VECTOR_BYTES 64
 #define REGISTERS 24  // for sums; the others hold what is multiplied
-#elif defined(__AVX2__)
-#define VECTOR_BYTES 32
-#define REGISTERS 8
 #else
-#define VECTOR_BYTES 16
 #define REGISTERS 8
 #endif
 
 namespace {
 
-constexpr int WIDTH = VECTOR_BYTES / 4;
 constexpr int LANES = 2 * WIDTH;
 constexpr int FEW = 8;
 constexpr int TILE = REGISTERS / 3;  // weights at a time, by vectors of rows
 constexpr int64_t BLOCK = 48;        // weights (rows of W) that a thread takes: they stay in its cache for all rows
-
-typedef float Floats __attribute__((vector_size(VECTOR_BYTES), may_alias));
-
-inline Floats load(const float* from) {
-    Floats x;
-    std::memcpy(&x, from, VECTOR_BYTES);
-    return x;
-}
 
 }  // namespace
 
@@ -49,85 +35,105 @@ extern "C" struct Layer {
 
 namespace {
 
+// Where results go, from a row and column on; residual: what they are added to, or null.
+struct Target {
+    float* y;
+    const float* residual;
+    int64_t stride;
+
+    Target at(int64_t row, int64_t column) const {
+        const int64_t place = row * stride + column;
+        return {y + place, residual ? residual + place : nullptr, stride};
+    }
+    void put(int64_t row, int64_t column, float result) const {
+        const int64_t place = row * stride + column;
+        y[place] = residual ? residual[place] + result : result;
+    }
+};
+
 // While some weights are used, those that come next are fetched, each line once and into the second cache: the first
 // one has no room for them beside x.
 inline void fetch(const float* weight) { __builtin_prefetch(weight, 0, 2); }
 
 // COUNT weights on ROWS rows, by vectors along the inner dimension.
 template <int ROWS, int COUNT>
-inline void along(const float* weight, const float* bias, const float* x, int64_t inner, float* y, int64_t stride) {
+inline void along(const float* weight, const float* bias, const float* x, int64_t inner, const Target& to) {
     Floats sum[COUNT][ROWS] = {};
     int64_t i = 0;
     for (; i + WIDTH <= inner; i += WIDTH) {
         Floats w[COUNT];
         for (int c = 0; c < COUNT; ++c) {
-            w[c] = load(weight + c * inner + i);
+            w[c] = load_floats(weight + c * inner + i);
             fetch(weight + (COUNT + c) * inner + i);
         }
         for (int r = 0; r < ROWS; ++r) {
-            const Floats xs = load(x + r * inner + i);
+            const Floats xs = load_floats(x + r * inner + i);
             for (int c = 0; c < COUNT; ++c) sum[c][r] += w[c] * xs;
         }
     }
     for (int c = 0; c < COUNT; ++c)
         for (int r = 0; r < ROWS; ++r) {
-            float total = bias ? bias[c] : 0;
-            for (int n = 0; n < WIDTH; ++n) total += sum[c][r][n];
+            float total = (bias ? bias[c] : 0) + sum_of(sum[c][r]);
             for (int64_t j = i; j < inner; ++j) total += weight[c * inner + j] * x[r * inner + j];
-            y[r * stride + c] = total;
+            to.put(r, c, total);
         }
 }
 
 template <int ROWS>
-void few(const Layer& layer, int64_t first, int64_t last, const float* x, int64_t inner, float* y, int64_t stride) {
+void few(const Layer& layer, int64_t first, int64_t last, const float* x, int64_t inner, const Target& to) {
     constexpr int COUNT = std::min(REGISTERS / ROWS, 8);
     const auto bias = [&](int64_t n) { return layer.bias ? layer.bias + n : nullptr; };
     for (; first + COUNT <= last; first += COUNT)
-        along<ROWS, COUNT>(layer.weight + first * inner, bias(first), x, inner, y + layer.column + first, stride);
+        along<ROWS, COUNT>(layer.weight + first * inner, bias(first), x, inner, to.at(0, layer.column + first));
     for (; first < last; ++first)
-        along<ROWS, 1>(layer.weight + first * inner, bias(first), x, inner, y + layer.column + first, stride);
+        along<ROWS, 1>(layer.weight + first * inner, bias(first), x, inner, to.at(0, layer.column + first));
 }
 
 // COUNT weights on up to NV vectors of rows. xt: [inner, NV] Floats.
 template <int NV, int COUNT>
-inline void across(const float* weight, const float* bias, const Floats* xt, int64_t inner, float* y, int64_t stride,
-                   int rows) {
+inline void across(const float* weight, const float* bias, const Floats* xt, int64_t inner, const Target& to, int rows) {
     Floats sum[COUNT][NV];
     for (int c = 0; c < COUNT; ++c)
         for (int n = 0; n < NV; ++n) sum[c][n] = Floats{} + (bias ? bias[c] : 0);
-    for (int64_t i = 0; i < inner; ++i) {
-        if (i % WIDTH == 0)
-            for (int c = 0; c < COUNT; ++c) fetch(weight + (COUNT + c) * inner + i);
+    const auto add = [&](int64_t i) {
         for (int c = 0; c < COUNT; ++c)
             for (int n = 0; n < NV; ++n) sum[c][n] += weight[c * inner + i] * xt[i * NV + n];
-    }
+    };
+    constexpr int EACH = WIDTH / COUNT > 0 ? WIDTH / COUNT : 1;  // so that lines are fetched one by one, not all at once
+    int64_t i = 0;
+    for (; i + WIDTH <= inner; i += WIDTH)
+        for (int e = 0; e < WIDTH; ++e) {
+            if (e % EACH == 0 && e / EACH < COUNT) fetch(weight + (COUNT + e / EACH) * inner + i);
+            add(i + e);
+        }
+    for (; i < inner; ++i) add(i);
     float found[COUNT][NV * WIDTH];
     std::memcpy(found, sum, sizeof found);
     for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < COUNT; ++c) y[r * stride + c] = found[c][r];
+        for (int c = 0; c < COUNT; ++c) to.put(r, c, found[c][r]);
 }
 
 template <int NV>
-void many(const Layer& layer, int64_t first, int64_t last, const Floats* xt, int64_t inner, float* y, int64_t stride,
+void many(const Layer& layer, int64_t first, int64_t last, const Floats* xt, int64_t inner, const Target& to,
           int rows) {
     const auto bias = [&](int64_t n) { return layer.bias ? layer.bias + n : nullptr; };
     for (; first + TILE <= last; first += TILE)
-        across<NV, TILE>(layer.weight + first * inner, bias(first), xt, inner, y + layer.column + first, stride, rows);
+        across<NV, TILE>(layer.weight + first * inner, bias(first), xt, inner, to.at(0, layer.column + first), rows);
     for (; first < last; ++first)
-        across<NV, 1>(layer.weight + first * inner, bias(first), xt, inner, y + layer.column + first, stride, rows);
+        across<NV, 1>(layer.weight + first * inner, bias(first), xt, inner, to.at(0, layer.column + first), rows);
 }
 
-void any_few(int rows, const Layer& layer, int64_t first, int64_t last, const float* x, int64_t inner, float* y,
-             int64_t stride) {
+void any_few(int rows, const Layer& layer, int64_t first, int64_t last, const float* x, int64_t inner,
+             const Target& to) {
     switch (rows) {
-        case 1: return few<1>(layer, first, last, x, inner, y, stride);
-        case 2: return few<2>(layer, first, last, x, inner, y, stride);
-        case 3: return few<3>(layer, first, last, x, inner, y, stride);
-        case 4: return few<4>(layer, first, last, x, inner, y, stride);
-        case 5: return few<5>(layer, first, last, x, inner, y, stride);
-        case 6: return few<6>(layer, first, last, x, inner, y, stride);
-        case 7: return few<7>(layer, first, last, x, inner, y, stride);
-        default: return few<8>(layer, first, last, x, inner, y, stride);
+        case 1: return few<1>(layer, first, last, x, inner, to);
+        case 2: return few<2>(layer, first, last, x, inner, to);
+        case 3: return few<3>(layer, first, last, x, inner, to);
+        case 4: return few<4>(layer, first, last, x, inner, to);
+        case 5: return few<5>(layer, first, last, x, inner, to);
+        case 6: return few<6>(layer, first, last, x, inner, to);
+        case 7: return few<7>(layer, first, last, x, inner, to);
+        default: return few<8>(layer, first, last, x, inner, to);
     }
 }
 
@@ -142,11 +148,12 @@ int64_t space_numbers(int64_t rows, int64_t inner) { return (rows + LANES - 1) /
 
 // across_rows: 1 for vectors of rows whatever their number.
 void linear(const Layer* layers, int32_t num_layers, const float* x, int64_t rows, int64_t inner, float* y,
-            int64_t stride, float* space, int32_t across_rows, int32_t num_threads) {
+            int64_t stride, const float* residual, float* space, int32_t across_rows, int32_t num_threads) {
     const bool by_rows = across_rows || rows > FEW;
     float* const xt = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(space) + VECTOR_BYTES - 1) / VECTOR_BYTES * VECTOR_BYTES);
     int64_t blocks = 0;
     for (int32_t l = 0; l < num_layers; ++l) blocks += (layers[l].outer + BLOCK - 1) / BLOCK;
+    const Target to{y, residual, stride};
     const int64_t tiles = (rows + LANES - 1) / LANES;
     // Tiles of rows, transposed: [inner, lanes], as many lanes as whole vectors need.
     const auto lanes_of = [&](int64_t tile) { return rows - tile * LANES <= WIDTH ? WIDTH : LANES; };
@@ -169,7 +176,7 @@ void linear(const Layer* layers, int32_t num_layers, const float* x, int64_t row
             while (at >= (layer->outer + BLOCK - 1) / BLOCK) at -= (layer->outer + BLOCK - 1) / BLOCK, ++layer;
             const int64_t first = at * BLOCK, last = std::min(first + BLOCK, layer->outer);
             if (!by_rows) {
-                any_few(int(rows), *layer, first, last, x, inner, y, stride);
+                any_few(int(rows), *layer, first, last, x, inner, to);
                 continue;
             }
             for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -177,9 +184,9 @@ void linear(const Layer* layers, int32_t num_layers, const float* x, int64_t row
                 const Floats* const xs = reinterpret_cast<const Floats*>(xt + row * inner);
                 const int count = int(std::min<int64_t>(LANES, rows - row));
                 if (lanes_of(tile) == WIDTH)
-                    many<1>(*layer, first, last, xs, inner, y + row * stride, stride, count);
+                    many<1>(*layer, first, last, xs, inner, to.at(row, 0), count);
                 else
-                    many<2>(*layer, first, last, xs, inner, y + row * stride, stride, count);
+                    many<2>(*layer, first, last, xs, inner, to.at(row, 0), count);
             }
         }
     }

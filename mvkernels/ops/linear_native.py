@@ -37,9 +37,10 @@ class LinearLayers:
             self.outer += len(weight)
         self._layers = (_Layer * len(layers))(*layers)
 
-    def __call__(self, x: torch.Tensor, invariant: bool = False) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, invariant: bool = False, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x [.., inner] -> [.., outer], the layers' results side by side; no gradients.
 
+        residual: as the result, contiguous; added to it.
         invariant: whether a row shall have the same bits whatever the number of rows; else it has within 1 to 8 rows,
         and from 9 on.
         """
@@ -54,7 +55,8 @@ class LinearLayers:
             space = torch.empty(library.space_numbers(rows, self.inner))
         library.linear(
             self._layers, len(self._layers), x.data_ptr(), rows, self.inner, out.data_ptr(), self.outer,
-            None if space is None else space.data_ptr(), invariant, torch.get_num_threads(),
+            None if residual is None else residual.data_ptr(), None if space is None else space.data_ptr(), invariant,
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -71,6 +73,8 @@ def _kernel() -> tuple[ctypes.CDLL, int]:
     library = native_library(SOURCE)
     pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.space_numbers.argtypes, library.space_numbers.restype = [long, long], long
-    library.linear.argtypes = [pointer, short, pointer, long, long, pointer, long, pointer, short, short]
+    library.linear.argtypes = [
+        pointer, short, pointer, long, long, pointer, long, pointer, pointer, short, short
+    ]  # fmt: skip
     library.linear.restype = None
     return library, int(library.few_rows())

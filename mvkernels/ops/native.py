@@ -1,9 +1,9 @@
 """C++ kernels for the CPU: compiled with g++ for this very machine when one is first called, kept in a folder, loaded.
 
 The folder is `$MVKERNELS_CACHE`, else `mvkernels` in `$XDG_CACHE_HOME`, else in `~/.cache`. A library's name has a hash
-of its source, the flags, the compiler's version and the machine's features, so that a home that many machines share
-serves each its own. `$CXX` names another g++. The parallel regions run in the threads of the OpenMP library that
-PyTorch has loaded already.
+of its source and `native.h`, the flags, the compiler's version and the machine's features, so that a home that many
+machines share serves each its own. `$CXX` names another g++. The parallel regions run in the threads of the OpenMP
+library that PyTorch has loaded already.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+HEADER = Path(__file__).with_name("native.h")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SECONDS = 120  # that a compilation may take
 
@@ -54,7 +55,7 @@ def _compiled(source: Path, compiler: str) -> Path:
     """The library's file, compiled unless it is there. Several processes may compile at once: each renames its own."""
     flags, libraries = (*FLAGS, _tuned()), _openmp()
     version = _output(compiler, "--version").splitlines()[0]
-    key = "\0".join((source.read_text(), *flags, *libraries, version, _features()))
+    key = "\0".join((source.read_text(), HEADER.read_text(), *flags, *libraries, version, _features()))
     folder = _folder()
     target = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.exists():

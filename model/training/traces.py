@@ -1,0 +1,172 @@
+"""Training examples from files: a prompt and a trace, as token ids of a Multiverse or a sequential document.
+
+JSONL: an object a line, with a trace in "trace" or "text", its question in "prompt" or "question" (may be missing), and
+in "sequential" the original chain of thought, where there is one. An .xml file is one trace without a question. A trace
+whose question is missing is asked for by the ending of the prompt alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvkernels import BranchLayout, TagTokens
+from mvkernels.grammar import TAG_PATTERN, parse_text
+from mvkernels.model.prompts import chat_text
+from mvkernels.model.sequentialize import sequentialize
+from mvkernels.model.training.tuning_recipe import TuningRecipe
+
+_FIELDS = {"prompt": ("prompt", "question"), "trace": ("trace", "text"), "sequential": ("sequential",)}
+
+
+@dataclass(frozen=True)
+class Example:
+    """name: file, with the line in a JSONL file. prompt: may be empty. sequential: empty where there is no other."""
+
+    name: str
+    prompt: str
+    trace: str
+    sequential: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One example as it is trained on. layout: of its tokens. labelled: number of tokens with a label."""
+
+    name: str
+    ids: tuple[int, ...]
+    layout: BranchLayout
+    labelled: int
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """The two ways to write an example."""
+
+    parallel: Document
+    sequential: Document
+
+
+class Encoder:
+    """Examples -> documents, as a recipe has it.
+
+    tokenizer: of transformers, with the control tags. Raises ValueError without an end-of-text token.
+    """
+
+    def __init__(self, recipe: TuningRecipe, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: expected one with an end-of-text token (eos_token), got one without")
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.tags = TagTokens.from_tokenizer(tokenizer)
+        self.start = tokenizer.encode("", add_special_tokens=True)  # a begin-of-text token, or nothing
+
+    def __call__(self, example: Example) -> EncodedExample:
+        """Raises ValueError (GrammarError) with the example's name where the trace is malformed, empty or too long."""
+        try:
+            parse_text(example.trace)
+            chain = example.sequential or sequentialize(example.trace)
+            if TAG_PATTERN.search(chain):
+                raise ValueError("sequential: expected a plain chain of thought, got control tags")
+            return EncodedExample(
+                self._document(example, self.recipe.parallel_ending, example.trace),
+                self._document(example, self.recipe.sequential_ending, chain),
+            )
+        except ValueError as error:
+            raise ValueError(f"{example.name}: {error}") from error
+
+    def _document(self, example: Example, ending: str, answer: str) -> Document:
+        question = example.prompt + ending if example.prompt else ending.strip()
+        if self.recipe.chat and getattr(self.tokenizer, "chat_template", None):
+            head = self.tags.encode(chat_text([{"role": "user", "content": question}], self.tokenizer))
+        else:
+            head = [*self.start, *self.tags.encode(question + "\n")]
+        ids = [*head, *self.tags.encode(answer.strip()), self.tokenizer.eos_token_id]
+        most = self.recipe.longest_document
+        if len(ids) > most and not self.recipe.cut:
+            raise ValueError(f"expected a document of at most {most} tokens, got {len(ids)}; cut = true cuts it")
+        if len(head) >= min(len(ids) - 1, most):
+            raise ValueError(f"expected an answer within {most} tokens, got a prompt of {len(head)} and no answer")
+        layout = BranchLayout.from_token_ids(
+            ids[:most], self.tags, self.recipe.semantics, prompt_length=len(head), allow_open=len(ids) > most
+        )
+        labelled = int((layout.labels(ids[:most]) >= 0).sum())
+        return Document(example.name, tuple(ids[:most]), layout, labelled)
+
+
+def encode_all(
+    examples: Iterable[Example | ValueError], encoder: Encoder, skip_bad: bool
+) -> tuple[list[EncodedExample], list[str]]:
+    """The documents of all examples, and why some were skipped. Without `skip_bad` the first bad one is raised.
+
+    Raises ValueError, also where nothing is left.
+    """
+    good: list[EncodedExample] = []
+    bad: list[str] = []
+    for example in examples:
+        try:
+            if isinstance(example, ValueError):
+                raise example
+            good.append(encoder(example))
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            bad.append(str(error))
+    if not good:
+        raise ValueError(f"data: expected at least one good trace, got none; skipped {len(bad)}")
+    return good, bad
+
+
+def read_examples(paths: Iterable[str | Path]) -> Iterator[Example | ValueError]:
+    """The examples of files and folders, in order; a ValueError, not raised, in the place of each bad one.
+
+    Raises ValueError for a path that is neither a .jsonl nor an .xml file nor a folder with some.
+    """
+    for path in map(Path, paths):
+        found = _files(path)
+        if not found:
+            raise ValueError(f"data: expected a .jsonl or .xml file, or a folder with some, got {path}")
+        for file in found:
+            if file.suffix == ".xml":
+                yield _guarded(file, lambda file=file: Example(str(file), "", file.read_text(encoding="utf-8"), ""))
+                continue
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        name = f"{file}:{number}"
+                        yield _guarded(name, lambda line=line, name=name: _from_json(name, line))
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in (".xml", ".jsonl"))
+    return [path] if path.is_file() and path.suffix in (".xml", ".jsonl") else []
+
+
+def _guarded(name: Any, make: Any) -> Example | ValueError:
+    try:
+        example: Example = make()
+        return example
+    except ValueError as error:
+        return ValueError(f"{name}: {error}")
+
+
+def _from_json(name: str, line: str) -> Example:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object on the line, got something else: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object on the line, got {type(record).__name__}")
+    texts = {}
+    for field, names in _FIELDS.items():
+        value = next((record[key] for key in names if key in record), "")
+        if not isinstance(value, str):
+            raise ValueError(f"{field}: expected a text, got {type(value).__name__}")
+        texts[field] = value
+    if not texts["trace"].strip():
+        raise ValueError('expected a trace in "trace" or "text", got none')
+    return Example(name, texts["prompt"], texts["trace"], texts["sequential"])

@@ -1,0 +1,241 @@
+"""`tune`: supervised fine-tuning of a base model on traces, on one process or many (accelerate, torchrun).
+
+The loop is transformers' `Trainer` on packed rows through `patch_model`. The loss of a step is the mean over its
+labelled tokens, however they are divided into rows and processes. On one machine the same recipe gives the same losses,
+interrupted or not. What is saved is a model that plain transformers loads (safetensors), or a peft adapter.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+
+from mvkernels import TagTokens, patch_model, unpatch_model
+from mvkernels._lazy import import_for
+from mvkernels.model.loading import load_checkpoint, load_tokenizer
+from mvkernels.model.tokens import add_tag_tokens, add_tags, read_entry
+from mvkernels.model.training.mixture import Mixture, PackedRows, make_mixture
+from mvkernels.model.training.recipe_file import CHECKPOINTS, prepare_folder
+from mvkernels.model.training.traces import EncodedExample, Encoder, encode_all, read_examples
+from mvkernels.model.training.trainer import PackedTrainer, quiet
+from mvkernels.model.training.tuning_recipe import TuningRecipe
+
+LOSSES_FILE = "losses.csv"
+_LOGS = "logs"
+
+
+@dataclass(frozen=True)
+class TuningData:
+    """What a recipe trains on. skipped: why examples were left out, one line each."""
+
+    mixture: Mixture
+    held_out: tuple[EncodedExample, ...]
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """What came out. losses: (step, mean loss of the step). held_out_losses: (step, mean of the traces' losses).
+
+    trained, parameters: weights that were trained, and all. seconds: of this call, without what was resumed.
+    """
+
+    folder: Path
+    losses: tuple[tuple[int, float], ...]
+    held_out_losses: tuple[tuple[int, float], ...]
+    trained: int
+    parameters: int
+    skipped: tuple[str, ...]
+    seconds: float
+
+
+def read_data(recipe: TuningRecipe, tokenizer: Any, skip_bad: bool = False) -> TuningData:
+    """The documents of a recipe, packed into rows for as many processes as torchrun or accelerate has started.
+
+    tokenizer: with the control tags. skip_bad: leave bad traces out, and say so in `skipped`. Raises ValueError that
+    names the first bad trace, or where there is nothing to train on.
+    """
+    examples, skipped = encode_all(read_examples(recipe.data), Encoder(recipe, tokenizer), skip_bad)
+    count = len(examples) - recipe.held_out
+    if count < 1:
+        raise ValueError(f"held_out: expected fewer than the {len(examples)} examples, got {recipe.held_out}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return TuningData(make_mixture(recipe, examples[:count], processes), tuple(examples[count:]), tuple(skipped))
+
+
+def recipe_tokenizer(recipe: TuningRecipe) -> Any:
+    """The tokenizer of a recipe, with the control tags. Loads no weights."""
+    tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)
+    if recipe.end_of_text:
+        tokenizer.eos_token = recipe.end_of_text
+    if add_tag_tokens(tokenizer) and recipe.lora_rank and not recipe.merge:
+        raise ValueError(
+            "merge = false: expected a base model with the control tags, which an adapter does not hold, got one "
+            "without; `mvkernels add-tags` extends a model and its tokenizer"
+        )
+    return tokenizer
+
+
+def tune(
+    recipe: TuningRecipe,
+    output_dir: str | Path,
+    resume: bool = False,
+    skip_bad: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TuningRun:
+    """Tunes the base model of `recipe`; saves model (or adapter), tokenizer, recipe and losses.csv in `output_dir`.
+
+    resume: go on from the last checkpoint of an interrupted run in `output_dir`. skip_bad: see `read_data`.
+    progress: show a bar. callbacks: of transformers' Trainer, besides. Raises ValueError for bad data, a model that
+    cannot be loaded, an output folder that is not empty (or with `resume` nothing to resume), and a row that does not
+    fit into memory, whose traces the message names. ImportError where peft or tensorboard is asked for and missing.
+    """
+    folder = Path(output_dir)
+    if recipe.tensorboard:
+        import_for("tensorboard = true", "tensorboard")
+    tokenizer = recipe_tokenizer(recipe)
+    data = read_data(recipe, tokenizer, skip_bad)
+    args = _arguments(recipe, folder, data.mixture)
+    with args.main_process_first(local=False):
+        checkpoint = prepare_folder(recipe, folder, resume) if resume or args.process_index == 0 else None
+    set_seed(recipe.seed)
+    model = patch_model(_load(recipe, tokenizer))
+    trained = _with_lora(recipe, model, tokenizer) if recipe.lora_rank else model
+    trainer = PackedTrainer(
+        progress=progress,
+        model=trained,
+        args=args,
+        train_dataset=PackedRows(data.mixture.rows),
+        eval_dataset=PackedRows([(example.parallel,) for example in data.held_out]) if data.held_out else None,
+        callbacks=list(callbacks),
+    )
+    if trainer.is_fsdp_enabled and recipe.lora_rank and recipe.merge:
+        raise ValueError("merge: expected false under FSDP, whose weights lie in shards, got true")
+    started = time.perf_counter()
+    with quiet():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.perf_counter() - started
+        _save(recipe, trainer, model, tokenizer, folder)
+    history = trainer.state.log_history
+    # A resumed run evaluates once more where it begins.
+    run = TuningRun(
+        folder,
+        tuple((int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry),
+        tuple({int(entry["step"]): float(entry["eval_loss"]) for entry in history if "eval_loss" in entry}.items()),
+        sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
+        model.num_parameters(),
+        data.skipped,
+        seconds,
+    )
+    if trainer.is_world_process_zero():
+        _write_losses(run, folder / LOSSES_FILE)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return run
+
+
+def _load(recipe: TuningRecipe, tokenizer: Any) -> PreTrainedModel:
+    """The base model in fp32, with rows for the control tags and their entry in its config."""
+    model, own = load_checkpoint(recipe.model, dtype=torch.float32)
+    # A GGUF file is unpacked when it is loaded; the mark that stays would make the trainer refuse plain fp32 weights.
+    model.__dict__["is_quantized"] = False
+    semantics = read_entry(model.config)
+    if semantics not in (None, recipe.semantics):
+        raise ValueError(f"semantics: expected {semantics!r} as the model was trained with, got {recipe.semantics!r}")
+    add_tags(model, own if not recipe.tokenizer else tokenizer, recipe.seed, recipe.semantics)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def _with_lora(recipe: TuningRecipe, model: PreTrainedModel, tokenizer: Any) -> Any:
+    peft: Any = import_for("lora_rank", "peft")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules="all-linear",
+        trainable_token_indices=list(TagTokens.from_tokenizer(tokenizer).ids),
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _arguments(recipe: TuningRecipe, folder: Path, mixture: Mixture) -> TrainingArguments:
+    if recipe.tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / _LOGS)  # transformers takes it from nowhere else
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True}
+    checkpointing["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    args = TrainingArguments(
+        **(checkpointing if recipe.gradient_checkpointing else {}),
+        output_dir=str(folder / CHECKPOINTS),
+        max_steps=mixture.steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=mixture.rows_per_step // int(os.environ.get("WORLD_SIZE", "1")),
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(recipe.warmup_share * mixture.steps),
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.precision == "bf16",
+        ddp_find_unused_parameters=False,
+        seed=recipe.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        eval_strategy="steps" if recipe.held_out else "no",
+        eval_steps=recipe.evaluate_every or mixture.steps,
+        eval_on_start=recipe.held_out > 0,
+        prediction_loss_only=True,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to=["tensorboard"] if recipe.tensorboard else [],
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs want as many processes: a packed row cannot be split over them
+    return args
+
+
+def _save(recipe: TuningRecipe, trainer: PackedTrainer, model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Weights in safetensors, in the recipe's precision, and the tokenizer; by the first process."""
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    if not trainer.is_world_process_zero():
+        return
+    saved: Any = unpatch_model(model)
+    model.config.use_cache = True  # the trainer has turned it off
+    if recipe.lora_rank:
+        adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
+        saved = adapted.merge_and_unload() if recipe.merge else adapted
+    if state is not None:
+        saved.save_pretrained(folder, state_dict={name: value.to(dtype) for name, value in state.items()})
+    else:
+        saved.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_losses(run: TuningRun, file: Path) -> None:
+    """step, loss, held_out_loss: a line for each step that has one of them."""
+    losses, held_out = dict(run.losses), dict(run.held_out_losses)
+    with file.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["step", "loss", "held_out_loss"])
+        for step in sorted({*losses, *held_out}):
+            writer.writerow([step, losses.get(step, ""), held_out.get(step, "")])

@@ -1,0 +1,87 @@
+"""``mvkernels train RECIPE.toml``: a base model tuned on traces by a recipe, or what that would train on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mvkernels.model.training import TuningRecipe, load_recipe, tune
+from mvkernels.model.training.tuning import TuningData, read_data, recipe_tokenizer
+from mvkernels.model.training.tuning_recipe import find_recipe, parse_overrides
+
+
+def run(
+    recipe_file: Path,
+    given: Mapping[str, Any],
+    arguments: Sequence[str],
+    *,
+    resume: bool,
+    quiet: bool,
+    dry_run: bool,
+    skip_bad: bool,
+) -> None:
+    """Trains by the recipe and prints what came out; with ``dry_run`` prints the mixture and trains nothing.
+
+    given: fields that are options of the command too. arguments: the output folder first (not with ``dry_run``), then
+    ``--field value``.
+    """
+    words = list(arguments)
+    out = words.pop(0) if words and not words[0].startswith("--") else None
+    recipe = load_recipe(find_recipe(recipe_file), {**given, **parse_overrides(words)})
+    if dry_run:
+        data = read_data(recipe, recipe_tokenizer(recipe), skip_bad)
+        _print_mixture(recipe, data)
+        return
+    if out is None:
+        raise ValueError("train RECIPE.toml OUT: expected a folder OUT for the model, got none")
+    result = tune(recipe, out, resume=resume, skip_bad=skip_bad, progress=not quiet)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    _print_skipped(result.skipped)
+    held_out = [loss for _, loss in result.held_out_losses]
+    measured = f", held-out loss {held_out[0]:.4f} -> {held_out[-1]:.4f}" if held_out else ""
+    last = f", last loss {result.losses[-1][1]:.4f}" if result.losses else ""
+    print(
+        f"{result.folder}: {result.trained} of {result.parameters} parameters trained in {result.seconds:.0f} s"
+        f"{last}{measured}"
+    )
+
+
+def _print_mixture(recipe: TuningRecipe, data: TuningData) -> None:
+    mixture = data.mixture
+    table = Table(title="mixture: documents and tokens of each pass")
+    headings = (
+        "pass",
+        "share",
+        "Multiverse",
+        "sequential",
+        "Multiverse tokens",
+        "sequential tokens",
+        "labelled tokens",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, one in enumerate(mixture.passes, start=1):
+        counts = (one.parallel, one.sequential, one.parallel_tokens, one.sequential_tokens, one.labelled)
+        table.add_row(str(number), f"{one.share:g}", *(f"{count:,}" for count in counts))
+    # As wide as it is, also into a file: a table that is cut says nothing.
+    Console(width=max(110, Console().width)).print(table)
+    longest = max(sum(len(document.ids) for document in row) for row in mixture.rows)
+    print(
+        f"{mixture.steps} steps of {recipe.documents_per_step} documents in {mixture.rows_per_step} rows; "
+        f"longest row {longest:,} of {recipe.tokens_per_row:,} tokens; {mixture.repeated} documents repeated to fill "
+        f"the last step; {len(data.held_out)} held out"
+    )
+    _print_skipped(data.skipped)
+
+
+def _print_skipped(skipped: Sequence[str]) -> None:
+    if skipped:
+        print(f"skipped {len(skipped)} bad traces:")
+        for reason in skipped:
+            print(f"  {reason}")

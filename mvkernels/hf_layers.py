@@ -1,0 +1,215 @@
+"""Decoder layers of transformers models in nine calls each, on a CPU, for decoding: `fuse_layers` and its undoing.
+
+transformers runs a decoder layer as some fifty operations and ten modules. With few rows each takes longer to start
+than to compute; together they take as long as reading the layer's weights. A fused layer hands the same tensors to the
+kernels of this library: norm, projections, rotation and append, tree decode, projection onto the residual; norm,
+projections, gate, projection onto the residual.
+
+It does so in steps over the paged cache (`paged_kv=`, see `patch_model`) with up to 64 rows, in fp32 and without
+gradients. Otherwise, under autocast or torch.compile, and where a part of the layer was hooked or replaced, the layer
+is what it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from mvkernels.decode import native_reason
+from mvkernels.hf_linear import compiled_layers
+from mvkernels.hf_norm import is_rms_norm, same_code
+from mvkernels.kv_cache import PagedKVCache
+from mvkernels.kv_step import Step
+from mvkernels.ops.decode_native import decode_native
+from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
+from mvkernels.ops.linear_native import MOST_ROWS, LinearLayers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+GATES = ("gate_proj", "up_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def fuse_layers(model: Model) -> Model:
+    """Let the decoder layers of a model take nine calls each, in place; returns it. Calling it again changes nothing.
+
+    A layer takes part that computes what Llama's does, in the very same code, as those of Qwen2, Qwen3 and Mistral do,
+    and whose linear layers `pack_linear` lets be multiplied where they lie. Where no compiler is, it changes nothing.
+    """
+    unfuse_layers(model)
+    for module in model.modules():
+        if _is_llama_layer(module) and layer_reason() is None:
+            fused = _Fused(module)
+            if fused.has_kernels():
+                module.forward = fused
+    return model
+
+
+def unfuse_layers(model: Model) -> Model:
+    """Restore the layers that `fuse_layers` changed; returns the model."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _Fused):
+            del module.__dict__["forward"]
+    return model
+
+
+def _is_llama_layer(module: Any) -> bool:
+    if "forward" in module.__dict__ or not _same(module, LlamaDecoderLayer):
+        return False
+    attention: Any = getattr(module, "self_attn", None)
+    mlp: Any = getattr(module, "mlp", None)
+    return (
+        any(_same(attention, kind) for kind in (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention))
+        and _same(mlp, LlamaMLP)
+        and isinstance(mlp.act_fn, SiLUActivation | nn.SiLU)
+        and all(is_rms_norm(getattr(module, name, None)) for name in NORMS)
+        and all(is_rms_norm(norm) for norm in _head_norms(attention))
+    )
+
+
+def _head_norms(attention: Any) -> list[Any]:
+    """Of Qwen3's queries and keys."""
+    return [attention.q_norm, attention.k_norm] if _same(attention, Qwen3Attention) else []
+
+
+def _same(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what modules of a kind do."""
+    return module is not None and same_code(inspect.unwrap(type(module).forward), inspect.unwrap(kind.forward))
+
+
+class _Fused:
+    """A decoder layer's forward."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norms = [getattr(layer, name) for name in NORMS]
+        self.qkv = [getattr(attention, name) for name in PROJECTIONS]
+        self.gates = [getattr(mlp, name) for name in GATES]
+        self.out, self.down = [attention.o_proj], [mlp.down_proj]
+        self.head_norms = _head_norms(attention)
+        self.head_dim, self.scaling, self.index = attention.head_dim, attention.scaling, attention.layer_idx
+        self.heads, self.kv_heads = (
+            linear.out_features // attention.head_dim for linear in (attention.q_proj, attention.k_proj)
+        )
+        # Read here, as transformers' configs are slow to read.
+        config = attention.config
+        self.window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
+        self.dropout = attention.attention_dropout
+        # Where each part hangs, and its own forward where it has one; and what was there.
+        parts = [
+            (parent._modules, name, part)
+            for parent in (layer, attention, mlp)
+            for name, part in parent.named_children()
+        ]
+        self.places = [(where, name) for where, name, _ in parts] + [(part.__dict__, "forward") for _, _, part in parts]
+        self.found = [where.get(name) for where, name in self.places]
+        self.hooks = [hooks for _, _, part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+    def has_kernels(self) -> bool:
+        """Whether the kernels know such sizes, and multiply such layers."""
+        queries = torch.empty(0, self.heads, self.head_dim)
+        return self.head_dim % 2 == 0 and native_reason(queries) is None and self.linear() is not None
+
+    def linear(self) -> list[LinearLayers] | None:
+        """The kernels on the layer's weights as they are now; None where it is multiplied in another way."""
+        found = [compiled_layers(layers) for layers in (self.qkv, self.out, self.gates, self.down)]
+        return None if None in found else found  # type: ignore[return-value]
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "paged_kv" in kwargs and not args and self._fits(hidden_states, kwargs):
+            linear = self.linear()
+            if linear is not None:
+                return self._run(hidden_states, linear, **kwargs)
+        plain: torch.Tensor = type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+        return plain
+
+    def _fits(self, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether the kernels do what the layer would, to the letter of `attention_forward`."""
+        cache, step = kwargs["paged_kv"]
+        return (
+            x.dtype is torch.float32
+            and x.is_cpu
+            and x.is_contiguous()
+            and x.shape[0] == 1
+            and self._rotates(kwargs["position_embeddings"], x.shape[1])
+            and step.total_rows <= x.shape[1] <= MOST_ROWS
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and kwargs.get("branch_backend") in ("auto", "native")
+            and self._serves(cache, step)
+            and (self.window is None or step.longest_context <= self.window)
+            and not (self.dropout and self.layer.training)
+            and self._untouched()
+        )
+
+    def _serves(self, cache: PagedKVCache, step: Step) -> bool:
+        """Whether the step is one of the cache's, and the cache of this layer's kind."""
+        return (
+            step.state.closed is None
+            and step.entries[0][0].cache is cache
+            and self.index < cache.num_layers
+            and cache.dtype is torch.float32
+            and cache.device.type == "cpu"
+            and cache.head_dim == self.head_dim
+            and cache.num_kv_heads == self.kv_heads
+        )
+
+    def _rotates(self, tables: tuple[torch.Tensor, torch.Tensor], rows: int) -> bool:
+        """Whether these are the cosines and sines of all numbers of a head."""
+        shape = (1, rows, self.head_dim)
+        return all(
+            table.dtype is torch.float32 and table.is_cpu and table.shape == shape and table.is_contiguous()
+            for table in tables
+        )
+
+    def _untouched(self) -> bool:
+        """Whether the parts are those that were fused, without hooks, which would want to be called."""
+        if any(self.hooks) or module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+            return False
+        if [where.get(name) for where, name in self.places] != self.found:
+            return False
+        weights = [norm._parameters["weight"] for norm in (*self.norms, *self.head_norms)]
+        return all(weight.dtype is torch.float32 and weight.is_cpu for weight in weights)
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        linear: list[LinearLayers],
+        paged_kv: tuple[PagedKVCache, Step],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        batch_invariant: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """x [1, T, hidden] -> alike. T may exceed the step's rows: the others attend to nothing."""
+        cache, step = paged_kv
+        qkv_of, out_of, gates_of, down_of = linear
+        before, after = self.norms
+        rows, k, v = x.shape[1], cache.k[self.index], cache.v[self.index]
+        x = x[0]
+        cos, sin = position_embeddings
+        qkv = qkv_of(rms_norm(x, before.weight, before.variance_epsilon))
+        q = rotate_append(qkv, self.heads, cos, sin, step.slots, k, v, self._norms_of_heads())
+        attended = decode_native(q, k, v, step.views, self.scaling, batch_invariant, with_lse=False)[0].flatten(1)
+        if rows > step.total_rows:
+            attended = nn.functional.pad(attended, (0, 0, 0, rows - step.total_rows))
+        x = out_of(attended, residual=x)
+        x = down_of(gate(gates_of(rms_norm(x, after.weight, after.variance_epsilon))), residual=x)
+        return x[None]
+
+    def _norms_of_heads(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        if not self.head_norms:
+            return None
+        of_q, of_k = self.head_norms
+        return of_q.weight, of_k.weight, of_q.variance_epsilon

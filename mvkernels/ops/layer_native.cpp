@@ -1,0 +1,104 @@
+// What stands between the matrix products of a decoder layer, in fp32, one call for each where PyTorch takes several:
+//
+//     rms_norm        y = w x / sqrt(mean(x^2) + eps)
+//     rotate_append   q and k, head by head: normed where the model does so, and rotated by their positions (RoPE, halves
+//                     of a head as in transformers); k and v into pages
+//     gate            y = silu(g) u = g u / (1 + e^-g)
+//
+// A number depends on its own row alone and on its place there, so that a row has the same bits whoever is beside it,
+// with any number of threads.
+//
+// Shapes: x and y [rows, dim], weight [dim]; others where they are. Contiguous but for the rows of what a product gave.
+
+#include <algorithm>
+#include <cmath>
+
+#include "native.h"
+
+namespace {
+
+constexpr int MAX_DIM = 256;  // of a head
+constexpr int SUMS = 4;  // that are added to by turns, so that none waits for the one before
+
+void norm(const float* x, const float* weight, float eps, int64_t dim, float* y) {
+    Floats sums[SUMS] = {};
+    int64_t i = 0;
+    for (; i + SUMS * WIDTH <= dim; i += SUMS * WIDTH)
+        for (int s = 0; s < SUMS; ++s) {
+            const Floats xs = load_floats(x + i + s * WIDTH);
+            sums[s] += xs * xs;
+        }
+    float total = 0;
+    for (; i < dim; ++i) total += x[i] * x[i];
+    total += sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    const float factor = 1 / std::sqrt(total / float(dim) + eps);
+    for (i = 0; i < dim; ++i) y[i] = weight[i] * (x[i] * factor);
+}
+
+// One head, [dim]; weight (or null), cos and sin [dim].
+void norm_rotate(const float* x, const float* weight, float eps, const float* cos, const float* sin, int64_t dim,
+                 float* y) {
+    float normed[MAX_DIM];
+    if (weight) {
+        norm(x, weight, eps, dim, normed);
+        x = normed;
+    }
+    const int64_t half = dim / 2;
+    for (int64_t d = 0; d < half; ++d) {
+        y[d] = x[d] * cos[d] - x[d + half] * sin[d];
+        y[d + half] = x[d + half] * cos[d + half] + x[d] * sin[d + half];
+    }
+}
+
+inline Floats silu_times(Floats g, Floats u) {
+    const Floats small = exp2_of((g < 0.0f ? g : -g) * LOG2_E);  // e^-|g|, which cannot overflow
+    return g * u * (g < 0.0f ? small : Floats{} + 1.0f) / (1.0f + small);
+}
+
+}  // namespace
+
+extern "C" {
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t dim, float* y, int32_t num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (int64_t row = 0; row < rows; ++row) norm(x + row * dim, weight, eps, dim, y + row * dim);
+}
+
+// qkv: rows of `stride` numbers, q [heads, dim], k and v [kv_heads, dim] side by side. cos, sin [rows, dim]. q
+// [rows, heads, dim]. caches [slots, kv_heads, dim]: row r goes to slots[r], nowhere below 0. Weights of the heads' norms
+// or null.
+void rotate_append(const float* qkv, int64_t rows, int64_t stride, int64_t heads, int64_t kv_heads, int64_t dim,
+                   const float* cos, const float* sin, const float* q_weight, const float* k_weight, float eps,
+                   const int64_t* slots, float* q, float* k_cache, float* v_cache, int32_t num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* const from = qkv + row * stride;
+        const float *const c = cos + row * dim, *const s = sin + row * dim;
+        for (int64_t h = 0; h < heads; ++h)
+            norm_rotate(from + h * dim, q_weight, eps, c, s, dim, q + (row * heads + h) * dim);
+        if (slots[row] < 0) continue;
+        const float* const k = from + heads * dim;
+        const int64_t to = slots[row] * kv_heads * dim;
+        for (int64_t h = 0; h < kv_heads; ++h)
+            norm_rotate(k + h * dim, k_weight, eps, c, s, dim, k_cache + to + h * dim);
+        std::memcpy(v_cache + to, k + kv_heads * dim, kv_heads * dim * sizeof(float));
+    }
+}
+
+// gu: rows of g [dim] and u [dim] side by side.
+void gate(const float* gu, int64_t rows, int64_t dim, float* y, int32_t num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float *const g = gu + row * 2 * dim, *const u = g + dim;
+        float* const to = y + row * dim;
+        for (int64_t i = 0; i < dim; i += WIDTH) {
+            const int64_t bytes = std::min<int64_t>(WIDTH, dim - i) * 4;
+            Floats gs{}, us{};
+            std::memcpy(&gs, g + i, bytes);
+            std::memcpy(&us, u + i, bytes);
+            const Floats result = silu_times(gs, us);
+            std::memcpy(to + i, &result, bytes);
+        }
+    }
+}
+}

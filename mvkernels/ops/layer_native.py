@@ -1,0 +1,87 @@
+"""What stands between the products of a decoder layer, on the CPU: see `layer_native.cpp`, compiled where it runs.
+
+All tensors are fp32 on the CPU, without gradients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from mvkernels.ops.native import native_library, native_reason
+
+SOURCE = Path(__file__).with_name("layer_native.cpp")
+NUMBERS = 2**15  # fewer take one thread less time than others need to wake up
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [.., dim] -> w x / sqrt(mean(x^2) + eps), alike; weight [dim]."""
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    dim, numbers = len(weight), x.numel()
+    _kernels().rms_norm(
+        x.data_ptr(), weight.data_ptr(), eps, numbers // dim, dim, out.data_ptr(), _threads(numbers)
+    )  # fmt: skip
+    return out
+
+
+def rotate_append(
+    qkv: torch.Tensor,
+    heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """RoPE on queries and keys, and the keys and values of new tokens into their pages; returns the queries.
+
+    qkv [N, (Hq + 2 Hkv) D], cos, sin [N, D], slots [N] int64 (-1: nowhere), caches [num_pages, page_size, Hkv, D], all
+    contiguous -> q [N, Hq, D]. D is even, at most 256. norms: weights [D] of RMSNorms of each query and key before
+    that, and their epsilon.
+    """
+    rows = len(slots)
+    kv_heads, dim = k_cache.shape[2:]
+    q = qkv.new_empty(rows, heads, dim)
+    weights = (None, None, 0.0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr(), norms[2])
+    _kernels().rotate_append(
+        qkv.data_ptr(), rows, qkv.shape[-1], heads, kv_heads, dim, cos.data_ptr(), sin.data_ptr(), *weights,
+        slots.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), _threads(qkv.numel()),
+    )  # fmt: skip
+    return q
+
+
+def gate(gu: torch.Tensor) -> torch.Tensor:
+    """silu(g) u for gu [N, 2 dim], g and u side by side, contiguous -> [N, dim]."""
+    rows, dim = len(gu), gu.shape[1] // 2
+    out = gu.new_empty(rows, dim)
+    _kernels().gate(gu.data_ptr(), rows, dim, out.data_ptr(), _threads(gu.numel()))
+    return out
+
+
+def _threads(numbers: int) -> int:
+    return torch.get_num_threads() if numbers >= NUMBERS else 1
+
+
+@functools.cache
+def layer_reason() -> str | None:
+    """Why the kernels cannot be compiled here, or None. Compiles them at the first call."""
+    return native_reason(SOURCE)
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL:
+    library = native_library(SOURCE)
+    pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, long, long, pointer, short]
+    library.rotate_append.argtypes = [
+        pointer, *[long] * 5, *[pointer] * 4, ctypes.c_float, *[pointer] * 4, short
+    ]  # fmt: skip
+    library.gate.argtypes = [pointer, long, long, pointer, short]
+    for kernel in (library.rms_norm, library.rotate_append, library.gate):
+        kernel.restype = None
+    return library

@@ -1,0 +1,269 @@
+"""Fused decoder layers give what the layers give over the paged cache, and are the layers everywhere else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers", reason="needs the hf extra: transformers is not installed")
+
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.llama.modeling_llama import rotate_half
+
+from mvkernels import BackendError, PagedKVCache, hf_layers, patch_model
+from mvkernels.hf_layers import fuse_layers, unfuse_layers
+from mvkernels.hf_linear import pack_linear
+from mvkernels.model import Engine, GenerationConfig
+from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
+from tests.tiny_model import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(layer_reason() is not None, reason=str(layer_reason()))
+
+CONFIGS = {
+    "llama": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (MistralConfig, {"sliding_window": 24}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 24}),
+}
+IDS = torch.arange(100).view(1, 100) % 97
+
+
+def make_model(name: str, **changes: Any) -> Any:
+    """A patched model of two layers with packed linear layers; norms and biases are random too."""
+    kind, own = CONFIGS[name]
+    sizes = {
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": None, "bos_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(**{**sizes, **own, **changes})).eval()
+    with torch.no_grad():
+        for tensor_name, tensor in model.named_parameters():
+            if "norm" in tensor_name or "bias" in tensor_name:
+                tensor.add_(torch.randn_like(tensor), alpha=0.3)
+    return pack_linear(patch_model(model))
+
+
+def make_cache(model: Any) -> PagedKVCache:
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return PagedKVCache(64, 4, config.num_hidden_layers, config.num_key_value_heads, head_dim)
+
+
+def steps(model: Any, **more: Any) -> list[torch.Tensor]:
+    """Logits of a prompt, then of three steps of two branches of it, the last with a second token in one."""
+    cache = make_cache(model)
+    root = cache.new()
+    found = []
+
+    def step(*entries: Any) -> None:
+        planned = cache.plan(entries)
+        rows = planned.total_rows + more.get("spare", 0)
+        given = {"batch_invariant": True} if more.get("batch_invariant") else {}
+        with torch.inference_mode():
+            logits = model(IDS[:, len(found) : len(found) + rows], paged_kv=(cache, planned), **given).logits[0]
+        cache.commit(planned)
+        found.append(logits[: planned.total_rows])
+
+    step((root, 7))
+    first, second = cache.fork(root, 2)
+    for tokens in (1, 1, 2):
+        step((first, tokens), (second, 1))
+    return found
+
+
+def fused(model: nn.Module) -> int:
+    return sum(isinstance(module.__dict__.get("forward"), hf_layers._Fused) for module in model.modules())
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the number of rows of each layer that runs fused."""
+    seen: list[int] = []
+    run = hf_layers._Fused._run
+    monkeypatch.setattr(
+        hf_layers._Fused, "_run", lambda self, x, *a, **k: seen.append(x.shape[1]) or run(self, x, *a, **k)
+    )
+    return seen
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).abs().max()) <= 2e-5 * float(other.abs().max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_logits_are_those_of_the_layers(name: str, runs: list[int]) -> None:
+    model = make_model(name)
+    expected = steps(model)
+    assert not runs
+    assert fuse_layers(model) is model and fused(model) == 2
+    assert_same(steps(model), expected)
+    assert runs == [7, 7, 2, 2, 2, 2, 3, 3]
+    assert fused(unfuse_layers(fuse_layers(model))) == 0
+    assert all(map(torch.equal, steps(model), expected))
+
+
+def test_spare_rows_and_batch_invariance(runs: list[int]) -> None:
+    """A row has the same bits with others and spare ones beside it; those see nothing."""
+    model = make_model("llama")
+    expected = steps(model, batch_invariant=True)
+    fuse_layers(model)
+    assert_same(steps(model, batch_invariant=True, spare=5), expected)
+    assert runs[:2] == [12, 12]
+    cache = make_cache(model)
+    one, other = cache.new(), cache.new()
+    logits = []
+    with torch.inference_mode():
+        for entries in ([(one, 3)], [(other, 3), (cache.new(), 6)]):
+            planned = cache.plan(entries)
+            ids = torch.nn.functional.pad(IDS[:, : planned.total_rows] % 3, (0, 20 - planned.total_rows))
+            logits.append(model(ids, paged_kv=(cache, planned), batch_invariant=True).logits[0, :3])
+            cache.commit(planned)
+    assert torch.equal(*logits)
+
+
+def test_what_is_not_fused(runs: list[int]) -> None:
+    """Gradients, many rows, training forwards, another dtype: the layer is what it was."""
+    model, plain = fuse_layers(make_model("qwen2")), make_model("qwen2")
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+        cache, other = make_cache(model), make_cache(model)
+        step, same = (one.plan([(one.new(), 65)]) for one in (cache, other))
+        ids = IDS[:, :65]
+        assert torch.equal(model(ids, paged_kv=(cache, step)).logits, plain(ids, paged_kv=(other, same)).logits)
+    for one in (model, plain):
+        one(IDS, labels=IDS).loss.backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    cache = PagedKVCache(8, 4, 2, 2, 12, torch.bfloat16)
+    with torch.inference_mode():
+        assert model.bfloat16()(IDS[:, :5], paged_kv=(cache, cache.plan([(cache.new(), 5)]))).logits.isfinite().all()
+    assert not runs
+
+
+def test_the_sliding_window_is_still_refused() -> None:
+    model = fuse_layers(make_model("mistral"))
+    cache = make_cache(model)
+    step = cache.plan([(cache.new(), 25)])
+    with torch.inference_mode(), pytest.raises(BackendError, match="sliding window of 24 tokens, got 25"):
+        model(IDS[:, :25], paged_kv=(cache, step))
+
+
+def test_a_step_that_is_closed_is_still_refused() -> None:
+    model = fuse_layers(make_model("llama"))
+    cache = make_cache(model)
+    step = cache.plan([(cache.new(), 2)])
+    cache.rollback(step)
+    with torch.inference_mode(), pytest.raises(Exception, match="expected an open step"):
+        model(IDS[:, :2], paged_kv=(cache, step))
+
+
+def test_parts_that_are_hooked_or_replaced_are_called(runs: list[int]) -> None:
+    model = fuse_layers(make_model("llama"))
+    first, second = model.model.layers
+    called: list[str] = []
+    hook = first.mlp.register_forward_hook(lambda *_: called.append("hook"))
+    steps(model)
+    assert len(called) == 4 and runs == [7, 2, 2, 3]  # the second layer
+    hook.remove()
+    second.self_attn.o_proj = nn.Sequential(second.self_attn.o_proj)  # as adapters wrap layers
+    first.mlp.forward = lambda x: called.append("forward") or type(first.mlp).forward(first.mlp, x)
+    runs.clear()
+    steps(model)
+    assert called[4:] == ["forward"] * 4 and not runs
+
+
+def test_layers_that_take_no_part() -> None:
+    assert fused(fuse_layers(make_model("llama", hidden_act="gelu"))) == 0
+    assert fused(fuse_layers(make_model("llama", head_dim=258, num_attention_heads=2))) == 0
+    plain = patch_model(AutoModelForCausalLM.from_config(make_model("llama").config))
+    assert fused(fuse_layers(plain)) == 0  # its linear layers are not packed
+    model = make_model("llama")
+    model.model.layers[0].forward = lambda *args, **kwargs: None
+    assert fused(fuse_layers(model)) == 1
+
+
+def test_without_a_compiler_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_layers, "layer_reason", lambda: "not here")
+    assert fused(fuse_layers(make_model("llama"))) == 0
+
+
+def test_weights_that_change_are_followed(runs: list[int]) -> None:
+    model = fuse_layers(make_model("qwen3"))
+    steps(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        model.model.layers[1].self_attn.k_norm.weight = nn.Parameter(torch.ones(24))
+    found = steps(model)
+    assert len(runs) == 16
+    assert_same(found, steps(unfuse_layers(model)))
+
+
+def test_copies(runs: list[int]) -> None:
+    model = fuse_layers(make_model("llama"))
+    expected = steps(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layer = other.model.layers[0]
+        assert layer.forward.layer is layer and layer.forward.qkv[0] is layer.self_attn.q_proj
+        runs.clear()
+        assert all(map(torch.equal, steps(other), expected)) and len(runs) == 8
+        layer.mlp.register_forward_pre_hook(lambda *_: None)
+        runs.clear()
+        steps(other)
+        assert len(runs) == 4
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_engine_fuses_them(strict: bool, runs: list[int]) -> None:
+    config = GenerationConfig(max_new_tokens=30, eos_token_ids=(), stop=())
+    found = []
+    for fast in (False, True):
+        engine = Engine(tiny_model(), tiny_tokenizer(), fast_linear=fast, strict=strict)
+        found.append([one.token_ids for one in engine.generate(["a b", "12 + 3"], config)])
+        assert (fused(engine.model) == 2) == fast == bool(runs)
+    assert found[0] == found[1]
+
+
+# ---- the kernels
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "dim"), [(1, 9, 3, 64), (5, 2, 2, 6), (70, 4, 1, 256)])
+def test_rotate_append(rows: int, heads: int, kv_heads: int, dim: int, normed: bool) -> None:
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim)
+    cos, sin = torch.randn(2, rows, dim)
+    weights = torch.randn(2, dim)
+    slots = torch.randperm(3 * rows)[:rows]
+    slots[rows // 2] = -1
+    caches = torch.full((2, 3 * rows, 1, kv_heads, dim), torch.nan)
+    norms = (weights[0], weights[1], 1e-5) if normed else None
+    found = rotate_append(qkv, heads, cos, sin, slots, caches[0], caches[1], norms)
+    q, k, v = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    for given, weight, rotated in ((q, weights[0], found), (k, weights[1], caches[0, slots, 0])):
+        given = given.view(rows, -1, dim)
+        given = rms_norm(given, weight, 1e-5) if normed else given
+        expected = given * cos[:, None] + rotate_half(given) * sin[:, None]
+        written = torch.ones(rows, dtype=torch.bool) if rotated is found else slots >= 0
+        assert torch.allclose(rotated[written], expected[written], rtol=1e-5, atol=1e-5)
+    assert torch.equal(caches[1, slots[slots >= 0], 0], v.view(rows, kv_heads, dim)[slots >= 0])
+    assert int((~caches[0].isnan()).any(-1).any(-1).sum()) == int((slots >= 0).sum())  # and nowhere else
+
+
+@pytest.mark.parametrize("dim", [1, 15, 16, 96, 1000])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gate(rows: int, dim: int) -> None:
+    """Against fp64; a row has the same bits alone. Large numbers neither overflow nor become NaN."""
+    gu = 5 * torch.randn(rows, 2 * dim)
+    gu[0, 0] = 1e4 if rows == 1 else -1e4
+    g, u = gu.double().chunk(2, 1)
+    exact = g * torch.sigmoid(g) * u
+    found = gate(gu)
+    assert torch.allclose(found.double(), exact, rtol=2e-6, atol=1e-30)
+    assert torch.equal(found, torch.cat([gate(row) for row in gu.split(1)]))
+    assert gate(torch.full((1, 2), torch.nan)).isnan().all()
