@@ -15,19 +15,20 @@ if VERSION is None:
 HF = ["transformers>=5.17", "accelerate", "safetensors", "gguf"]
 TRAIN = [*HF, "peft>=0.17", "tensorboard"]
 PLOT = ["matplotlib"]
+EVAL = [*PLOT, "math-verify>=0.9"]
 BENCH = ["pytest", "pytest-benchmark"]
 # Compiles the CUDA sources in tests, without a GPU or its driver.
 NVRTC = [f"{name}>=13; sys_platform == 'linux'" for name in ("cuda-bindings", "nvidia-cuda-nvrtc")]
 EXTRAS = {
     "hf": HF,
     "train": TRAIN,
-    "eval": [*HF],
+    "eval": [*HF, *EVAL],
     "bench": [*PLOT, *BENCH],
     "cuda": ["triton>=3.6", "cupy-cuda13x>=14"],
     "plot": PLOT,
     "dev": [
         *TRAIN,
-        *PLOT,
+        *EVAL,
         *BENCH,
         *NVRTC,
         "build",

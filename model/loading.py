@@ -10,6 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from mvkernels._lazy import missing_message
 
+#: The model that comes with the package.
+EMBEDDED = Path(__file__).resolve().parent / "embedded"
+
 
 def load_checkpoint(
     path: str | Path, dtype: torch.dtype | None = None, device: str | None = None, device_map: Any = None

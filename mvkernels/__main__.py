@@ -13,7 +13,7 @@ from mvkernels.commands import fail, one_line_errors
 
 app = typer.Typer(
     name="mvkernels",
-    help="Language models that write in parallel branches: generate, inspect, train.",
+    help="Language models that write in parallel branches: generate, inspect, train, evaluate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,7 +40,7 @@ def options(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Language models that write in parallel branches: generate, inspect, train."""
+    """Language models that write in parallel branches: generate, inspect, train, evaluate."""
 
 
 @app.command()
@@ -141,6 +141,7 @@ def train(
             metavar="[RECIPE.toml] OUT",
         ),
     ],
+    task: Annotated[str | None, typer.Option(help="Whose problems it learns: arithmetic, sat.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     tokens_per_step: Annotated[int | None, typer.Option(help="Tokens of one packed row.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak, of the layers' matrices.")] = None,
@@ -149,6 +150,7 @@ def train(
     hidden_size: Annotated[int | None, typer.Option(help="A multiple of 32.")] = None,
     layers: Annotated[int | None, typer.Option(help="Decoder layers.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="Of the feed-forward part.")] = None,
+    rope_theta: Annotated[float | None, typer.Option(help="Base of the rotary positions.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between two logged losses.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between two checkpoints to resume from.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the initial weights and the problems.")] = None,
@@ -167,6 +169,7 @@ def train(
     model on traces. Then every field of the recipe is an option, such as --model, --data or --learning-rate.
     """
     fields = {
+        "task": task,
         "steps": steps,
         "tokens_per_step": tokens_per_step,
         "learning_rate": learning_rate,
@@ -175,6 +178,7 @@ def train(
         "hidden_size": hidden_size,
         "layers": layers,
         "intermediate_size": intermediate_size,
+        "rope_theta": rope_theta,
         "log_every": log_every,
         "save_every": save_every,
         "seed": seed,
@@ -193,6 +197,68 @@ def train(
             unknown = context.args[0] if context.args else "--dry-run" if dry_run else "--skip-bad"
             fail(f"train: expected RECIPE.toml first for {unknown}, got {out}")
         command.run(out, given, resume, quiet)
+
+
+@app.command()
+def evaluate(
+    what: Annotated[str, typer.Argument(help="arithmetic, sat, or a file of questions: .jsonl, .cnf")] = "arithmetic",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a causal language model, or a GGUF file. Default: the embedded model."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for samples, table and charts; one that has some goes on.")] = Path(
+        "evaluation"
+    ),
+    mode: Annotated[
+        list[str] | None, typer.Option(help="parallel, zero (asked without), sequential; again for more. Default: all.")
+    ] = None,
+    problems: Annotated[int | None, typer.Option(help="How many questions. Default: 200, or all of the file.")] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Samples of each question; they share its prompt.")] = 1,
+    batch: Annotated[int, typer.Option(help="Questions at once; 1 for the wall-clock of each alone.")] = 16,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer in all.")] = None,
+    max_critical_path: Annotated[int | None, typer.Option(help="Tokens on its longest chain.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the smallest set of this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the most likely tokens only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling, and of the problems of a task.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, balanced, ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate: accuracy, tokens, critical path and wall-clock, asked in parallel and without."""
+    settings = {
+        "max_new_tokens": max_tokens,
+        "max_critical_path": max_critical_path,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    placement = {"dtype": dtype, "device": device, "device_map": device_map}
+    with one_line_errors():
+        from mvkernels.commands import evaluate as command
+
+        command.run(what, model, out, mode or [], given, placement, problems, n, batch, raw, as_json)
+
+
+@app.command()
+def reproduce(
+    quick: Annotated[bool, typer.Option("--quick", help="Everything once, on models that hardly learn.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for tables and figures. Default: benchmarks/results/reproduce.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for models and samples, to go on from. Default: runs/reproduce.")
+    ] = None,
+) -> None:
+    """Train from nothing, evaluate, and write the tables and figures; goes on where it was interrupted."""
+    with one_line_errors():
+        from mvkernels.commands import reproduce as command
+
+        command.run(out, work, quick)
 
 
 @app.command()

@@ -18,6 +18,7 @@ EXTRAS: dict[str, str] = {
     "triton": "cuda",
     "cupy": "cuda",
     "matplotlib": "plot",
+    "math_verify": "eval",
 }
 
 

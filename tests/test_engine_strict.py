@@ -13,7 +13,7 @@ from mvkernels import BranchLayout, patch_model
 from mvkernels.errors import BackendError
 from mvkernels.hf_linear import pack_linear
 from mvkernels.model import Engine, Generation, GenerationConfig
-from mvkernels.model.evaluation.accuracy import EMBEDDED
+from mvkernels.model.loading import EMBEDDED
 from mvkernels.model.memory import make_cache
 from mvkernels.model.request_kv import Entry
 from mvkernels.model.runner import Runner

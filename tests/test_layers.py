@@ -44,6 +44,7 @@ OPTIONAL = {
     "matplotlib": {"commands"},
     "typer": {"commands", "__main__"},
     "rich": {"commands", "model"},
+    "lighteval": {"model"},
 }
 STDLIB_ONLY = {"errors", "_lazy", "grammar", "tags"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainerCallback
 
 from mvkernels import BranchLayout, TagTokens
 from mvkernels.grammar import TAGS
+from mvkernels.model.tasks import arithmetic, sat
 from mvkernels.model.tasks.arithmetic import generate
 from mvkernels.model.tokens import read_entry
 from mvkernels.model.training import Recipe, TrainingRun, train
 from mvkernels.model.training.data import PackedProblems
 from mvkernels.model.training.optimizer import orthogonal
-from mvkernels.model.training.run import make_tokenizer
+from mvkernels.model.training.run import TRAINING_FILE, make_tokenizer
 
 TINY = Recipe(
     steps=12,
@@ -49,7 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return make_tokenizer(arithmetic.TASK)
 
 
 def test_the_loss_falls(whole: TrainingRun) -> None:
@@ -79,11 +81,11 @@ def test_what_is_saved_loads_and_names_its_tags(whole: TrainingRun) -> None:
     assert read_entry(model.config) == "canonical"
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.config.use_cache
-    assert TagTokens.from_tokenizer(tokenizer).ids == TagTokens.from_tokenizer(make_tokenizer()).ids
+    assert TagTokens.from_tokenizer(tokenizer).ids == TagTokens.from_tokenizer(make_tokenizer(arithmetic.TASK)).ids
     # transformers gives a Qwen2 checkpoint Qwen2's own tokenizer class, which must cut the text into the same tokens.
     for problem in islice(generate(0), 20):
         text = problem.prompt() + problem.parallel_trace
-        assert tokenizer.encode(text) == make_tokenizer().encode(text)
+        assert tokenizer.encode(text) == make_tokenizer(arithmetic.TASK).encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
     # No checkpoint is left beside the model.
     assert not [path for path in whole.folder.iterdir() if path.is_dir()]
@@ -146,8 +148,10 @@ def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, int]) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"task": "chess"}, r"task: expected one of \('arithmetic', 'sat'\), got 'chess'"),
         ({"steps": 0}, r"steps: expected a whole number >= 1, got 0"),
         ({"learning_rate": float("nan")}, r"learning_rate: expected a finite number > 0, got nan"),
+        ({"rope_theta": 0.0}, r"rope_theta: expected a finite number > 0, got 0.0"),
         ({"sequential_share": 1.5}, r"sequential_share: expected a number in \[0, 1\], got 1.5"),
         ({"hidden_size": 100}, r"hidden_size: expected a multiple of 32, got 100"),
         ({"warmup_steps": 9999}, r"warmup_steps: expected 0 to 3600 \(the steps\), got 9999"),
@@ -169,3 +173,17 @@ def test_resuming_needs_the_same_recipe_and_a_checkpoint(whole: TrainingRun, tmp
         train(TINY, tmp_path / "run", progress=False, callbacks=[Interrupt(5)])
     with pytest.raises(ValueError, match=r"resume: expected seed=0 as in .*recipe.json, got 1"):
         train(Recipe(**{**vars(TINY), "seed": 1}), tmp_path / "run", resume=True)
+
+
+def test_a_model_of_another_task_learns_its_problems(tmp_path: Path) -> None:
+    recipe = Recipe(**{**vars(TINY), "task": "sat", "sequential_share": 1.0, "steps": 6})
+    run = train(recipe, tmp_path / "run", progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    # The indices are single tokens after loading too, whatever class transformers chooses for the tokenizer.
+    assert len(tokenizer.encode("2.1.2.2")) == 1 and tokenizer.decode(tokenizer.encode("2.1+c")) == "2.1+c"
+    row = PackedProblems(recipe, make_tokenizer(sat.TASK))[0]
+    assert tokenizer.decode(row["input_ids"][0][:4]).startswith("Can all")
+    assert row["branch_layout"].critical_path == row["branch_layout"].total_tokens  # chains alone
+    known = json.loads((run.folder / TRAINING_FILE).read_text())
+    assert [tuple(loss) for loss in known["losses"]] == [*run.losses] and known["seconds"] == run.seconds > 0
+    assert len(known["clock"]) == len(run.losses) == 3

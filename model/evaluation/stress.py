@@ -30,9 +30,8 @@ from mvkernels.grammar import Kind
 from mvkernels.layout import BranchLayout
 from mvkernels.model.config import GenerationConfig
 from mvkernels.model.engine import Engine
-from mvkernels.model.evaluation.accuracy import EMBEDDED
 from mvkernels.model.events import FinishEvent, Generation
-from mvkernels.model.loading import load_checkpoint
+from mvkernels.model.loading import EMBEDDED, load_checkpoint
 from mvkernels.model.sampling import BranchView, sample
 from mvkernels.model.streams import Stream
 from mvkernels.tags import TagTokens

@@ -12,29 +12,46 @@ conclusion writes these lines again and adds them up. Numbers to be added have f
 the same place in each. The sequential trace is the same work, one step after the other, without tags inside its
 `<Think>`.
 
-The end of the prompt says which of the two is asked for, as in arXiv 2506.09991: PARALLEL_ENDING, SEQUENTIAL_ENDING.
+The end of the prompt says which of the two is asked for (`common`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-PARALLEL_ENDING = " Think step by step and in parallel before answering."
-SEQUENTIAL_ENDING = " Think step by step before answering."
-SPLITS = ("train", "test")
-#: One problem in so many is held out of training, by a hash of its canonical text.
-HOLD_OUT = 10
+from mvkernels.model.tasks.common import (
+    PARALLEL_ENDING,
+    SEQUENTIAL_ENDING,
+    Task,
+    grade,
+    is_held_out,
+    require_split,
+    with_ending,
+)
+
+__all__ = [
+    "PARALLEL_ENDING",
+    "SEQUENTIAL_ENDING",
+    "TASK",
+    "TERMS",
+    "WIDTH",
+    "Bracket",
+    "Number",
+    "Problem",
+    "Product",
+    "generate",
+    "grade",
+]
+
 TERMS = (2, 5)
 #: Columns of every addition.
 WIDTH = 5
-
-_ANSWER = re.compile(r"\s*(\d+)\s*")
+#: Of 2, 3, 4 and 5 terms in training: to find the last of many terms is learned last.
+TRAINING_CHANCES = (2, 2, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -117,14 +134,23 @@ class Problem:
         return sum(term.value for term in self.terms)
 
     @property
+    def expected(self) -> str:
+        """The answer as it is to be written."""
+        return str(self.answer)
+
+    @property
+    def size(self) -> int:
+        """Terms."""
+        return len(self.terms)
+
+    @property
     def held_out(self) -> bool:
         """Whether the problem belongs to the test split, by a hash of its canonical text."""
-        digest = hashlib.blake2b(self.expression.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") % HOLD_OUT == 0
+        return is_held_out(self.expression)
 
     def prompt(self, parallel: bool = True) -> str:
         """The question with the ending that asks for the parallel or the sequential trace, and a newline."""
-        return self.question + (PARALLEL_ENDING if parallel else SEQUENTIAL_ENDING) + "\n"
+        return with_ending(self.question, parallel)
 
     @cached_property
     def parallel_trace(self) -> str:
@@ -137,16 +163,6 @@ class Problem:
         return "\n".join(["<Think>", *_sequential(self), "</Think>", str(self.answer)])
 
 
-def grade(text: str, problem: Problem) -> bool:
-    """Whether a generated text gives the right answer: after its last `</Think>` stands the number and nothing else.
-
-    text: what the model generated, with or without the prompt, without an end-of-text token.
-    """
-    _, closed, rest = text.rpartition("</Think>")
-    match = _ANSWER.fullmatch(rest)
-    return bool(closed) and match is not None and match[1] == str(problem.answer)
-
-
 def generate(seed: int | str, split: str = "train", chances: Sequence[float] = (1, 1, 1, 1)) -> Iterator[Problem]:
     """Endless fresh problems of one split, the same for the same seed.
 
@@ -154,8 +170,7 @@ def generate(seed: int | str, split: str = "train", chances: Sequence[float] = (
     No problem of the "test" split can come up in the "train" split, whatever the seeds: the hash of its text decides.
     Raises ValueError for another split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+    require_split(split)
     rng = random.Random(f"{split} {seed}")
     while True:
         problem = _draw(rng, chances)
@@ -281,3 +296,14 @@ def _columns(addends: Sequence[int]) -> list[str]:
         lines.append(f"{line} -> {done}")
         carry = total // 10
     return lines
+
+
+TASK = Task(
+    name="arithmetic",
+    generate=generate,
+    training=lambda seed: generate(seed, chances=TRAINING_CHANCES),
+    words=(" +", " ->"),
+    added=(),
+    size_name="terms",
+    max_new_tokens=2048,
+)

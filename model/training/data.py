@@ -10,12 +10,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mvkernels import BranchLayout, TagTokens
-from mvkernels.model.tasks.arithmetic import Problem, generate
+from mvkernels.model.tasks import GeneratedProblem, task_named
 from mvkernels.model.training.packing import pack_row
 from mvkernels.model.training.recipe import Recipe
-
-#: Of 2, 3, 4 and 5 terms: to find the last of many terms is learned last.
-TERM_CHANCES = (2, 2, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Document:
         return Document(self.ids[:length], min(self.prompt_length, length))
 
 
-def document_text(problem: Problem, parallel: bool, ending: bool = True) -> tuple[str, str]:
+def document_text(problem: GeneratedProblem, parallel: bool, ending: bool = True) -> tuple[str, str]:
     """The prompt and what a model answers. ending: whether the prompt says how to think.
 
     The newline after the prompt belongs to the answer here, so that the model also continues a prompt without one.
@@ -64,7 +61,7 @@ class PackedProblems(Dataset[dict[str, Any]]):
         documents: list[Document] = []
         total = 0
         style = random.Random(f"style {self.recipe.seed} {index}")
-        for problem in generate(f"{self.recipe.seed} {index}", chances=TERM_CHANCES):
+        for problem in task_named(self.recipe.task).training(f"{self.recipe.seed} {index}"):
             parallel = style.random() >= self.recipe.sequential_share
             ending = not parallel or style.random() >= self.recipe.bare_share
             prompt, answer = document_text(problem, parallel, ending)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mvkernels.model.tasks import task_named
 from mvkernels.model.training.recipe_file import RecipeFile
 
 #: Head size of the model; the hidden size is a multiple of it.
@@ -15,15 +16,19 @@ HEAD_SIZE = 32
 class Recipe(RecipeFile):
     """How a model is made from nothing. The defaults make the embedded model.
 
+    task                     whose problems it learns: a name in `mvkernels.model.tasks.TASKS`
     steps                    optimizer steps, one packed row of documents each
     tokens_per_step          a row is filled with fresh problems; the last is cut where the row is full
     learning_rate            peak, of the layers' matrices (Muon); it falls to 0 along a straight line
     embedding_learning_rate  peak, of all other parameters (AdamW)
     weight_decay             of the layers' matrices
     warmup_steps             steps in which the learning rates rise to their peaks
-    sequential_share         share of the problems that are written as one chain, without blocks
+    sequential_share         share of the problems that are written as one chain, without blocks; 1 makes an
+                             autoregressive model
     bare_share               share of the parallel problems whose prompt ends with the question
     hidden_size, layers, intermediate_size    sizes of the model; heads have 32 channels
+    rope_theta               base of the rotary positions: small where what matters is near; where tokens are found by
+                             what they are, hundreds of tokens away, a large one leaves more channels for that
     bf16                     matrix products in bf16 (autocast); the weights and the attention are in fp32 on a CPU
     seed                     of the initial weights and of the problems
     log_every, save_every    steps between two logged losses, and between two checkpoints to resume from
@@ -31,6 +36,7 @@ class Recipe(RecipeFile):
     Raises ValueError when a value is out of range.
     """
 
+    task: str = "arithmetic"
     steps: int = 3600
     tokens_per_step: int = 3072
     learning_rate: float = 6e-3
@@ -42,17 +48,19 @@ class Recipe(RecipeFile):
     hidden_size: int = 128
     layers: int = 5
     intermediate_size: int = 512
+    rope_theta: float = 1000.0
     bf16: bool = True
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
 
     def __post_init__(self) -> None:
+        task_named(self.task)
         for name in ("steps", "tokens_per_step", "hidden_size", "layers", "intermediate_size", "log_every"):
             self._require(
                 name, "a whole number >= 1", isinstance(getattr(self, name), int) and getattr(self, name) >= 1
             )
-        for name in ("learning_rate", "embedding_learning_rate"):
+        for name in ("learning_rate", "embedding_learning_rate", "rope_theta"):
             self._require(name, "a finite number > 0", math.isfinite(getattr(self, name)) and getattr(self, name) > 0)
         self._require("weight_decay", "a number in [0, 1)", 0 <= self.weight_decay < 1)
         self._require("warmup_steps", f"0 to {self.steps} (the steps)", 0 <= self.warmup_steps <= self.steps)

@@ -6,12 +6,14 @@ the same recipe gives the same losses and weights, interrupted or not.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,12 +22,15 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 from mvkernels import patch_model, unpatch_model
-from mvkernels.model.tasks.arithmetic import PARALLEL_ENDING, generate
+from mvkernels.model.tasks import Task, task_named
+from mvkernels.model.tasks.common import PARALLEL_ENDING
 from mvkernels.model.tokens import CONFIG_KEY, multiverse_entry
 from mvkernels.model.training.data import PackedProblems
 from mvkernels.model.training.optimizer import MuonAdamW
@@ -35,18 +40,21 @@ from mvkernels.model.training.tokenizer import build_tokenizer
 from mvkernels.model.training.trainer import PackedTrainer, quiet
 
 MAX_POSITIONS = 4096
-# Positions hardly go beyond 500: slow rotations would tell nothing apart.
-ROPE_THETA = 1000.0
+TRAINING_FILE = "training.json"
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What came out. losses: (step, mean loss since the last one). seconds: of this call, without what was resumed."""
+    """What came out; TRAINING_FILE in the folder has the same. losses: (step, mean loss since the last one). seconds:
+    of training, up to the last logged loss, those before an interruption included and what had to be done again not
+    counted. clock: the same at each logged loss.
+    """
 
     folder: Path
     losses: tuple[tuple[int, float], ...]
     parameters: int
     seconds: float
+    clock: tuple[float, ...] = ()
 
 
 def train(
@@ -65,7 +73,7 @@ def train(
     folder = Path(output_dir)
     checkpoint = prepare_folder(recipe, folder, resume)
     set_seed(recipe.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(task_named(recipe.task))
     model = make_model(recipe, tokenizer)
     optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, recipe.embedding_learning_rate)
     trainer = PackedTrainer(
@@ -74,25 +82,28 @@ def train(
         train_dataset=PackedProblems(recipe, tokenizer),
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(recipe))),
         progress=progress,
-        callbacks=list(callbacks),
+        callbacks=[_Clock(), *callbacks],
     )
-    started = time.perf_counter()
     with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.perf_counter() - started
         unpatch_model(model).config.use_cache = True  # the trainer has turned it off
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in logged)
+    clock = tuple(float(entry["seconds"]) for entry in logged)
+    result = TrainingRun(folder, losses, model.num_parameters(), clock[-1] if clock else 0.0, clock)
+    known = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "folder"}
+    (folder / TRAINING_FILE).write_text(json.dumps(known) + "\n", encoding="utf-8")
     shutil.rmtree(folder / CHECKPOINTS)
-    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
-    return TrainingRun(folder, losses, model.num_parameters(), seconds)
+    return result
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the task: always the same. Its chat template asks for parallel thinking."""
-    problem = next(generate(0))
+def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
+    """The tokenizer of a task: always the same. Its chat template asks for parallel thinking."""
+    problem = next(task.generate(0, "train"))
     words = re.findall(r" ?[A-Za-z]+", problem.prompt(parallel=True) + problem.prompt(parallel=False))
-    return build_tokenizer([*words, " +", " ->"], chat_ending=PARALLEL_ENDING)
+    return build_tokenizer([*words, *task.words], task.added, chat_ending=PARALLEL_ENDING)
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
@@ -106,7 +117,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
         num_key_value_heads=heads,
         intermediate_size=recipe.intermediate_size,
         max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         initializer_range=0.5 * recipe.hidden_size**-0.5,
         tie_word_embeddings=True,
         use_cache=True,
@@ -150,3 +161,14 @@ def _schedule(recipe: Recipe) -> Callable[[int], float]:
         return min(1.0, rising) * (1 - step / recipe.steps)
 
     return share
+
+
+class _Clock(TrainerCallback):
+    """Writes into the log how long the training has taken, which a resumed run reads there and goes on from."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        before = float(state.log_history[-1].get("seconds", 0)) if state.log_history else 0.0
+        self.started = time.perf_counter() - before
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.log_history[-1]["seconds"] = time.perf_counter() - self.started

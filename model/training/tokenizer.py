@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -17,12 +17,13 @@ _PIECES = (
 )
 
 
-def build_tokenizer(words: Iterable[str], chat_ending: str = "") -> PreTrainedTokenizerFast:
+def build_tokenizer(words: Iterable[str], added: Sequence[str] = (), chat_ending: str = "") -> PreTrainedTokenizerFast:
     """A byte-level BPE vocabulary of `words`, with the twelve control tags and an end-of-text token.
 
-    words: each becomes one token; none may span two of Qwen2's pieces. Any text in Unicode normal form C comes back
-    exactly from `decode(encode(text))`. chat_ending: what the chat template puts after the last message. The same words
-    give the same tokenizer.
+    words: each becomes one token; none may span two of Qwen2's pieces. added: texts that are one token wherever they
+    stand, the longest first, whatever the pieces. Any text in Unicode normal form C comes back exactly from
+    `decode(encode(text))`. chat_ending: what the chat template puts after the last message. The same words give the
+    same tokenizer.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -40,6 +41,7 @@ def build_tokenizer(words: Iterable[str], chat_ending: str = "") -> PreTrainedTo
         show_progress=False,
     )
     tokenizer.train_from_iterator(words, trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in added])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,

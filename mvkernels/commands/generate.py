@@ -20,10 +20,10 @@ from mvkernels._lazy import import_for
 from mvkernels.commands.live import Silent, View, make_view, visible
 from mvkernels.model import Engine, Generation, GenerationConfig
 from mvkernels.model.events import Event, FinishEvent, TokenEvent
+from mvkernels.model.loading import EMBEDDED
 from mvkernels.model.tasks import arithmetic
 from mvkernels.model.trace_html import TracedRun, trace_page
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "model" / "embedded"
 #: Enough for the longest problem; the embedded model is so small that the room for it costs nothing.
 EMBEDDED_MAX_NEW_TOKENS = 4096
 WARM_UP_TOKENS = 8

@@ -1,0 +1,96 @@
+"""The charts of ``evaluate`` and ``reproduce``: curves over budgets, latency over # parallel, speed-ups, growth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvkernels._lazy import import_for
+from mvkernels.model.evaluation.figures import MEASURES, budget_curve
+from mvkernels.model.evaluation.samples import Sample
+from mvkernels.model.evaluation.statistics import Fit, inverse_fit
+
+_POINTS = 200
+
+
+def budgets(runs: Mapping[str, Sequence[Sample]], out: Path, title: str) -> None:
+    """Accuracy over budgets, a line a run: on the critical path at the left, on seconds at the right."""
+    figure, panels = _figure(title, len(MEASURES))
+    for axes, (measure, taken) in zip(panels, MEASURES.items(), strict=True):
+        top = max(taken(sample) for samples in runs.values() for sample in samples)
+        limits = np.linspace(0, top * 1.02, _POINTS)
+        for name, samples in runs.items():
+            axes.plot(
+                limits,
+                [100 * y for y in budget_curve(samples, measure, limits.tolist())],
+                label=name,
+                drawstyle="steps-post",
+            )
+        unit = "tokens" if measure == "critical path" else "wall-clock"
+        axes.set(xlabel=f"budget: {measure} ({unit})", ylabel="right (%)", ylim=(0, 102), xlim=(0, None))
+    panels[0].legend(frameon=False)
+    _save(figure, out)
+
+
+def latency(runs: Mapping[str, Sequence[Sample]], out: Path, title: str) -> Fit | None:
+    """Milliseconds a token over # parallel, a dot an answer, and the fitted a + b / x, which is returned.
+
+    None, and no curve, where all answers are as parallel. The answers are to have run alone.
+    """
+    figure, (axes,) = _figure(title, 1)
+    every = [sample for samples in runs.values() for sample in samples]
+    spread = [sample.parallelism for sample in every]
+    fitted = inverse_fit(spread, [1e3 * one.seconds / one.tokens for one in every]) if len(set(spread)) > 1 else None
+    for name, samples in runs.items():
+        y = [1e3 * sample.seconds / sample.tokens for sample in samples]
+        axes.plot([sample.parallelism for sample in samples], y, ".", alpha=0.5, label=name)
+    if fitted is not None:
+        x = np.linspace(min(spread), max(spread), _POINTS)
+        label = f"{fitted.a:.3f} + {fitted.b:.3f} / x, R² = {fitted.r2:.2f}"
+        axes.plot(x, fitted.a + fitted.b / x, color="0.2", label=label)
+    axes.set(xlabel="# parallel (tokens / critical path)", ylabel="ms / token", ylim=(0, None))
+    axes.legend(frameon=False)
+    _save(figure, out)
+    return fitted
+
+
+def lines(
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    out: Path,
+    title: str,
+    labels: tuple[str, str],
+    logarithmic: str = "",
+) -> None:
+    """One line a series over the same x. labels: of both axes. logarithmic: "x", "y", or both."""
+    figure, (axes,) = _figure(title, 1)
+    for name, values in series.items():
+        axes.plot(x, values, marker="o", label=name)
+    if "x" in logarithmic:
+        axes.set_xscale("log", base=2)
+    if "y" in logarithmic:
+        axes.set_yscale("log", base=2)
+    else:
+        axes.set_ylim(0, None)
+    axes.set_xticks(x, [str(value) for value in x])
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.legend(frameon=False)
+    _save(figure, out)
+
+
+def _figure(title: str, panels: int) -> tuple[Any, Any]:
+    figure_module: Any = import_for("charts", "matplotlib.figure")
+    figure = figure_module.Figure(figsize=(5.5 * panels, 4), layout="constrained")
+    figure.suptitle(title)
+    panels_ = figure.subplots(1, panels, squeeze=False)[0]
+    for axes in panels_:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels_
+
+
+def _save(figure: Any, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(str(out), dpi=120)

@@ -1,0 +1,115 @@
+"""``mvkernels evaluate``: questions, answers, and the figures of arXiv 2506.09991 about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mvkernels.commands import charts
+from mvkernels.commands.generate import load_engine
+from mvkernels.model import GenerationConfig
+from mvkernels.model.evaluation.figures import Summary, accuracies, markdown_table, summarize
+from mvkernels.model.evaluation.questions import Question, generated_questions, read_questions
+from mvkernels.model.evaluation.samples import MODES, Plan, Sample, collect
+from mvkernels.model.evaluation.statistics import paired_test
+from mvkernels.model.tasks import TASKS
+
+DEFAULT_MAX_TOKENS = 32768
+
+
+def questions_of(what: str, problems: int | None, seed: int, raw: bool) -> tuple[list[Question], int]:
+    """The questions that ``what`` names, a task or a file, and how many tokens an answer may have.
+
+    Raises ValueError for neither.
+    """
+    if problems is not None and problems < 1:
+        raise ValueError(f"--problems: expected at least 1, got {problems}")
+    if what in TASKS:
+        return generated_questions(TASKS[what], problems or 200, seed), TASKS[what].max_new_tokens
+    path = Path(what)
+    if path.suffix not in (".jsonl", ".cnf"):
+        raise ValueError(f"expected {', '.join(TASKS)}, or a file with .jsonl or .cnf, got {what!r}")
+    found = read_questions(path)[:problems]
+    return [replace(question, raw=question.raw or raw) for question in found], DEFAULT_MAX_TOKENS
+
+
+def run(
+    what: str,
+    model: str | None,
+    out: Path,
+    modes: Sequence[str],
+    given: Mapping[str, Any],
+    placement: Mapping[str, str | None],
+    problems: int | None,
+    n: int,
+    batch: int,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Answers what is missing in ``out``; writes there the samples, the table and the charts, and prints the table.
+
+    given: the fields of GenerationConfig that were given on the command line. Raises ValueError for bad ones.
+    """
+    unknown = [name for name in modes if name not in MODES]
+    if unknown:
+        raise ValueError(f"--mode: expected one of {', '.join(MODES)}, got {unknown[0]!r}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got a file: {out}")
+    questions, most = questions_of(what, problems, int(given.get("seed", 0)), raw)
+    config = GenerationConfig(**{"max_new_tokens": most, **given})
+    chosen = [MODES[name] for name in dict.fromkeys(modes or MODES)]
+    plans = [Plan(model or "embedded", mode, config, n, batch) for mode in chosen]
+    engine, notes = load_engine(model, placement)
+    console = Console(stderr=True)
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+    runs: dict[str, list[Sample]] = {}
+    for plan in plans:
+        with bar(console, plan.mode.name, len(questions)) as progress:
+            path = out / f"samples-{plan.mode.name}.jsonl"
+            runs[plan.mode.name] = collect(engine, questions, plan, path, progress)
+    summaries = [summarize(name, samples) for name, samples in runs.items()]
+    text = report(what, plans[0], summaries, runs)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    draw(what, runs, batch, out)
+    print(json.dumps([asdict(one) for one in summaries]) if as_json else text, end="\n" if as_json else "")
+
+
+def report(what: str, plan: Plan, summaries: Sequence[Summary], runs: Mapping[str, Sequence[Sample]]) -> str:
+    """The table, and below it what the first mode's accuracy is against the others'."""
+    where = f"`{plan.model}` on `{what}`, temperature {plan.config.temperature:g}, {plan.batch} questions at once."
+    lines = [where, "", markdown_table(summaries)]
+    (first, *others) = runs
+    for other in others:
+        found = paired_test(accuracies(runs[first]), accuracies(runs[other]))
+        lines.append(
+            f"{first} less {other}: {100 * found.difference:+.2f} ± {100 * found.error:.2f} points, "
+            f"{found.better} questions better and {found.worse} worse (p = {found.p:.3g}).\n"
+        )
+    lines.append(
+        "± is the standard error over questions; seconds are from the start of a question's batch to its end.\n"
+    )
+    return "\n".join(lines)
+
+
+def draw(what: str, runs: Mapping[str, Sequence[Sample]], batch: int, out: Path) -> None:
+    """Accuracy over budgets; where each question ran alone, also latency over # parallel."""
+    charts.budgets(runs, out / "budgets.png", f"{what}: accuracy within a budget")
+    if batch == 1:
+        charts.latency(runs, out / "latency.png", f"{what}: latency over # parallel")
+
+
+@contextmanager
+def bar(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on the console; what it gives is told how many are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda done: progress.update(task, completed=done)

@@ -1,0 +1,93 @@
+"""`mvkernels reproduce` on models of a few steps: every cell is done once, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mvkernels.commands import reproduce_cells
+from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, Scale
+from mvkernels.commands.reproduce_report import Report
+
+TINY = Scale(
+    {"arithmetic": 2, "sat": 1},
+    problems=2,
+    alone=2,
+    growth=1,
+    batch_sizes=(1, 2),
+    shrink={
+        **{"steps": 4, "warmup_steps": 1, "log_every": 2, "save_every": 2},
+        **{"hidden_size": 32, "layers": 1, "intermediate_size": 32, "tokens_per_step": 600},
+    },
+    max_tokens=16,
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was interrupted twice: behind a training, and within the answers of a cell."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    said: list[str] = []
+    cells = Cells(folder, TINY, said.append)
+    steps = cells.run()
+    assert next(steps) == "arithmetic-multiverse-0" and next(steps) == "arithmetic-multiverse-0-parallel"
+    steps.close()
+    cut = folder / "samples" / "arithmetic-multiverse-0-parallel.jsonl"
+    cut.write_text("\n".join(cut.read_text().splitlines()[:-1]) + "\n")
+    done = [*cells.run()]
+    # 3 pairs of models with 3 runs, the problems alone of 2 tasks, batch sizes, growth.
+    assert len(done) == 3 * (2 + 3) + 2 + 2
+    assert sum(line.startswith("training") for line in said) == 6
+    return folder
+
+
+def test_a_second_run_does_nothing(work: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
+    said: list[str] = []
+    assert [*Cells(work, TINY, said.append).run()]
+    assert not any(line.startswith("training") for line in said)
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")} == before
+
+
+def test_the_report_has_every_table_and_chart(work: Path, tmp_path: Path) -> None:
+    report = Report(Cells(work, TINY, print), tmp_path / "out")
+    report.write("here")
+    assert report.missing == []
+    text = (tmp_path / "out" / "README.md").read_text()
+    for heading in ("Models", "Accuracy: arithmetic", "Accuracy: sat", "Wall-clock: arithmetic", "Wall-clock: sat"):
+        assert f"\n## {heading}\n" in text
+    assert "## Speed-up over batch size: arithmetic" in text and "## Growth: unsatisfiable instances of sat" in text
+    assert "| parallel, all seeds |" in text and "| multiverse, seed 1, zero | 2 |" in text
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {
+        *("arithmetic-budgets.png", "arithmetic-latency.png", "sat-budgets.png", "sat-latency.png"),
+        *("batches.png", "sat-growth.png"),
+    }
+    assert all(f"]({name})" in text for name in pictures)
+    figures = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert figures["wall-clock arithmetic"]["speedup"] > 0
+    assert set(figures["batch sizes"]) == {"1", "2"}
+
+
+def test_what_is_not_run_yet_is_named_and_left_out(tmp_path: Path) -> None:
+    report = Report(Cells(tmp_path / "work", TINY, print), tmp_path / "out")
+    report.write("here")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "## Not run yet" in text and "`arithmetic-multiverse-0`" in text and "## Accuracy" not in text
+
+
+def test_models_of_another_recipe_are_refused(work: Path) -> None:
+    other = replace(TINY, shrink={**TINY.shrink, "steps": 6})
+    with pytest.raises(ValueError, match=r"resume: expected steps=4 as in .*recipe.json, got 6"):
+        next(Cells(work, other, print).run())
+
+
+def test_the_scales_make_valid_recipes_below_the_limit_of_parameters() -> None:
+    for scale in (FULL, QUICK):
+        recipes = [Cells(Path(), scale, print).recipe(*model) for model in Cells(Path(), scale, print).models()]
+        assert len(recipes) == 2 * sum(scale.seeds.values())
+        assert {recipe.sequential_share for recipe in recipes} == {*reproduce_cells.CHAINS.values(), 1.0}
+        assert len({(r.hidden_size, r.layers, r.steps) for r in recipes if r.task == "sat"}) == 1
