@@ -12,11 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mvkernels import PagedKVCache
+from mvkernels import PagedKVCache, hf_layers
+from mvkernels.hf_layers import unfuse_layers
 from mvkernels.model import Engine, Generation
 from mvkernels.model.evaluation.stress import Summary, any_tokens, main, same_text, serve
 from mvkernels.model.request import Request
 from mvkernels.ops.decode_native import compile_reason
+from mvkernels.ops.layer_native import layer_reason
 from tests.engine_cases import CASES, by_request, check_pages, config_for, follow, plain
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
@@ -118,17 +120,30 @@ class Fault:
         return self.function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["new", "fork", "merge", "plan", "append", "commit", "rollback", "free", "evict"])
+CALLS = ["new", "fork", "merge", "plan", "append", "rotate_append", "commit", "rollback", "free", "evict"]
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_a_fault_at_any_call_of_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """It comes once: requests that share the step get on in its second run; one that is alone with it ends."""
+    """It comes once: requests that share the step get on in its second run; one that is alone with it ends.
+
+    Fused layers append by `rotate_append`, others by `append`.
+    """
     expected = run_all(engine)
     small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=80)
+    owner: object = PagedKVCache
+    if name == "append":
+        unfuse_layers(small.model)
+    elif name == "rotate_append":
+        owner = hf_layers
+        if layer_reason() is not None:
+            pytest.skip(str(layer_reason()))
     run_all(small)
     at, failed, calls = 0, 0, 1
     while at < calls:
-        fault = Fault(getattr(PagedKVCache, name), at)
+        fault = Fault(getattr(owner, name), at)
         with monkeypatch.context() as patch:
-            patch.setattr(PagedKVCache, name, lambda *args, fault=fault, **kwargs: fault(*args, **kwargs))
+            patch.setattr(owner, name, lambda *args, fault=fault, **kwargs: fault(*args, **kwargs))
             outs = run_all(small)
         faulty = {number for number, out in enumerate(outs) if out.finish_reason == "error"}
         check_others(outs, expected, faulty, "OSError: a fault")
