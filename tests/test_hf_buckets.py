@@ -7,7 +7,6 @@ The kernels run in Triton's interpreter, and logits are compared with those of t
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,8 +24,6 @@ from tests.test_hf_graph import DEVICE, Twin, count_plans
 from tests.tiny_model import tiny_model
 
 pytestmark = pytest.mark.triton
-
-FULL = bool(os.environ.get("MVKERNELS_FULL"))
 
 
 class Replayed:
@@ -120,7 +117,7 @@ def test_the_first_step_of_a_bucket_runs_as_it_is_and_the_others_are_replays() -
 
 
 @pytest.mark.parametrize("device_tables", [True, False], ids=["lists on the device", "uploaded"])
-@pytest.mark.parametrize("seed", range(3 if FULL else 2))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_trees(seed: int, device_tables: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Branches fork, merge, lose tokens and go, several requests at once, with prompts and tags among the steps."""
     rng = random.Random(seed)
