@@ -12,6 +12,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -152,10 +153,15 @@ def captured(call: Callable[[], object], device: str) -> tuple[Callable[[], obje
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        return graph.replay, None
+        return partial(_replay, graph, call), None
     except Exception as error:
         torch.cuda.synchronize()
         return call, error.with_traceback(None)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Callable[[], object]) -> None:
+    """call: what was captured, kept with the graph, for it holds the memory that the graph reads."""
+    graph.replay()
 
 
 def synchronize(device: str) -> None:

@@ -93,11 +93,11 @@ class Buckets:
                 logits = function()
         except BaseException as error:
             self.clear()  # the pool is not as it should be
-            if isinstance(error, BackendError) or not isinstance(error, Exception):
-                raise
             # What went wrong first: ending a capture that has failed is an error of its own.
-            reason = error.__context__ or error
-            raise BackendError(f"DecodeGraph: the step cannot be captured as a CUDA graph: {reason}") from error
+            first = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
+            if isinstance(first, BackendError) or not isinstance(first, RuntimeError):  # the model's own
+                raise first from None
+            raise BackendError(f"DecodeGraph: the step cannot be captured as a CUDA graph: {first}") from error
 
         def replay() -> torch.Tensor:
             graph.replay()
