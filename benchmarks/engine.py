@@ -43,7 +43,7 @@ DEFAULT_CASES = {"cpu": ("single", "batch", "parallel", "host"), "cuda": CASES}
 BATCH_PART, PATH_PART, HOST_PART, CURVE_PART = 4, 2, 8, 8
 BATCHES = (8, 16)
 WIDTHS = (2, 4, 8)
-CURVE_WIDTHS = {"cpu": (4,), "cuda": WIDTHS}
+CURVE_WIDTH = 4
 CURVE_BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16, 32, 64, 128)}
 BRANCHES = {"64 requests": (64, 1), "8 x 8 paths": (8, 8)}
 WARM_TOKENS = 8
@@ -128,7 +128,7 @@ def _bench(loaded: Loaded, device: str, tokens: int, effort: Effort, *sinks: Any
         if compile_reason() is None:  # it has no other attention to run with
             strict = Engine(loaded.model, loaded.tokenizer, strict=True, prefix_cache=False)
     # Every round has the same prompts, which are to be computed in each.
-    engine = Engine(loaded.model, loaded.tokenizer, fast_linear=device == "cpu", prefix_cache=False)
+    engine = Engine(loaded.model, loaded.tokenizer, fast_linear=True, prefix_cache=False)
     return Bench(loaded, engine, unpacked, strict, device, tokens, effort, *sinks)
 
 
@@ -209,9 +209,8 @@ def parallel(bench: Bench) -> None:
 
 
 def curve(bench: Bench) -> None:
-    for paths in CURVE_WIDTHS[bench.device]:
-        for requests in CURVE_BATCHES[bench.device]:
-            _blocks(bench, "curve", Blocks(bench.loaded, requests, paths, max(2, bench.tokens // CURVE_PART)))
+    for requests in CURVE_BATCHES[bench.device]:
+        _blocks(bench, "curve", Blocks(bench.loaded, requests, CURVE_WIDTH, max(2, bench.tokens // CURVE_PART)))
 
 
 def _blocks(bench: Bench, case: str, blocks: Blocks) -> None:

@@ -68,11 +68,11 @@ class Engine:
     max_step_tokens  tokens of one forward; prompts come in pieces where they do not fit. None: 512 on a CPU, else 4096
     max_step_width   branches of one request in one forward; if it has more, they take turns
     max_requests     requests that run at once; more of them wait
-    fast_linear      whether linear layers multiply few rows fast (`mvkernels.hf_linear.pack_linear`), norms take one
-                     call (`mvkernels.hf_norm.fuse_norms`) and decoder layers nine (`mvkernels.hf_layers.fuse_layers`):
-                     on a CPU, without gradients only; `unpack_linear`, `unfuse_norms`, `unfuse_layers` undo it. None:
-                     where that takes no memory; for bf16, and for fp32 without a C++ compiler, the linear layers take
-                     as much again as the weights
+    fast_linear      whether layers run in the kernels of this library: on a CPU linear layers that multiply few rows
+                     (`mvkernels.hf_linear.pack_linear`); norms (`mvkernels.hf_norm.fuse_norms`) and decoder layers
+                     (`mvkernels.hf_layers.fuse_layers`) there and on a GPU; without gradients only; `unpack_linear`,
+                     `unfuse_norms`, `unfuse_layers` undo it. None: where that takes no memory; on a CPU for bf16, and
+                     for fp32 without a C++ compiler, the linear layers take as much again as the weights
     graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
     prefix_cache     whether what requests begin with stays in pages, for those that begin in the same way: a common
                      prompt, the samples of one, the next turn of a chat, a request that is computed again. Such pages
@@ -119,7 +119,8 @@ class Engine:
         if strict:
             check_strict(model, backend, graph)
         self.model = patch_model(model, backend=backend)
-        if fast_linear or (fast_linear is None and packs_without_memory(self.model)):
+        free = self.model.device.type == "cuda" or packs_without_memory(self.model)
+        if fast_linear or (fast_linear is None and free):
             fuse_layers(fuse_norms(pack_linear(self.model)))
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed

@@ -1,13 +1,13 @@
-"""Decoder layers of transformers models in nine calls each, on a CPU, for decoding: `fuse_layers` and its undoing.
+"""Decoder layers of transformers models in few calls each, for decoding: `fuse_layers` and its undoing.
 
 transformers runs a decoder layer as some fifty operations and ten modules. With few rows each takes longer to start
-than to compute; together they take as long as reading the layer's weights. A fused layer hands the same tensors to the
-kernels of this library: norm, projections, rotation and append, tree decode, projection onto the residual; norm,
-projections, gate, projection onto the residual.
+than to compute; together they take as long as reading the layer's weights, or longer. A fused layer hands the same
+tensors to the kernels of this library: norm, projections, rotation and append, tree decode, projection onto the
+residual; norm, projections, gate, projection onto the residual.
 
-It does so in steps over the paged cache (`paged_kv=`, see `patch_model`) with up to 64 rows, in fp32 and without
-gradients. Otherwise, under autocast or torch.compile, and where a part of the layer was hooked or replaced, the layer
-is what it was.
+It does so in steps over the paged cache (`paged_kv=`, see `patch_model`) without gradients: on a CPU in fp32 with up to
+64 rows, in nine calls; on a GPU in Triton, in some fifteen launches. Otherwise, under autocast or torch.compile, and
+where a part of the layer was hooked or replaced, the layer is what it was.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from mvkernels.decode import native_reason
+from mvkernels.decode import MAX_HEAD_DIM, TRITON_DTYPES, native_reason, tree_decode
+from mvkernels.hf import is_patched, patched_backend
 from mvkernels.hf_linear import compiled_layers
 from mvkernels.hf_norm import is_rms_norm, same_code
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Step
+from mvkernels.ops.backends import triton_reason
 from mvkernels.ops.decode_native import decode_native
 from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
 from mvkernels.ops.linear_native import MOST_ROWS, LinearLayers
@@ -41,16 +43,17 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def fuse_layers(model: Model) -> Model:
-    """Let the decoder layers of a model take nine calls each, in place; returns it. Calling it again changes nothing.
+    """Let the decoder layers of a model take few calls each, in place; returns it. Calling it again changes nothing.
 
     A layer takes part that computes what Llama's does, in the very same code, as those of Qwen2, Qwen3 and Mistral do,
-    and whose linear layers `pack_linear` lets be multiplied where they lie. Where no compiler is, it changes nothing.
+    and, on a CPU, whose linear layers `pack_linear` lets be multiplied where they lie. Where neither a C++ compiler is
+    nor a GPU that Triton knows, it changes nothing.
     """
     unfuse_layers(model)
     for module in model.modules():
-        if _is_llama_layer(module) and layer_reason() is None:
+        if _is_llama_layer(module):
             fused = _Fused(module)
-            if fused.has_kernels():
+            if fused.has_kernels() or fused.has_triton(model):
                 module.forward = fused
     return model
 
@@ -117,9 +120,18 @@ class _Fused:
         self.hooks = [hooks for _, _, part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
     def has_kernels(self) -> bool:
-        """Whether the kernels know such sizes, and multiply such layers."""
+        """Whether the kernels for the CPU know such sizes, and multiply such layers."""
         queries = torch.empty(0, self.heads, self.head_dim)
-        return self.head_dim % 2 == 0 and native_reason(queries) is None and self.linear() is not None
+        if layer_reason() is not None or native_reason(queries) is not None:
+            return False
+        return self.head_dim % 2 == 0 and self.linear() is not None
+
+    def has_triton(self, model: nn.Module) -> bool:
+        """Whether Triton's may be asked for: on a GPU, and in its interpreter by name."""
+        device = self.norms[0].weight.device
+        if device.type == "cpu" and not (is_patched(model) and patched_backend(model) == "triton"):  # type: ignore[arg-type]
+            return False
+        return triton_reason(device) is None and self.head_dim % 2 == 0 and self.head_dim <= MAX_HEAD_DIM
 
     def linear(self) -> list[LinearLayers] | None:
         """The kernels on the layer's weights as they are now; None where it is multiplied in another way."""
@@ -128,9 +140,12 @@ class _Fused:
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if "paged_kv" in kwargs and not args and self._fits(hidden_states, kwargs):
-            linear = self.linear()
-            if linear is not None:
-                return self._run(hidden_states, linear, **kwargs)
+            if hidden_states.is_cpu and kwargs.get("branch_backend") in ("auto", "native"):
+                linear = self.linear()
+                if hidden_states.dtype is torch.float32 and hidden_states.shape[1] <= MOST_ROWS and linear is not None:
+                    return self._run(hidden_states, linear, **kwargs)
+            elif kwargs.get("branch_backend") in ("auto", "triton") and triton_reason(hidden_states.device) is None:
+                return self._run_triton(hidden_states, **kwargs)
         plain: torch.Tensor = type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
         return plain
 
@@ -138,50 +153,48 @@ class _Fused:
         """Whether the kernels do what the layer would, to the letter of `attention_forward`."""
         cache, step = kwargs["paged_kv"]
         return (
-            x.dtype is torch.float32
-            and x.is_cpu
+            x.dtype in TRITON_DTYPES
             and x.is_contiguous()
             and x.shape[0] == 1
-            and self._rotates(kwargs["position_embeddings"], x.shape[1])
-            and step.total_rows <= x.shape[1] <= MOST_ROWS
+            and self._rotates(kwargs["position_embeddings"], x)
+            and step.total_rows <= x.shape[1]
             and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
+            and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
-            and kwargs.get("branch_backend") in ("auto", "native")
-            and self._serves(cache, step)
+            and self._serves(cache, step, x)
             and (self.window is None or step.longest_context <= self.window)
             and not (self.dropout and self.layer.training)
-            and self._untouched()
+            and self._untouched(x)
         )
 
-    def _serves(self, cache: PagedKVCache, step: Step) -> bool:
+    def _serves(self, cache: PagedKVCache, step: Step, x: torch.Tensor) -> bool:
         """Whether the step is one of the cache's, and the cache of this layer's kind."""
         return (
             step.state.closed is None
             and step.entries[0][0].cache is cache
             and self.index < cache.num_layers
-            and cache.dtype is torch.float32
-            and cache.device.type == "cpu"
+            and cache.dtype is x.dtype
+            and cache.device == x.device
             and cache.head_dim == self.head_dim
             and cache.num_kv_heads == self.kv_heads
         )
 
-    def _rotates(self, tables: tuple[torch.Tensor, torch.Tensor], rows: int) -> bool:
+    def _rotates(self, tables: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> bool:
         """Whether these are the cosines and sines of all numbers of a head."""
-        shape = (1, rows, self.head_dim)
+        shape = (1, x.shape[1], self.head_dim)
         return all(
-            table.dtype is torch.float32 and table.is_cpu and table.shape == shape and table.is_contiguous()
+            table.dtype is x.dtype and table.device == x.device and table.shape == shape and table.is_contiguous()
             for table in tables
         )
 
-    def _untouched(self) -> bool:
+    def _untouched(self, x: torch.Tensor) -> bool:
         """Whether the parts are those that were fused, without hooks, which would want to be called."""
         if any(self.hooks) or module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
             return False
         if [where.get(name) for where, name in self.places] != self.found:
             return False
         weights = [norm._parameters["weight"] for norm in (*self.norms, *self.head_norms)]
-        return all(weight.dtype is torch.float32 and weight.is_cpu for weight in weights)
+        return all(weight.dtype is x.dtype and weight.device == x.device for weight in weights)
 
     def _run(
         self,
@@ -206,6 +219,34 @@ class _Fused:
             attended = nn.functional.pad(attended, (0, 0, 0, rows - step.total_rows))
         x = out_of(attended, residual=x)
         x = down_of(gate(gates_of(rms_norm(x, after.weight, after.variance_epsilon))), residual=x)
+        return x[None]
+
+    def _run_triton(
+        self,
+        x: torch.Tensor,
+        paged_kv: tuple[PagedKVCache, Step],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        branch_backend: str,
+        batch_invariant: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The same in Triton; the products are those of the layer's own modules."""
+        from mvkernels.ops import layer_triton
+
+        cache, step = paged_kv
+        before, after = self.norms
+        rows, k, v = x.shape[1], cache.k[self.index], cache.v[self.index]
+        x = x[0]
+        cos, sin = position_embeddings
+        normed = layer_triton.rms_norm(x, before.weight, before.variance_epsilon)
+        qkv = tuple(linear(normed) for linear in self.qkv)
+        q = layer_triton.rotate_append(qkv, cos, sin, step.slots, k, v, self._norms_of_heads())
+        attended = tree_decode(q, k, v, step, self.scaling, branch_backend, batch_invariant=batch_invariant).flatten(1)
+        if rows > step.total_rows:
+            attended = nn.functional.pad(attended, (0, 0, 0, rows - step.total_rows))
+        [out], [down] = self.out, self.down
+        x, normed = layer_triton.add_rms_norm(out(attended), x, after.weight, after.variance_epsilon)
+        x = x + down(layer_triton.gate(*(linear(normed) for linear in self.gates)))
         return x[None]
 
     def _norms_of_heads(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:

@@ -1,8 +1,8 @@
-"""RMSNorms of transformers models in one call each, on a CPU, for inference: `fuse_norms` and its undoing.
+"""RMSNorms of transformers models in one call each, for inference: `fuse_norms` and its undoing.
 
 transformers writes an RMSNorm as seven operations. With few rows each takes longer to start than to compute, and a
-model has two norms in every layer. With gradients, under torch.compile, in another dtype than fp32 and on another
-device, a norm is what it was.
+model has two norms in every layer. On a CPU in fp32 the call is of a kernel that is compiled here, on a GPU of one in
+Triton. With gradients, under torch.compile and in other dtypes a norm is what it was.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from mvkernels.ops.backends import triton_reason
 from mvkernels.ops.layer_native import layer_reason, rms_norm
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse_norms(model: Model) -> Model:
-    """Let the RMSNorms of a model take one call, in place; returns it. Where no compiler is, it changes nothing.
+    """Let the RMSNorms of a model take one call, in place; returns it. Without a compiler and a GPU nothing changes.
 
     A module takes part whose class computes what Llama's does, in the very same code, as those of Qwen2, Qwen3 and
     Mistral do.
     """
     unfuse_norms(model)
     for module in model.modules():
-        if is_rms_norm(module) and layer_reason() is None:
+        if is_rms_norm(module) and (module.weight.is_cuda or layer_reason() is None):
             module.forward = partial(_forward, module)
     return model
 
@@ -62,15 +63,14 @@ def _untouched(module: nn.Module) -> bool:
 
 
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    weight = module.weight
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or hidden_states.dtype is not torch.float32
-        or weight.dtype is not torch.float32
-        or not hidden_states.is_cpu
-        or not weight.is_cpu
-    ):
-        plain: torch.Tensor = type(module).forward(module, hidden_states)
-        return plain
-    return rms_norm(hidden_states, weight, module.variance_epsilon)
+    weight, eps = module.weight, module.variance_epsilon
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and hidden_states.dtype is weight.dtype:
+        if hidden_states.is_cpu and weight.is_cpu and weight.dtype is torch.float32 and layer_reason() is None:
+            return rms_norm(hidden_states, weight, eps)
+        if hidden_states.is_cuda and weight.device == hidden_states.device and triton_reason(weight.device) is None:
+            from mvkernels.ops import layer_triton
+
+            if weight.dtype in layer_triton.DTYPES:
+                return layer_triton.rms_norm(hidden_states, weight, eps)
+    plain: torch.Tensor = type(module).forward(module, hidden_states)
+    return plain

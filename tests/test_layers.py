@@ -10,6 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mvkernels"
 
+# What fused layers call.
+KERNELS = ("ops.backends", "ops.decode_native", "ops.layer_native", "ops.layer_triton", "ops.linear_native")
 # Layer -> the layers it may import besides itself. Everything may use EVERYWHERE, below.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -23,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "rope": {"ops", "reference"},
     "kv_cache": {"ops", "reference", "rope"},
     "decode": {"kv_cache", "ops", "reference"},
-    "hf": {"attention", "decode", "kv_cache", "layout", "ops.decode_native", "ops.layer_native", "ops.linear_native"},
+    "hf": {"attention", "decode", "kv_cache", "layout", *KERNELS},
 }
 EVERYWHERE = {"errors", "_lazy"}
 # A file whose name begins so is a part of that layer.

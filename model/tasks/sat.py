@@ -2,8 +2,9 @@
 
 A question lists one clause a line: `-a+b-c` is (not a, or b, or not c). Clauses are sorted by their variables, those
 of the same variables as they come: under an assignment only one of them can fail, so which clause fails first follows
-from what fails, not from where it stands. Variables are fixed in alphabetical order, false first. A node writes only the literal that it fixes; a leaf the first clause of the question that fails, or SAT
-where all variables are fixed and none has failed; the conclusion of a block SAT or UNSAT:
+from what fails, not from where it stands. Variables are fixed in alphabetical order, false first. A node writes only
+the literal that it fixes; a leaf the first clause of the question that fails, or SAT where all variables are fixed and
+none has failed; the conclusion of a block SAT or UNSAT:
 
     <Path>
     1.2:+b          path 1 has fixed -a, this one +b
@@ -96,7 +97,7 @@ class Formula:
 
     @property
     def held_out(self) -> bool:
-        """Whether the instance belongs to the test split, by a hash of its question: the order of its clauses counts."""
+        """Whether the instance belongs to the test split, by a hash of its question, in the order of its clauses."""
         return is_held_out(self.question)
 
     def prompt(self, parallel: bool = True) -> str:

@@ -61,8 +61,9 @@ def shared_memory_limit(capability: tuple[int, int]) -> int:
 _SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 # Largest head dim -> forward, dq, dkdv for two-byte inputs: of the sizes tried, the largest that are clean under both
-# Triton 3.6 and Triton 3.9, with two or more stages, chosen by reading the compiled code. Timed on a GPU, and chosen by
-# that: Hopper at head dim 128, on an H200. (Clean: no stack, no local memory. The one exception is the row sums in bf16 at head dim 256 on sm_100, 16 bytes under 3.6.)
+# Triton 3.6 and Triton 3.9, with two or more stages, chosen by reading the compiled code; Hopper's at head dims 64 and
+# 128 by timing some twenty on an H200. (Clean: no stack, no local memory. The one exception is the row sums in bf16 at
+# head dim 256 on sm_100, 16 bytes under 3.6.)
 _AMPERE = {
     32: AttentionConfig(KernelConfig(128, 128, 8, 3), KernelConfig(128, 128, 8, 2), KernelConfig(64, 128, 8, 3)),
     64: AttentionConfig(KernelConfig(128, 128, 8, 3), KernelConfig(128, 128, 8, 3), KernelConfig(64, 128, 8, 3)),
@@ -76,7 +77,7 @@ _ADA = {
     256: AttentionConfig(KernelConfig(64, 32, 8, 2), KernelConfig(32, 32, 8, 2), KernelConfig(32, 32, 8, 2)),
 }
 _HOPPER = {
-    64: AttentionConfig(KernelConfig(128, 128, 8, 3), KernelConfig(128, 128, 8, 3), KernelConfig(64, 128, 8, 3)),
+    64: AttentionConfig(KernelConfig(128, 64, 4, 4), KernelConfig(128, 64, 8, 3), KernelConfig(64, 64, 4, 3)),
     128: AttentionConfig(KernelConfig(128, 128, 8, 3), KernelConfig(128, 64, 8, 3), KernelConfig(64, 64, 4, 2)),
     256: AttentionConfig(KernelConfig(128, 64, 8, 2), KernelConfig(128, 32, 8, 2), KernelConfig(32, 64, 8, 2)),
 }
