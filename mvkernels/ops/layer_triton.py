@@ -4,8 +4,9 @@
     rotate_append   RoPE on queries and keys (`ops.rope`), and the keys and values of new tokens into their pages
     gate            silu(g) u, silu(g) rounded
 
-Rounded where transformers rounds, so that in bf16 and fp16 too the results are its own, up to the order of the sum in a
-norm. Tensors are without gradients, on one device, of one dtype: fp32, fp16 or bf16.
+Rounded where transformers rounds, but for what the compiler contracts into one instruction: in bf16 and fp16 a result
+differs from its own by a last bit here and there. Tensors are without gradients, on one device, of one dtype: fp32,
+fp16 or bf16.
 """
 
 from __future__ import annotations
