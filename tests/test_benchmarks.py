@@ -251,3 +251,15 @@ def test_bad_options_are_refused(run) -> None:
     assert run("--suite", "other").exit_code == 2
     assert run("--device", "tpu").exit_code == 2
     assert run("--case", "other").exit_code == 2
+
+
+def test_tiles_of_all_kernels_are_timed() -> None:
+    """Each candidate once at least, the shipped one first; and nothing is imported on a machine without a GPU."""
+    from benchmarks.tiles import CANDIDATES, configurations
+    from mvkernels.ops.attention_config import KernelConfig, attention_config
+
+    for head_dim, lists in CANDIDATES.items():
+        found = configurations(head_dim)
+        assert found[0] == attention_config(head_dim, 2, (9, 0))
+        for kernel, tiles in lists.items():
+            assert {getattr(config, kernel) for config in found} == {KernelConfig(*sizes) for sizes in tiles}
