@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from mvkernels import BranchLayout
+from mvkernels.model.training.loss import chunked_loss
 
 # What PyTorch says on a CPU, where it has no type of its own for it.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -58,6 +59,10 @@ class PackedTrainer(Trainer):
     def prediction_step(self, *arguments: Any, **named: Any) -> Any:
         with self._named_failures():
             return super().prediction_step(*arguments, **named)
+
+    def compute_loss(self, model: Any, *arguments: Any, **named: Any) -> Any:
+        with chunked_loss(model):
+            return super().compute_loss(model, *arguments, **named)
 
     @contextmanager
     def _named_failures(self) -> Iterator[None]:
