@@ -99,6 +99,15 @@ def data_folder() -> Path | None:
 
 def real(tokens: int) -> Build | None:
     """Published traces that fit into `tokens` together, else the shortest alone; None where something is missing."""
+    found = published(tokens)
+    if found is None:
+        return None
+    tags, chosen = found
+    return lambda: BranchLayout.pack([BranchLayout.from_token_ids(ids, tags) for ids in chosen])
+
+
+def published(tokens: int) -> tuple[TagTokens, list[list[int]]] | None:
+    """The tags, and the token ids of those traces."""
     folder = data_folder()
     loaded = None if folder is None else _published(folder)
     if loaded is None:
@@ -108,8 +117,7 @@ def real(tokens: int) -> Build | None:
     for ids in traces:
         if sum(map(len, chosen)) + len(ids) <= tokens:
             chosen.append(ids)
-    chosen = chosen or [min(traces, key=len)]
-    return lambda: BranchLayout.pack([BranchLayout.from_token_ids(ids, tags) for ids in chosen])
+    return tags, chosen or [min(traces, key=len)]
 
 
 @cache

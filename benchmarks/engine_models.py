@@ -30,7 +30,7 @@ QWEN2 = ("qwen2-0.5b", "qwen2-7b")
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 END = "<|end|>"
 
-_SMOLLM2_CONFIG: dict[str, Any] = {
+SMOLLM2_CONFIG: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -119,7 +119,7 @@ def weights() -> Path | None:
 def _smollm2(device: str) -> Loaded:
     path = weights()
     if path is None:
-        config = LlamaConfig(bos_token_id=None, eos_token_id=None, **_SMOLLM2_CONFIG)
+        config = LlamaConfig(bos_token_id=None, eos_token_id=None, **SMOLLM2_CONFIG)
         return _random(f"{SMOLLM2}-random", config, device)
     model, tokenizer = load_checkpoint(path, dtype=DTYPES[device], device=device)
     return with_tags(SMOLLM2, model, tokenizer)

@@ -15,6 +15,7 @@ from rich.table import Table
 from benchmarks.attention import MASK_BUILD, Row
 from benchmarks.memory import MemoryRow
 from benchmarks.preparation import PreparationRow
+from benchmarks.training import TrainingRow
 
 WIDTH = 132  # no table is wider; a narrower terminal wraps lines, which loses nothing
 WORDS = ("case", "peer", "what", "against")  # columns of text
@@ -105,6 +106,24 @@ def memory(rows: Sequence[MemoryRow]) -> Table:
     for row in rows:
         sizes = (row.inputs_mb, row.results_mb, row.extra_mb)
         table.add_row(row.case, str(row.tokens), *(f"{size:.1f}" for size in sizes))
+    return table
+
+
+def training(rows: Sequence[TrainingRow]) -> Table:
+    """Each peer's time over that of the packed row: above 1, packing is faster."""
+    table = make_table(
+        "an optimizer step on several documents: time of the peer / time of one packed row",
+        ("case", "documents", "tokens", "peer", "ratio", "p20-p80", "goal", "of goal", "tokens/s"),
+        ("attention MB", "mask MB"),
+        caption="attention: what forward and backward take beyond inputs, outputs and gradients; mask: dense, boolean",
+    )
+    for row in rows:
+        spread = f"{figure_text(row.ratio_p20)}-{figure_text(row.ratio_p80)}"
+        goal = "-" if row.goal is None else f">= {row.goal:.2f}"
+        figures = (figure_text(row.of_goal), f"{row.tokens_per_s:.1f}")
+        sizes = (figure_text(row.attention_mb, 1), figure_text(row.mask_mb, 1))
+        counts = (str(row.documents), str(row.tokens))
+        table.add_row(row.case, *counts, row.peer, figure_text(row.ratio), spread, goal, *figures, *sizes)
     return table
 
 

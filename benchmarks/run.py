@@ -25,6 +25,7 @@ from benchmarks import (
     preparation,
     report,
     report_cache,
+    training,
 )
 from benchmarks.attention import Effort
 from benchmarks.cases import TREES
@@ -40,6 +41,7 @@ CASES = {
     "merge": merge.CASES,
     "append": append.CASES,
     "engine": engine_report.CASES,
+    "training": training.CASES,
 }
 LONG = 32768  # tokens at which preparation and memory are measured
 SHAPES = {
@@ -53,6 +55,8 @@ CACHE_SHAPES = {
 PREFILL = {"cpu": 1024, "cuda": 4096}  # tokens of each branch in the append suite
 EFFORTS = {"cpu": Effort(5, 10.0), "cuda": Effort(10, 2.0)}
 CACHE_EFFORTS = {"cpu": Effort(21, 3.0), "cuda": Effort(30, 2.0)}  # short calls
+STEP_TOKENS = {"cpu": 12288, "cuda": 32768}  # of a training step
+STEP_EFFORTS = {"cpu": Effort(3, 60.0), "cuda": Effort(10, 2.0)}
 ENGINE_TOKENS = 256  # of a plain prompt
 ENGINE_EFFORTS = {"cpu": Effort(5, 60.0), "cuda": Effort(5, 10.0)}  # long calls
 TABLES: dict[str, tuple[Callable[[Any], Any], ...]] = {
@@ -63,6 +67,7 @@ TABLES: dict[str, tuple[Callable[[Any], Any], ...]] = {
     "merge": (report_cache.merge,),
     "append": (report_cache.append,),
     "engine": (engine_report.plain, engine_report.parallel, engine_report.host),
+    "training": (report.training,),
 }
 PLOTS = {
     "attention": report.plot,
@@ -84,7 +89,8 @@ def main(
         typer.Option(
             help="tokens per case; default: 8192 on cpu and 32768 on cuda, preparation and memory: 32768; "
             "decode: of the shared prefix; merge: of each branch, 2048; append, prefill: of each branch, 1024 and "
-            "4096; engine: of a single request, 256; each of several has a quarter, a path half"
+            "4096; engine: of a single request, 256; each of several has a quarter, a path half; training: of a step, "
+            "12288 and 32768"
         ),
     ] = 0,
     case: Annotated[
@@ -97,13 +103,16 @@ def main(
     ] = None,
     rounds: Annotated[
         int,
-        typer.Option(help="timed calls of each peer, at most; default 5 and 10, decode and append 21 and 30, engine 5"),
+        typer.Option(
+            help="timed calls of each peer, at most; default 5 and 10, decode and append 21 and 30, engine 5, "
+            "training 3 and 10"
+        ),
     ] = 0,
     seconds: Annotated[
         float,
         typer.Option(
             help="of timed calls, for each peer of a case; default 10 and 2, decode and append 3 and 2, engine 60 "
-            "and 10"
+            "and 10, training 60 and 2"
         ),
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for CSV files and charts")] = None,
@@ -115,7 +124,8 @@ def main(
     memory: the peak of forward + backward beyond inputs, outputs and gradients, each case in a fresh process.
     decode: tree_decode against decoding branch by branch. merge: fork, merge and planning, and copying instead.
     append: writing new keys and values into pages. engine: whole requests against transformers, blocks of parallel
-    paths against the same tokens one path at a time, and the host's part in a step. Where two defaults are given, they
+    paths against the same tokens one path at a time, and the host's part in a step. training: an optimizer step on
+    several documents in one row, against one document at a time. Where two defaults are given, they
     are those of cpu and cuda.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,7 +134,8 @@ def main(
     shape = (CACHE_SHAPES if on_cache else SHAPES)[device]
     part = 4 if quick else 1
     shape = replace(shape, tokens=tokens or shape.tokens // part)
-    default = (ENGINE_EFFORTS if suite == "engine" else CACHE_EFFORTS if on_cache else EFFORTS)[device]
+    special = {"engine": ENGINE_EFFORTS, "training": STEP_EFFORTS}
+    default = special.get(suite, CACHE_EFFORTS if on_cache else EFFORTS)[device]
     fewer = max(3, default.rounds // part) if on_cache else 3
     effort = Effort(rounds or (fewer if quick else default.rounds), seconds or default.seconds / part, quick)
     screen = report.console()
@@ -147,6 +158,9 @@ def main(
         if suite == "append":
             shape = replace(shape, tokens=tokens or PREFILL[device] // part)
             append.run(shape, effort, run.sink("append"), run.note, case)
+        if suite == "training":
+            shape = replace(shape, tokens=tokens or STEP_TOKENS[device] // part)
+            training.run(shape, effort, run.sink("training"), run.note, case)
         if suite == "engine":
             from benchmarks import engine  # the others run without transformers
 

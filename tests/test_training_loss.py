@@ -54,16 +54,30 @@ def test_loss_and_gradients(chunk: int, tied: bool, more: dict[str, Any]) -> Non
     assert torch.equal(again, wanted) and model(**batch()).logits.shape == (2, 50, VOCABULARY)
 
 
-def test_what_reaches_the_output_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labelled tokens only, no more of them at a time than a chunk has logits for."""
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_reaches_the_output_layer(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labelled tokens only, each once, no more of them at a time than a chunk has logits for."""
     model = make_model()
     seen: list[int] = []
-    monkeypatch.setattr(
-        loss, "_sum", lambda head, rows, labels, plain=loss._sum: seen.append(len(rows)) or plain(head, rows, labels)
-    )
-    with chunked_loss(model, 20 * VOCABULARY), torch.no_grad():
-        model(**batch())
+    plain = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(loss.F, "cross_entropy", lambda x, *a, **k: seen.append(len(x)) or plain(x, *a, **k))
+    with chunked_loss(model, 20 * VOCABULARY), torch.set_grad_enabled(trained):
+        found = model(**batch()).loss
+        if trained:
+            found.backward()
     assert sum(seen) == 2 * 40 and max(seen) <= 20
+
+
+def test_frozen_weights_and_two_byte_ones() -> None:
+    model = make_model(tied=False).bfloat16()
+    model.lm_head.weight.requires_grad_(False)
+    wanted, wanted_gradients = gradients(model)
+    with chunked_loss(model, 20 * VOCABULARY):
+        found, found_gradients = gradients(model)
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+    assert model.lm_head.weight.grad is None and len(found_gradients) == len(wanted_gradients)
+    for one, other in zip(found_gradients, wanted_gradients, strict=True):
+        assert float((one - other).float().norm()) <= 2e-2 * float(other.float().norm()) + 1e-6
 
 
 def test_with_an_adapter() -> None:

@@ -1,9 +1,10 @@
 """The loss of a causal language model without the logits of a whole row: labelled tokens only, some at a time.
 
 A row of 32,768 tokens has logits of 20 GB in fp32 with a vocabulary of 152,064, and their gradient as much again. Here
-the output layer runs within the loss, on so many tokens at a time that their logits take CHUNK numbers, and again in
-the backward pass. Tokens without a label, as those of prompts, do not reach it. The result is that of transformers'
-`ForCausalLMLoss`, up to the order of its sum.
+the output layer runs within the loss, on so many tokens at a time that their logits take CHUNK numbers, and its
+gradients are made at once. Tokens without a label, as those of prompts, do not reach it. The result is that of
+transformers' `ForCausalLMLoss`, up to the order of its sum. An output layer that is no plain linear one (an adapter's)
+runs again in the backward pass instead.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def chunked_loss(model: nn.Module, chunk: int = CHUNK) -> Iterator[None]:
     if inner is None or head is None or inner.loss_type != "ForCausalLM" or hasattr(inner, "_loss_function"):
         yield
         return
-    forward, replaced = head.forward, head.__dict__.get("forward")
+    replaced = head.__dict__.get("forward")
+    linear = head if type(head) is nn.Linear and replaced is None else None
+    inner.loss_function = partial(_loss, head.forward, linear, chunk=chunk)
     head.forward = _same
-    inner.loss_function = partial(_loss, forward, chunk=chunk)
     try:
         yield
     finally:
@@ -67,6 +69,7 @@ def _same(hidden: torch.Tensor) -> torch.Tensor:
 
 def _loss(
     head: Head,
+    linear: nn.Linear | None,
     logits: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
@@ -87,17 +90,59 @@ def _loss(
     flat = shift_labels.reshape(-1).to(hidden.device)
     labelled = (flat != ignore_index).nonzero()[:, 0]
     rows, wanted = hidden.reshape(-1, hidden.shape[-1])[labelled], flat[labelled]
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     parts = max(1, -(-len(rows) * vocab_size // chunk))
-    for part, right in zip(rows.chunk(parts), wanted.chunk(parts), strict=True):
-        if parts > 1 and torch.is_grad_enabled():
-            total = total + checkpoint(_sum, head, part, right, use_reentrant=False)
-        else:
-            total = total + _sum(head, part, right)
+    if parts == 1:
+        total = _sum(head, rows, wanted)
+    elif linear is not None and torch.is_grad_enabled():
+        total = _LinearSum.apply(rows, linear.weight, linear.bias, wanted, parts)  # type: ignore[no-untyped-call]
+    else:
+        pairs = zip(rows.chunk(parts), wanted.chunk(parts), strict=True)
+        total = torch.stack([checkpoint(_sum, head, *pair, use_reentrant=False) for pair in pairs]).sum()
     if num_items_in_batch is None:
         return total / len(wanted)
     count: Any = num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+
+
+class _LinearSum(torch.autograd.Function):
+    """The summed loss of rows [N, H] behind a linear layer, with the gradients beside it, a part of the rows at a time:
+    their logits are multiplied once, not again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, parts: int
+    ) -> torch.Tensor:
+        given = (rows, weight, bias)
+        wanted = [x is not None and x.requires_grad for x in given]
+        sums = [
+            torch.zeros_like(x, dtype=torch.float32) if x is not None and want else None
+            for x, want in zip(given, wanted, strict=True)
+        ]
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        start = 0
+        for part, right in zip(rows.chunk(parts), labels.chunk(parts), strict=True):
+            with torch.enable_grad():
+                fresh = [None if x is None else x.detach().requires_grad_() for x in (part, weight, bias)]
+                x, w, b = fresh
+                loss = F.cross_entropy(F.linear(x, w, b).float(), right, reduction="sum")  # type: ignore[arg-type]
+                asked = [one for one, want in zip(fresh, wanted, strict=True) if want]
+                found = iter(torch.autograd.grad(loss, asked) if asked else ())  # type: ignore[arg-type]
+            total += loss.detach()
+            for place, into in enumerate(sums):
+                if into is not None:
+                    (into[start : start + len(part)] if place == 0 else into).add_(next(found))
+            start += len(part)
+        ctx.dtypes = [None if x is None else x.dtype for x in given]
+        ctx.save_for_backward(*sums)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found = [
+            None if x is None else (x * grad).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*found, None, None)
 
 
 def _sum(head: Head, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
