@@ -41,8 +41,8 @@ MAX_VARIABLES = len(ascii_lowercase)
 #: Literals of a clause at most.
 WIDTH = 3
 INDEX_DEPTH = SIZES[1]
-#: Of 3, 4, 5, 6 and 7 variables in training: the larger ones have more tokens each.
-TRAINING_CHANCES = (3, 3, 2, 2, 2)
+#: Of 3, 4, 5, 6 and 7 variables in training: the larger ones have more to learn from, and rare leaves that hold.
+TRAINING_CHANCES = (1, 1, 2, 3, 3)
 
 #: A variable from 1 on, negative where it is negated; as in DIMACS.
 Literal: TypeAlias = int
