@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mvkernels.grammar import FIRST_TAG, TAGS, Block, Kind, Trace, parse, parse_text
 from mvkernels.layout import BranchLayout
@@ -52,27 +51,26 @@ class Spread:
     max: float
 
 
-def lay_out(text: str, tokenizer: Any = None, semantics: str = "canonical") -> tuple[Trace, BranchLayout]:
-    """A trace in the text format, parsed and laid out: by words, or exactly with a tokenizer of transformers.
+def lay_out(text: str, tags: TagTokens | None = None, semantics: str = "canonical") -> tuple[Trace, BranchLayout]:
+    """A trace in the text format, parsed and laid out. tags: with their tokenizer; None: by words.
 
     Canonical semantics cut the text at the tags (`TagTokens.encode`); released semantics encode it in one piece, as the
-    released code does. Raises GrammarError for a malformed trace, ValueError for a tokenizer without the tags.
+    released code does. Raises GrammarError for a malformed trace.
     """
     trace, words = parse_text(text)
-    if tokenizer is None:
+    if tags is None:
         kind_of = dict(zip(TAGS, WORD_TAGS.ids, strict=True))
         tags, ids = WORD_TAGS, [kind_of.get(word, int(Kind.TEXT)) for word in words]
     else:
-        tags = TagTokens.from_tokenizer(tokenizer)
         released = semantics == "released"
-        ids = tokenizer.encode(text, add_special_tokens=False) if released else tags.encode(text)
+        ids = tags.tokenizer.encode(text, add_special_tokens=False) if released else tags.encode(text)
         trace = parse(tags.kinds(ids))
     return trace, BranchLayout.from_token_ids(ids, tags, semantics=semantics)
 
 
-def trace_figures(text: str, tokenizer: Any = None) -> TraceFigures:
-    """The figures of a trace in the text format, canonically laid out. Raises as `lay_out`."""
-    trace, layout = lay_out(text, tokenizer)
+def trace_figures(text: str, tags: TagTokens | None = None) -> TraceFigures:
+    """The figures of a trace in the text format, canonically laid out. tags, errors: as of `lay_out`."""
+    trace, layout = lay_out(text, tags)
     widths: list[int] = []
     lengths: list[int] = []
     depth = 0

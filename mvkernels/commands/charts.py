@@ -97,13 +97,15 @@ def distributions(sets: Mapping[str, Mapping[str, Sequence[float]]], out: Path, 
         drawn = {label: values[name] for label, values in sets.items() if values[name]}
         every = np.concatenate([*map(np.asarray, drawn.values())]) if drawn else np.zeros(1)
         low, high = every.min(), every.max()
-        if (every == every.round()).all() and high - low < 20:
+        whole = bool((every == every.round()).all()) and high - low < 20
+        if whole:
+            axes.set_xticks(np.arange(low, high + 1, max(1, (high - low) // 8)))
             bins = np.arange(low - 0.5, high + 1)
         else:
             bins = np.linspace(low, high, 25) if high > low else np.array([low - 0.5, low + 0.5])
         if drawn:
             weights = [np.full(len(values), 100 / len(values)) for values in drawn.values()]
-            axes.hist([*drawn.values()], bins=bins, weights=weights, label=[*drawn])
+            axes.hist([*drawn.values()], bins=bins, weights=weights, label=[*drawn], rwidth=0.8 if whole else None)
         axes.set(xlabel=name, ylabel="share (%)")
     for axes in panels[len(names) :]:
         axes.set_axis_off()

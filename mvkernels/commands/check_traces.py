@@ -18,9 +18,10 @@ from mvkernels.model.curator.trace_files import read_traces
 
 @dataclass
 class FileChecks:
-    """What was found in one of the named files or folders. malformed: traces with an error. dependent: traces with a warning.
+    """What was found in one of the named files or folders.
 
-    distance: the mean over the traces that have their original beside them, or None where none has.
+    malformed: traces with an error. dependent: traces with a warning. compared: traces that have their original.
+    distance: the mean over those, or None where there is none.
     """
 
     file: str

@@ -18,6 +18,7 @@ from mvkernels.grammar import INDEX_PATTERN, Block, Trace, parse_text
 from mvkernels.layout import BranchLayout
 from mvkernels.model.curator.statistics import lay_out
 from mvkernels.ops.mask import IntervalMask
+from mvkernels.tags import TagTokens
 
 # Columns that one level of nesting takes in the tree, and that a label needs.
 INDENT, LABEL = 8, 32
@@ -64,9 +65,10 @@ def inspect_text(text: str, tokenizer_path: FilePath | None = None, semantics: s
     Canonical semantics cut the text at the tags (``TagTokens.encode``); released semantics encode it in one piece, as
     the released code does. Raises GrammarError for a malformed trace, ValueError for a tokenizer without the tags.
     """
-    trace, layout = lay_out(text, None if tokenizer_path is None else load_tokenizer(tokenizer_path), semantics)
     parsed, words = parse_text(text)
     outlines = outline_texts(parsed.blocks, words)
+    tags = None if tokenizer_path is None else TagTokens.from_tokenizer(load_tokenizer(tokenizer_path))
+    trace, layout = lay_out(text, tags, semantics)
     positions = layout.position_ids.cpu().numpy()
     blocks = block_figures(trace.blocks, outlines, positions, semantics)
     return Inspection(trace, layout, "words" if tokenizer_path is None else "tokens", semantics, blocks)

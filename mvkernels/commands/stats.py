@@ -16,6 +16,7 @@ from mvkernels.commands import charts
 from mvkernels.commands.files import load_tokenizer
 from mvkernels.model.curator.statistics import Spread, TraceFigures, measures, spreads, trace_figures
 from mvkernels.model.curator.trace_files import read_traces
+from mvkernels.tags import TagTokens
 
 
 def file_sets(files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -39,8 +40,8 @@ def run(files: Sequence[Path], tokenizer: Path | None, out: Path | None, as_json
     """
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, got a file: {out}")
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    unit = "words" if loaded is None else "tokens"
+    tags = None if tokenizer is None else TagTokens.from_tokenizer(load_tokenizer(tokenizer))
+    unit = "words" if tags is None else "tokens"
     values: dict[str, dict[str, list[float]]] = {}
     report: list[dict[str, object]] = []
     console = Console()
@@ -51,7 +52,7 @@ def run(files: Sequence[Path], tokenizer: Path | None, out: Path | None, as_json
             try:
                 if stored.text is None:
                     raise ValueError(stored.error)
-                figures.append(trace_figures(stored.text, loaded))
+                figures.append(trace_figures(stored.text, tags))
             except ValueError as error:
                 bad += 1
                 print(f"mvkernels: left out: {stored.name}: {error}", file=sys.stderr)
