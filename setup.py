@@ -56,7 +56,7 @@ setup(
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),
     package_data={
         "mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp", "ops/*.h"],
-        "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml"],
+        "mvkernels.model": ["embedded/*", "*.html", "curator/*.html", "training/recipes/*.toml"],
     },
     include_package_data=False,
     install_requires=["torch>=2.11", "numpy", "typer", "rich"],
