@@ -8,7 +8,6 @@ not what it should be, is unknown; a line that is no JSON object (the last one o
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -211,15 +210,17 @@ def _shown_traces(file: Path, total: int) -> Iterator[str]:
             yield f'<div class="question"><h3>Answer</h3>{escape(_text(record["answer"]))}</div>'
         if warnings:
             yield '<ul class="notes">' + "".join(f"<li>{escape(one)}</li>" for one in warnings) + "</ul>"
-        original = f'<div class="side"><h3>Original</h3><pre>{escape(_text(record.get("original")))}</pre></div>'
-        trace = f'<div class="side"><h3>Trace</h3>{trace_boxes(_text(record.get("trace")))}</div>'
+        original = (
+            f'<div class="side" tabindex="0"><h3>Original</h3><pre>{escape(_text(record.get("original")))}</pre></div>'
+        )
+        trace = f'<div class="side" tabindex="0"><h3>Trace</h3>{trace_boxes(_text(record.get("trace")))}</div>'
         yield f'<div class="sides">{original}{trace}</div></div></details>\n'
 
 
 def _shown_rejects(file: Path, totals: _Totals) -> Iterator[str]:
     yield f"<h2>Rejected<small>{_share(totals.rejected)}, with every attempt</small></h2>\n"
     if totals.reasons:
-        yield '<div class="card"><table><tr><th>stage</th><th>reason</th><th class="number">chains</th></tr>'
+        yield '<div class="card reasons"><table><tr><th>stage</th><th>reason</th><th class="number">chains</th></tr>'
         most = totals.reasons.most_common(_REASONS)
         rows = [(stage, reason, count) for (stage, reason), count in most]
         if len(totals.reasons) > len(most):
@@ -227,7 +228,7 @@ def _shown_rejects(file: Path, totals: _Totals) -> Iterator[str]:
             rows.append(("", f"{number(len(totals.reasons) - len(most))} other reasons", rest))
         for stage, reason, count in rows:
             yield f'<tr><td>{escape(stage)}</td><td>{escape(reason)}</td><td class="number">{number(count)}</td></tr>'
-        yield "</table></div>\n<h2></h2>\n"
+        yield "</table></div>\n"
     for record in _sampled(file, totals.rejected):
         attempts = _list(record.get("attempts"))
         stage = _text(record.get("stage")) or "unknown"
@@ -267,11 +268,9 @@ def _text(value: object) -> str:
 
 
 def _float(value: object, default: float | None = None) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    try:
-        return float(value) if good and math.isfinite(value) else default  # type: ignore[arg-type]
-    except OverflowError:
-        return default
+    """The number, where it is one that sums and bars can be made of."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
+    return float(value) if good else default  # type: ignore[arg-type]
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from mvkernels.errors import GrammarError
 from mvkernels.grammar import INDEX_PATTERN, TAG_PATTERN, TAGS, parse_text
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 340, 150, 36, 18, 8
-_BINS = 24
+_BINS, _WIDEST = 24, 48
 #: Element of the text format -> what stands above its box; a tag that is not here has no words.
 _LABELS = {"Goal": "goal", "Conclusion": "conclusion", "Think": "thinking"}
 
@@ -33,12 +33,12 @@ def bins_of(values: Sequence[float]) -> list[tuple[float, float, int]]:
         for value in values:
             counts[round(value - low)] += 1
         return [(edge, edge, count) for edge, count in zip(edges, counts, strict=True)]
-    if high == low:
-        return [(low, high, len(values))]
     width = high / _BINS - low / _BINS
+    if width == 0:
+        return [(low, high, len(values))]
     counts = [0] * _BINS
     for value in values:
-        counts[min(int((value - low) / width), _BINS - 1)] += 1
+        counts[min(max(int(value / width - low / width), 0), _BINS - 1)] += 1
     return [(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(counts)]
 
 
@@ -57,9 +57,10 @@ def histogram(title: str, values: Sequence[float], unit: str = "traces") -> str:
     for i, (first, last, count) in enumerate(bins):
         height = tall * count / most
         name = number(first) if first == last else f"{number(first)} to {number(last)}"
-        x, y = _LEFT + (i + 0.1) * step, _TOP + tall - height
+        wide = min(0.8 * step, _WIDEST)
+        x, y = _LEFT + (i + 0.5) * step - wide / 2, _TOP + tall - height
         parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{0.8 * step:.1f}" height="{height:.1f}">'
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{height:.1f}">'
             f"<title>{escape(name)}: {number(count)}</title></rect>"
         )
     base = _TOP + tall
