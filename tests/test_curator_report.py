@@ -213,6 +213,12 @@ def test_missing_and_wrong_fields_are_unknown(tmp_path: Path) -> None:
     assert "The files hold 3 traces and 2 rejected chains" in words and "cost unknown" in words
 
 
+def test_a_run_in_pieces_is_summed(tmp_path: Path) -> None:
+    pieces = {"counts": {"chains": 5}, "prompts": "v7", "runs": [{"seconds": 2.5}, {}, {"seconds": 4}]}
+    words = page_of(write_run(tmp_path, [trace_record(0)], manifest=pieces)).words
+    assert "chains in 5" in words and "prompts: v7" in words and "seconds 6.50" in words
+
+
 def test_lines_that_are_no_objects_are_counted(tmp_path: Path) -> None:
     write_run(tmp_path, [trace_record(0), [1], 3], [])
     with (tmp_path / "traces.jsonl").open("ab") as file:

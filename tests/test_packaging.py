@@ -22,7 +22,7 @@ FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 # What the optional extras bring; none of it may be needed by `import mvkernels`.
 OPTIONAL = (
     "transformers", "accelerate", "safetensors", "tokenizers", "gguf", "huggingface_hub",
-    "triton", "cupy", "cupyx", "matplotlib", "rapidfuzz", "pyarrow",
+    "triton", "cupy", "cupyx", "matplotlib", "openai", "rapidfuzz", "pyarrow",
 )  # fmt: skip
 
 

@@ -145,7 +145,9 @@ def _figures(record: Record) -> TraceFigures | None:
 
 def _overview(manifest: Record, totals: _Totals, note: str) -> Iterator[str]:
     said = [_text(manifest.get("model")) or "model unknown", _without_password(_text(manifest.get("base_url")))]
-    prompts = ", ".join(f"{name} {_text(version)}" for name, version in _mapping(manifest.get("prompts")).items())
+    versions = manifest.get("prompts")
+    named = ", ".join(f"{name} {_text(version)}" for name, version in _mapping(versions).items())
+    prompts = named if isinstance(versions, dict) else _text(versions)
     said.append(f"prompts: {prompts}" if prompts else "")
     spans = "".join(f"<span>{escape(one)}</span>" for one in said if one)
     yield f"<header><h1>Curation report</h1>{spans}</header>\n"
@@ -153,14 +155,14 @@ def _overview(manifest: Record, totals: _Totals, note: str) -> Iterator[str]:
     traces = _float(counts.get("traces"), totals.traces)
     rejected = _float(counts.get("rejected"), totals.rejected)
     figures = {
-        "chains in": _float(counts.get("in")),
+        "chains in": _float(counts.get("in", counts.get("chains"))),
         "traces": traces,
         "rejected": rejected,
         "with warnings": totals.warned,
         "prompt tokens": _float(tokens.get("prompt")),
         "completion tokens": _float(tokens.get("completion")),
         "cost": _float(manifest.get("cost")),
-        "seconds": _float(manifest.get("seconds")),
+        "seconds": _seconds(manifest),
     }
     shown = {name: "unknown" if value is None else number(value) for name, value in figures.items()}
     rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in shown.items())
@@ -271,6 +273,13 @@ def _float(value: object, default: float | None = None) -> float | None:
     """The number, where it is one that sums and bars can be made of."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
     return float(value) if good else default  # type: ignore[arg-type]
+
+
+def _seconds(manifest: Record) -> float | None:
+    """Of the whole curation, or of its runs together, where each has its own."""
+    each = [_float(_mapping(run).get("seconds")) for run in _list(manifest.get("runs"))]
+    known = [seconds for seconds in each if seconds is not None]
+    return _float(manifest.get("seconds"), sum(known) if known else None)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
