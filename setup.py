@@ -16,6 +16,7 @@ HF = ["transformers>=5.17", "accelerate", "safetensors", "gguf"]
 TRAIN = [*HF, "peft>=0.17", "tensorboard"]
 PLOT = ["matplotlib"]
 EVAL = [*PLOT, "math-verify>=0.9"]
+CURATE = ["rapidfuzz", "pyarrow"]
 BENCH = ["pytest", "pytest-benchmark"]
 # Compiles the CUDA sources in tests, without a GPU or its driver.
 NVRTC = [f"{name}>=13; sys_platform == 'linux'" for name in ("cuda-bindings", "nvidia-cuda-nvrtc")]
@@ -23,12 +24,14 @@ EXTRAS = {
     "hf": HF,
     "train": TRAIN,
     "eval": [*HF, *EVAL],
+    "curate": CURATE,
     "bench": [*PLOT, *BENCH],
     "cuda": ["triton>=3.6", "cupy-cuda13x>=14"],
     "plot": PLOT,
     "dev": [
         *TRAIN,
         *EVAL,
+        *CURATE,
         *BENCH,
         *NVRTC,
         "build",
@@ -52,6 +55,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),
     package_data={
+        "mvkernels.model.curator": ["*.html"],
         "mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp", "ops/*.h"],
         "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml"],
     },

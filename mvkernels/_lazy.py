@@ -19,6 +19,8 @@ EXTRAS: dict[str, str] = {
     "cupy": "cuda",
     "matplotlib": "plot",
     "math_verify": "eval",
+    "rapidfuzz": "curate",
+    "pyarrow": "curate",
 }
 
 

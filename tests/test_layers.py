@@ -47,6 +47,8 @@ OPTIONAL = {
     "typer": {"commands", "__main__"},
     "rich": {"commands", "model"},
     "lighteval": {"model"},
+    "rapidfuzz": {"model"},
+    "pyarrow": {"model"},
 }
 STDLIB_ONLY = {"errors", "_lazy", "grammar", "tags"}
 

@@ -1,0 +1,1 @@
+"""Curation: chains of thought rewritten as traces with parallel paths, checked, counted and reported."""
