@@ -278,6 +278,7 @@ def test_the_command(base: Path, data: Path, tmp_path: Path) -> None:
     saved = json.loads((out / "recipe.json").read_text())
     assert (saved["steps"], saved["learning_rate"], saved["passes"]) == (1, 0.001, [1.0])
     assert result.stdout.startswith(f"{out}: ")
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert_one_line_error(invoke("train", file), "expected a folder OUT")
     assert_one_line_error(invoke("train", tmp_path / "no.toml", out), "expected a recipe", "multiverse-32b.toml")
     assert_one_line_error(invoke("train", tmp_path / "new", "--dry-run"), "expected RECIPE.toml first")

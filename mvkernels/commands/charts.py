@@ -1,6 +1,6 @@
 """The charts of ``evaluate`` and ``reproduce``: curves over budgets, latency over # parallel, speed-ups, growth.
 
-And of ``stats``: distributions.
+Of ``stats``: distributions. Of ``train``: losses.
 """
 
 from __future__ import annotations
@@ -80,6 +80,16 @@ def lines(
         axes.set_ylim(0, None)
     axes.set_xticks(x, [str(value) for value in x])
     axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.legend(frameon=False)
+    _save(figure, out)
+
+
+def losses(curves: Mapping[str, Sequence[tuple[int, float]]], out: Path, title: str) -> None:
+    """A line for each curve of (step, loss)."""
+    figure, (axes,) = _figure(title, 1)
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
     axes.legend(frameon=False)
     _save(figure, out)
 

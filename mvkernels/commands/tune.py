@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mvkernels.commands import charts
 from mvkernels.model.training import TuningRecipe, load_recipe, tune
 from mvkernels.model.training.tuning import TuningData, read_data, recipe_tokenizer
 from mvkernels.model.training.tuning_recipe import find_recipe, parse_overrides
+
+CHART = "losses.png"
 
 
 def run(
@@ -43,6 +47,9 @@ def run(
     if os.environ.get("RANK", "0") != "0":
         return
     _print_skipped(result.skipped)
+    curves = {"trained on": result.losses, "held out": result.held_out_losses}
+    if result.losses and importlib.util.find_spec("matplotlib") is not None:
+        charts.losses({name: points for name, points in curves.items() if points}, result.folder / CHART, "losses")
     held_out = [loss for _, loss in result.held_out_losses]
     measured = f", held-out loss {held_out[0]:.4f} -> {held_out[-1]:.4f}" if held_out else ""
     last = f", last loss {result.losses[-1][1]:.4f}" if result.losses else ""
