@@ -38,9 +38,25 @@ def load_checkpoint(
     except Exception as error:  # whatever a broken file makes transformers raise, the caller gets one line
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"expected a readable causal language model, got {path}: {reason}") from error
+    if "gguf_file" in extra:
+        _forget_quantization(model)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def _forget_quantization(model: Any) -> None:
+    """A GGUF file is unpacked when it is loaded. With the marks that stay, transformers would neither train plain
+    weights nor save them.
+    """
+    for holder, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if name in holder.__dict__:
+            delattr(holder, name)
+    model.__dict__["is_quantized"] = False
 
 
 def load_tokenizer(path: str | Path) -> Any:

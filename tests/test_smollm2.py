@@ -46,6 +46,21 @@ def questions(data_dir: Path) -> list[str]:
         return [json.loads(line)["question"] for line in islice(file, 8)]
 
 
+def test_what_was_unpacked_is_saved_as_plain_weights(tmp_path: Path) -> None:
+    model, tokenizer = load_checkpoint(weights(), dtype=torch.bfloat16)
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:1]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "quantization" not in (tmp_path / "config.json").read_text()
+    again, _ = load_checkpoint(tmp_path)
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
 @pytest.mark.real_data
 def test_greedy_is_that_of_generate_token_for_token(engine: Engine, questions: list[str]) -> None:
     chats = [[{"role": "user", "content": question}] for question in questions]

@@ -148,8 +148,6 @@ def tune(
 def _load(recipe: TuningRecipe, tokenizer: Any) -> PreTrainedModel:
     """The base model in fp32, with rows for the control tags and their entry in its config."""
     model, own = load_checkpoint(recipe.model, dtype=torch.float32)
-    # A GGUF file is unpacked when it is loaded; the mark that stays would make the trainer refuse plain fp32 weights.
-    model.__dict__["is_quantized"] = False
     semantics = read_entry(model.config)
     if semantics not in (None, recipe.semantics):
         raise ValueError(f"semantics: expected {semantics!r} as the model was trained with, got {recipe.semantics!r}")
