@@ -123,6 +123,8 @@ def tune(
         eval_dataset=PackedRows([(example.parallel,) for example in data.held_out]) if data.held_out else None,
         callbacks=list(callbacks),
     )
+    # Before saving, which may merge them into others.
+    weights = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     started = time.perf_counter()
     with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -134,7 +136,7 @@ def tune(
         folder,
         tuple((int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry),
         tuple({int(entry["step"]): float(entry["eval_loss"]) for entry in history if "eval_loss" in entry}.items()),
-        sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
+        weights,
         model.num_parameters(),
         data.skipped,
         seconds,
