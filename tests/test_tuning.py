@@ -226,10 +226,21 @@ def test_out_of_memory_names_the_traces(recipe: TuningRecipe, tmp_path: Path, mo
         tune(recipe, tmp_path / "run", progress=False)
 
 
-def test_sharded_weights_are_refused(recipe: TuningRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="expected processes that hold the whole model each, got FSDP"):
-        tune(recipe, tmp_path / "out", progress=False)
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "got DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "expected FSDP2 .*got version 1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "lora_rank: expected 0 with FSDP.*got 4"),
+    ],
+)
+def test_ways_to_shard_that_are_refused(
+    environment: dict[str, str], message: str, recipe: TuningRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        tune(replace(recipe, lora_rank=4), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -287,19 +298,37 @@ def test_the_command(base: Path, data: Path, tmp_path: Path) -> None:
     assert_one_line_error(invoke("train", file, "--dry-run"), "expected a recipe in TOML")
 
 
-def test_two_processes_train_as_one(recipe: TuningRecipe, base: Path, data: Path, tmp_path: Path) -> None:
-    """torchrun with gloo: each takes its rows, and the loss of a step is that of all of them."""
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+
+
+@pytest.mark.parametrize(
+    ("processes", "module", "more"),
+    [(2, "mvkernels", {}), (4, "tests.fsdp_cpu", SHARDED)],
+    ids=["two hold the weights", "four share them"],
+)
+def test_processes_train_as_one(
+    processes: int, module: str, more: dict[str, str], base: Path, data: Path, tmp_path: Path
+) -> None:
+    """torchrun with gloo: each takes its rows, and the loss of a step is that of all of them; so are the weights."""
     file = tmp_path / "my.toml"
     file.write_text(
         f'model = "{base}"\ndata = ["{data}"]\nheld_out = 1\ndocuments_per_step = 4\ntokens_per_row = 500\n'
         "chat = false\nlearning_rate = 3e-3\npasses = [0.0, 1.0]\n"
     )
     alone = tune(load_recipe(file), tmp_path / "alone", progress=False)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "mvkernels", "train", str(file), str(tmp_path / "two"), "--quiet"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launch, "-m", module, "train", str(file), str(tmp_path / "many"), "--quiet"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **more}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    with (tmp_path / "two" / LOSSES_FILE).open() as rows:
+    with (tmp_path / "many" / LOSSES_FILE).open() as rows:
         found = [float(row["loss"]) for row in csv.DictReader(rows) if row["loss"]]
     assert found == pytest.approx([loss for _, loss in alone.losses], rel=1e-5)
+    saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("many", "alone"))
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-4)

@@ -98,13 +98,12 @@ def tune(
 
     resume: go on from the last checkpoint of an interrupted run in `output_dir`. skip_bad: see `read_data`.
     progress: show a bar. callbacks: of transformers' Trainer, besides. Raises ValueError for bad data, a model that
-    cannot be loaded, an output folder that is not empty (or with `resume` nothing to resume), and a row that does not
-    fit into memory, whose traces the message names. ImportError where peft or tensorboard is asked for and missing.
+    cannot be loaded, an output folder that is not empty (or with `resume` nothing to resume), weights sharded in
+    another way than by FSDP2, and a row that does not fit into memory, whose traces the message names. ImportError
+    where peft or tensorboard is asked for and missing.
     """
     folder = Path(output_dir)
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
-            raise ValueError(f"tune: expected processes that hold the whole model each, got {name}, which shards it")
+    _check_sharding(recipe)
     if recipe.tensorboard:
         import_for("tensorboard = true", "tensorboard")
     tokenizer = recipe_tokenizer(recipe)
@@ -145,6 +144,25 @@ def tune(
         _write_losses(run, folder / LOSSES_FILE)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return run
+
+
+def _asked_for(name: str) -> bool:
+    """Whether accelerate was launched with it."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true")
+
+
+def _check_sharding(recipe: TuningRecipe) -> None:
+    """Raises ValueError for ways to shard the weights that are not taken: only FSDP2, of all weights, is."""
+    if _asked_for("DEEPSPEED"):
+        raise ValueError("tune: expected FSDP2 or processes that hold the whole model each, got DeepSpeed")
+    if not _asked_for("FSDP"):
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(f"tune: expected FSDP2 (accelerate launch --fsdp_version 2), got version {version}")
+    if recipe.lora_rank:
+        raise ValueError("lora_rank: expected 0 with FSDP, for an adapter is merged into whole weights, got "
+                         f"{recipe.lora_rank}")  # fmt: skip
 
 
 def _load(recipe: TuningRecipe, tokenizer: Any) -> PreTrainedModel:
@@ -215,16 +233,24 @@ def _arguments(recipe: TuningRecipe, folder: Path, mixture: Mixture) -> Training
 
 
 def _save(recipe: TuningRecipe, trainer: PackedTrainer, model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Weights in safetensors, in the recipe's precision, and the tokenizer; by the first process."""
+    """Weights in safetensors, in the recipe's precision, and the tokenizer; by the first process.
+
+    Every process calls it: with FSDP each has a part of the weights.
+    """
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():
         return
     saved: Any = unpatch_model(model)
     model.config.use_cache = True  # the trainer has turned it off
-    if recipe.lora_rank:
-        adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
-        saved = adapted.merge_and_unload() if recipe.merge else adapted
-    saved.to(dtype).save_pretrained(folder)
+    if whole is not None:
+        model.config.dtype = dtype
+        model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in whole.items()})
+    else:
+        if recipe.lora_rank:
+            adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
+            saved = adapted.merge_and_unload() if recipe.merge else adapted
+        saved.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
