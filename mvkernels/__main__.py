@@ -281,12 +281,13 @@ def reproduce(
     work: Annotated[
         Path | None, typer.Option(help="Folder for models and samples, to go on from. Default: runs/reproduce.")
     ] = None,
+    jobs: Annotated[int, typer.Option(help="Models trained and asked at the same time; the cores are shared.")] = 1,
 ) -> None:
     """Train from nothing, evaluate, and write the tables and figures; goes on where it was interrupted."""
     with one_line_errors():
         from mvkernels.commands import reproduce as command
 
-        command.run(out, work, quick)
+        command.run(out, work, quick, jobs)
 
 
 @app.command()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from mvkernels.commands import reproduce_cells
+from mvkernels.commands import reproduce, reproduce_cells
 from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, Scale
 from mvkernels.commands.reproduce_report import Report
 
@@ -91,3 +93,25 @@ def test_the_scales_make_valid_recipes_below_the_limit_of_parameters() -> None:
         assert len(recipes) == 2 * sum(scale.seeds.values())
         assert {recipe.sequential_share for recipe in recipes} == {*reproduce_cells.CHAINS.values(), 1.0}
         assert len({(r.hidden_size, r.layers, r.steps) for r in recipes if r.task == "sat"}) == 1
+
+
+def test_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own; what is left for the run behind them is done there."""
+    monkeypatch.setattr(reproduce, "_of_model", of_tiny_model)
+    monkeypatch.setattr(reproduce, "QUICK", replace(TINY, seeds={"arithmetic": 1}, batch_sizes=(1,)))
+    reproduce.run(tmp_path / "out", tmp_path / "work", quick=True, jobs=2)
+    models = tmp_path / "work" / "models"
+    assert {path.name for path in models.iterdir()} == {"arithmetic-multiverse-0", "arithmetic-autoregressive-0"}
+    processes = {(path / "process").read_text() for path in models.iterdir()}
+    assert str(os.getpid()) not in processes
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "arithmetic" not in text.partition("## Not run yet")[2]  # of sat this run has none
+    with pytest.raises(ValueError, match="--jobs: expected at least 1, got 0"):
+        reproduce.run(tmp_path / "out", tmp_path / "work", quick=True, jobs=0)
+
+
+def of_tiny_model(work: Path, quick: bool, task: str, kind: str, seed: int) -> None:
+    assert torch.get_num_threads() == max(1, (os.cpu_count() or 1) // 2)
+    for _ in Cells(work, TINY, print, progress=False).of_model(task, kind, seed):
+        pass
+    (work / "models" / f"{task}-{kind}-{seed}" / "process").write_text(str(os.getpid()))

@@ -47,7 +47,7 @@ TRAINING_FILE = "training.json"
 class TrainingRun:
     """What came out; TRAINING_FILE in the folder has the same. losses: (step, mean loss since the last one). seconds:
     of training, up to the last logged loss, those before an interruption included and what had to be done again not
-    counted. clock: the same at each logged loss.
+    counted. clock: the same at each logged loss. threads: that PyTorch had.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class TrainingRun:
     parameters: int
     seconds: float
     clock: tuple[float, ...] = ()
+    threads: int = 1
 
 
 def train(
@@ -92,7 +93,9 @@ def train(
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in logged)
     clock = tuple(float(entry["seconds"]) for entry in logged)
-    result = TrainingRun(folder, losses, model.num_parameters(), clock[-1] if clock else 0.0, clock)
+    result = TrainingRun(
+        folder, losses, model.num_parameters(), clock[-1] if clock else 0.0, clock, torch.get_num_threads()
+    )
     known = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "folder"}
     (folder / TRAINING_FILE).write_text(json.dumps(known) + "\n", encoding="utf-8")
     shutil.rmtree(folder / CHECKPOINTS)

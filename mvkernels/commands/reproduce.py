@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from mvkernels.commands.env import package_version
-from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells
+from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, model_name
 from mvkernels.commands.reproduce_report import Report
 
 OUT = Path("benchmarks/results/reproduce")
@@ -17,8 +22,14 @@ WORK = Path("runs/reproduce")
 QUICK_SUFFIX = "-quick"
 
 
-def run(out: Path | None, work: Path | None, quick: bool) -> None:
-    """Does what is not done yet in ``work``, cell by cell, and writes the report on all that is done after each."""
+def run(out: Path | None, work: Path | None, quick: bool, jobs: int = 1) -> None:
+    """Does what is not done yet in ``work``, cell by cell, and writes the report on all that is done after each.
+
+    jobs: models that are trained, and asked, at the same time, each in a process of its own with its share of the
+    cores; what is timed runs alone afterwards.
+    """
+    if jobs < 1:
+        raise ValueError(f"--jobs: expected at least 1, got {jobs}")
     scale = QUICK if quick else FULL
     suffix = QUICK_SUFFIX if quick else ""
     out = out or OUT.with_name(OUT.name + suffix)
@@ -29,7 +40,28 @@ def run(out: Path | None, work: Path | None, quick: bool) -> None:
     console = Console(stderr=True, highlight=False)
     cells = Cells(work, scale, console.print)
     where = f"torch {package_version('torch')}, {platform.machine()}, {torch.get_num_threads()} threads"
-    for name in cells.run():
+    for name in chain(_side_by_side(cells, quick, jobs) if jobs > 1 else (), cells.run()):
         console.print(f"done: {name}")
         Report(cells, out).write(where)
     console.print(f"{out}/README.md")
+
+
+def _side_by_side(cells: Cells, quick: bool, jobs: int) -> Iterator[str]:
+    """The cells that need one model, so many models at a time; names each model when all of its are done."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        models = [*cells.models()]
+        futures = {pool.submit(_of_model, cells.work, quick, *model): model_name(*model) for model in models}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _of_model(work: Path, quick: bool, task: str, kind: str, seed: int) -> None:
+    console = Console(stderr=True, highlight=False)
+    for _ in Cells(work, QUICK if quick else FULL, console.print, progress=False).of_model(task, kind, seed):
+        pass

@@ -61,7 +61,7 @@ class Scale:
     batch_sizes: tuple[int, ...]
     shrink: dict[str, Any] | None = None
     max_tokens: int | None = None
-    batch: int = 32
+    batch: int = 128
 
 
 FULL = Scale({"arithmetic": 3, "sat": 1}, 2000, 100, 100, (1, 2, 4, 8, 16, 32, 64, 128))
@@ -79,11 +79,12 @@ QUICK = Scale(
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of one run. work: folder of models and samples."""
+    """The cells of one run. work: folder of models and samples. progress: whether trainings show a bar."""
 
     work: Path
     scale: Scale
     say: Say
+    progress: bool = True
 
     def models(self) -> Iterator[tuple[str, str, int]]:
         """(task, kind, seed) of each model: the first seed of all tasks first."""
@@ -96,11 +97,7 @@ class Cells:
     def run(self) -> Iterator[str]:
         """Does each cell that is not done, and names it."""
         for task, kind, seed in self.models():
-            self.train(task, kind, seed)
-            yield model_name(task, kind, seed)
-            for mode in ASKED[kind]:
-                self.accuracy(task, kind, seed, mode)
-                yield f"{model_name(task, kind, seed)}-{mode}"
+            yield from self.of_model(task, kind, seed)
             if seed == 0 and kind == KINDS[-1]:
                 self.alone(task)
                 yield f"{task}: wall-clock"
@@ -110,6 +107,14 @@ class Cells:
                 else:
                     self.batch_sizes(task)
                     yield f"{task}: batch sizes"
+
+    def of_model(self, task: str, kind: str, seed: int) -> Iterator[str]:
+        """The cells that need one model: its training, and its accuracy in each mode."""
+        self.train(task, kind, seed)
+        yield model_name(task, kind, seed)
+        for mode in ASKED[kind]:
+            self.accuracy(task, kind, seed, mode)
+            yield f"{model_name(task, kind, seed)}-{mode}"
 
     # ---- models
 
@@ -136,7 +141,7 @@ class Cells:
         resume = any((folder / "checkpoints").glob("checkpoint-*"))
         if folder.exists() and not resume:
             shutil.rmtree(folder)  # nothing in it that could be gone on with
-        train(recipe, folder, resume=resume)
+        train(recipe, folder, resume=resume, progress=self.progress)
 
     # ---- answers
 

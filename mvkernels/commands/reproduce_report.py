@@ -74,10 +74,20 @@ class Report:
                     f"{found['losses'][-1][1]:.4f}",
                     f"{found['seconds'] / 60:.1f}",
                     f"{pace * recipe.steps / 60:.1f}",
+                    f"{found['threads']}",
                 ]
             )
             self.figures[f"training {name}"] = {"minutes": found["seconds"] / 60, "loss": found["losses"][-1][1]}
-        names = ["model", "parameters", "steps", "tokens", "last loss", "minutes", "minutes at the median pace"]
+        names = [
+            "model",
+            "parameters",
+            "steps",
+            "tokens",
+            "last loss",
+            "minutes",
+            "minutes at the median pace",
+            "threads",
+        ]
         note = "Minutes are of the wall clock, whatever else the machine did; the median pace is that of most steps."
         return ["## Models", markdown(names, rows), note] if rows else []
 
