@@ -16,6 +16,7 @@ HF = ["transformers>=5.17", "accelerate", "safetensors", "gguf"]
 TRAIN = [*HF, "peft>=0.17", "tensorboard"]
 PLOT = ["matplotlib"]
 EVAL = [*PLOT, "math-verify>=0.9"]
+CURATE = ["openai>=2", "rapidfuzz>=3.9", "pyarrow>=18"]
 BENCH = ["pytest", "pytest-benchmark"]
 # Compiles the CUDA sources in tests, without a GPU or its driver.
 NVRTC = [f"{name}>=13; sys_platform == 'linux'" for name in ("cuda-bindings", "nvidia-cuda-nvrtc")]
@@ -23,12 +24,14 @@ EXTRAS = {
     "hf": HF,
     "train": TRAIN,
     "eval": [*HF, *EVAL],
+    "curate": CURATE,
     "bench": [*PLOT, *BENCH],
     "cuda": ["triton>=3.6", "cupy-cuda13x>=14"],
     "plot": PLOT,
     "dev": [
         *TRAIN,
         *EVAL,
+        *CURATE,
         *BENCH,
         *NVRTC,
         "build",
@@ -53,7 +56,7 @@ setup(
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),
     package_data={
         "mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp", "ops/*.h"],
-        "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml"],
+        "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml", "curator/prompts/*.txt"],
     },
     include_package_data=False,
     install_requires=["torch>=2.11", "numpy", "typer", "rich"],

@@ -47,6 +47,9 @@ OPTIONAL = {
     "typer": {"commands", "__main__"},
     "rich": {"commands", "model"},
     "lighteval": {"model"},
+    "openai": {"model"},
+    "rapidfuzz": {"model"},
+    "pyarrow": {"model"},
 }
 STDLIB_ONLY = {"errors", "_lazy", "grammar", "tags"}
 

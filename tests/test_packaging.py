@@ -22,7 +22,7 @@ FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 # What the optional extras bring; none of it may be needed by `import mvkernels`.
 OPTIONAL = (
     "transformers", "accelerate", "safetensors", "tokenizers", "gguf", "huggingface_hub",
-    "triton", "cupy", "cupyx", "matplotlib",
+    "triton", "cupy", "cupyx", "matplotlib", "openai", "rapidfuzz", "pyarrow",
 )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def test_metadata(built: Path):
     expected = {"Name: mvkernels", "Version: 0.1.0", "Requires-Python: >=3.11", "License-Expression: Apache-2.0"}
     assert expected <= {*lines}
     extras = {line.partition(": ")[2] for line in lines if line.startswith("Provides-Extra: ")}
-    assert {"hf", "train", "eval", "bench", "cuda", "plot", "dev"} <= extras
+    assert {"hf", "train", "eval", "bench", "cuda", "plot", "curate", "dev"} <= extras
     needed = {line.partition(": ")[2] for line in lines if line.startswith("Requires-Dist: ")}
     assert {line for line in needed if "extra ==" not in line} == {"torch>=2.11", "numpy", "typer", "rich"}
 
