@@ -118,6 +118,34 @@ def generate(
         command.run(prompt, model, given, placement, compare=compare, raw=raw, as_json=as_json, html=html)
 
 
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(help="Traces: text files, .jsonl, .parquet, folders of such.")],
+    as_json: Json = False,
+) -> None:
+    """Check traces: grammar (errors, exit status 1) and paths that refer to each other (warnings)."""
+    with one_line_errors():
+        from mvkernels.commands import check_traces as command
+
+        command.run(files, as_json)
+
+
+@app.command()
+def stats(
+    files: Annotated[list[Path], typer.Argument(help="Traces: text files, .jsonl, .parquet, folders of such.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.json, or a folder with one: count tokens instead of words.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures as JSON, and a chart of them.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the figures of sets of traces: tokens, critical path, # parallel, blocks, paths, depth, width, lengths."""
+    with one_line_errors():
+        from mvkernels.commands import stats as command
+
+        command.run(files, tokenizer, out, as_json)
+
+
 @app.command("add-tags")
 def add_tags(
     model: Annotated[Path, typer.Argument(help="Folder of a causal language model with its tokenizer.")],

@@ -21,7 +21,6 @@ from mvkernels.model.curator.outputs import (
 )  # fmt: skip
 from mvkernels.model.curator.pipeline import Pipeline, Rules
 from mvkernels.model.curator.prompts import prompts_version
-from mvkernels.model.curator.report import write_report
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,6 @@ class _Run:
         self._measure()
         write_parquet(self.folder.folder)
         self._write_manifest()
-        write_report(self.folder.folder)
 
     def _write_manifest(self) -> None:
         from mvkernels import __version__

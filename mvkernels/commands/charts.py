@@ -1,4 +1,7 @@
-"""The charts of ``evaluate`` and ``reproduce``: curves over budgets, latency over # parallel, speed-ups, growth."""
+"""The charts of ``evaluate`` and ``reproduce``: curves over budgets, latency over # parallel, speed-ups, growth.
+
+And of ``stats``: distributions.
+"""
 
 from __future__ import annotations
 
@@ -81,11 +84,42 @@ def lines(
     _save(figure, out)
 
 
-def _figure(title: str, panels: int) -> tuple[Any, Any]:
+def distributions(sets: Mapping[str, Mapping[str, Sequence[float]]], out: Path, title: str) -> None:
+    """A histogram a measure, four in a row. sets: name -> measure -> values; a share of each set, so that sets compare.
+
+    A measure whose values are few whole numbers has a bar each. Raises ValueError without a set.
+    """
+    if not sets:
+        raise ValueError("distributions: expected at least one set, got none")
+    names = [*next(iter(sets.values()))]
+    figure, panels = _figure(title, min(4, len(names)), rows=-(-len(names) // 4))
+    for axes, name in zip(panels, names, strict=False):
+        drawn = {label: values[name] for label, values in sets.items() if values[name]}
+        every = np.concatenate([*map(np.asarray, drawn.values())]) if drawn else np.zeros(1)
+        low, high = every.min(), every.max()
+        whole = bool((every == every.round()).all()) and high - low < 20
+        if whole:
+            axes.set_xticks(np.arange(low, high + 1, max(1, (high - low) // 8)))
+            bins = np.arange(low - 0.5, high + 1)
+        else:
+            bins = np.linspace(low, high, 25) if high > low else np.array([low - 0.5, low + 0.5])
+        if drawn:
+            weights = [np.full(len(values), 100 / len(values)) for values in drawn.values()]
+            axes.hist([*drawn.values()], bins=bins, weights=weights, label=[*drawn], rwidth=0.8 if whole else None)
+        axes.set(xlabel=name, ylabel="share (%)")
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    if len(sets) > 1:
+        panels[0].legend(frameon=False)
+    _save(figure, out)
+
+
+def _figure(title: str, panels: int, rows: int = 1) -> tuple[Any, Any]:
+    """A figure, and its panels row by row. panels: in a row."""
     figure_module: Any = import_for("charts", "matplotlib.figure")
-    figure = figure_module.Figure(figsize=(5.5 * panels, 4), layout="constrained")
+    figure = figure_module.Figure(figsize=(5.5 * panels, 4 * rows), layout="constrained")
     figure.suptitle(title)
-    panels_ = figure.subplots(1, panels, squeeze=False)[0]
+    panels_ = figure.subplots(rows, panels, squeeze=False).ravel()
     for axes in panels_:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels_

@@ -14,16 +14,14 @@ from rich.text import Text
 from rich.tree import Tree
 
 from mvkernels.commands.files import load_tokenizer, read_text
-from mvkernels.grammar import FIRST_TAG, INDEX_PATTERN, TAGS, Block, Kind, Trace, parse, parse_text
+from mvkernels.grammar import INDEX_PATTERN, Block, Trace, parse_text
 from mvkernels.layout import BranchLayout
+from mvkernels.model.curator.statistics import lay_out
 from mvkernels.ops.mask import IntervalMask
 from mvkernels.tags import TagTokens
 
 # Columns that one level of nesting takes in the tree, and that a label needs.
 INDENT, LABEL = 8, 32
-
-#: A vocabulary of words: a tag's id is its kind, and every other word has the id of text.
-WORD_TAGS = TagTokens(ids=tuple(range(FIRST_TAG, FIRST_TAG + len(TAGS))))
 
 
 @dataclass(frozen=True)
@@ -67,18 +65,10 @@ def inspect_text(text: str, tokenizer_path: FilePath | None = None, semantics: s
     Canonical semantics cut the text at the tags (``TagTokens.encode``); released semantics encode it in one piece, as
     the released code does. Raises GrammarError for a malformed trace, ValueError for a tokenizer without the tags.
     """
-    trace, words = parse_text(text)
-    outlines = outline_texts(trace.blocks, words)
-    if tokenizer_path is None:
-        kind_of = dict(zip(TAGS, WORD_TAGS.ids, strict=True))
-        tags, ids = WORD_TAGS, [kind_of.get(word, int(Kind.TEXT)) for word in words]
-    else:
-        tokenizer = load_tokenizer(tokenizer_path)
-        tags = TagTokens.from_tokenizer(tokenizer)
-        released = semantics == "released"
-        ids = tokenizer.encode(text, add_special_tokens=False) if released else tags.encode(text)
-        trace = parse(tags.kinds(ids))
-    layout = BranchLayout.from_token_ids(ids, tags, semantics=semantics)
+    parsed, words = parse_text(text)
+    outlines = outline_texts(parsed.blocks, words)
+    tags = None if tokenizer_path is None else TagTokens.from_tokenizer(load_tokenizer(tokenizer_path))
+    trace, layout = lay_out(text, tags, semantics)
     positions = layout.position_ids.cpu().numpy()
     blocks = block_figures(trace.blocks, outlines, positions, semantics)
     return Inspection(trace, layout, "words" if tokenizer_path is None else "tokens", semantics, blocks)
