@@ -1,4 +1,4 @@
-"""What a run may use: tokens and money, never exceeded, because what a request may take is set aside before it is sent."""
+"""What a run may use: tokens and money, never exceeded, because a request first sets aside what it may take."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Columns:
     answer: str | None = None
 
     def found_in(self, record: Mapping[str, Any]) -> Columns:
-        """The same with every name looked up. Raises ValueError where a given name, or any for the chain, is missing."""
+        """The same with every name looked up. Raises ValueError where one that is needed is missing."""
         names: dict[str, str | None] = {}
         for role, known in KNOWN_COLUMNS.items():
             given = getattr(self, role)
@@ -79,7 +79,7 @@ class ChainReader:
             raise ValueError(f"input: expected a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, got {self.path}")
 
     def __iter__(self) -> Iterator[Chain]:
-        """Raises ValueError where the file as a whole is none of the formats; a bad record is a Chain with a problem."""
+        """Raises ValueError for a file that is none of the formats; a bad record is a Chain with a problem."""
         seen: Counter[str] = Counter()
         columns: Columns | None = None
         for number, record in enumerate(_records(self.path)):

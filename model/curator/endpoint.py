@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint behind the cache: retries with backoff, budgets, structured answers where it has them."""
+"""An OpenAI-compatible endpoint behind the cache: retries with backoff, budgets, structured answers if it can."""
 
 from __future__ import annotations
 
@@ -149,8 +149,8 @@ class Endpoint:
         self._unanswered += 1
         if self._unanswered >= self.give_up_after:
             raise EndpointError(
-                f"{without_credentials(self.settings.base_url)}: {self._unanswered} requests in a row were not answered "
-                f"within {self.settings.retries} retries each; the last one: {reason}. Run again to go on."
+                f"{without_credentials(self.settings.base_url)}: {self._unanswered} requests in a row were not "
+                f"answered within {self.settings.retries} retries each; the last one: {reason}. Run again to go on."
             )
         raise EndpointBusy(reason)
 
@@ -202,7 +202,7 @@ class _Cut(Exception):
 
 
 def _answer_of(reply: Any, request: dict[str, Any]) -> Answer:
-    choices = getattr(reply, "choices", None)
+    choices = getattr(reply, "choices", None) or []
     message = choices[0].message if choices else None
     if message is None:
         raise _Cut("the reply has no answer in it")

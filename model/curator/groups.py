@@ -33,12 +33,12 @@ def read_groups(answer: str, steps: Sequence[Step]) -> tuple[Group, ...]:
     groups: list[Group] = []
     known = {step.id for main in steps for step in (main, *main.substeps)}
     for line in lines_of(answer_text(answer, _from_json)):
-        need, group = _NEED.match(line), _GROUP.match(line)
+        need, grouped = _NEED.match(line), _GROUP.match(line)
         if need is not None:
             needs.setdefault(need.group(1), set()).update(re.findall(_ID, need.group(2)))
-        elif group is not None:
-            paths = tuple(tuple(re.findall(_ID, path)) for path in group.group(1).split("||"))
-            groups.append(Group(paths, (group.group(2) or "").strip()))
+        elif grouped is not None:
+            paths = tuple(tuple(re.findall(_ID, path)) for path in grouped.group(1).split("||"))
+            groups.append(Group(paths, (grouped.group(2) or "").strip()))
     unknown = {step for need, used in needs.items() for step in (need, *used)} - known
     unknown |= {step for group in groups for path in group.paths for step in path} - known
     if unknown:
@@ -74,9 +74,7 @@ def _check_independent(group: Group, needs: dict[str, set[str]]) -> None:
     for path in group.paths:
         for step in path:
             other = sorted(
-                used
-                for used in needs[step]
-                if any(used in another for another in group.paths if another is not path)
+                used for used in needs[step] if any(used in another for another in group.paths if another is not path)
             )
             if other:
                 raise Wrong(

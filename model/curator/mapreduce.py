@@ -72,7 +72,7 @@ class Draft:
     sentences: Sentences
     nodes: tuple[Node, ...]
     ranges: Ranges
-    texts: Mapping[int, BlockText]
+    texts: dict[int, BlockText]
     edits: dict[int, str]
 
     def span(self, nodes: Sequence[Node]) -> range:
@@ -90,7 +90,6 @@ class Draft:
     def block_trace(self, block: ParallelBlock) -> str:
         """An outermost block alone, as it stands in the trace."""
         return self._text([block], "") + "\n"
-
 
     def _text(self, nodes: Sequence[Node], prefix: str) -> str:
         parts: list[str] = []

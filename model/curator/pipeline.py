@@ -151,11 +151,11 @@ class _OneChain:
 
     async def _mapreduce(self, draft: Draft, steps: Sequence[Step]) -> tuple[str, float]:
         """Stage 5: block by block, the inner ones first; each outermost block is checked, and at the end the whole."""
-        rewriters = {}
+        groups: dict[int, dict[int, _Rewriter]] = {}
         for node in draft.nodes:
             if isinstance(node, ParallelBlock):
-                found = {block.number: _Rewriter(self, draft, steps, block) for block in blocks_of([node])}
-                rewriters |= found
+                found = {block.number: _Rewriter(self, draft, steps, block, node) for block in blocks_of([node])}
+                groups[node.number] = found
                 await self._block(draft, node, found)
         while True:
             trace = draft.trace()
@@ -165,15 +165,13 @@ class _OneChain:
             distance = await asyncio.to_thread(content_distance, trace, self.chain.text)
             if distance <= self.rules.max_distance:
                 return trace, distance
-            worst = max(rewriters.values(), key=lambda one: one.changed())
+            worst = max((one for found in groups.values() for one in found.values()), key=_Rewriter.changed)
             worst.dialogue.refuse(
                 f"The edits take the text too far from the original (a distance of {distance:.2f}, allowed are "
                 f"{self.rules.max_distance:g}): edit fewer sentences, and change as few words as you can."
             )
             await worst.write()
-            node = next(one for one in draft.nodes if isinstance(one, ParallelBlock) and worst.block in blocks_of([one]))
-            again = {number: one for number, one in rewriters.items() if one.block in blocks_of([node])}
-            await self._block(draft, node, again)
+            await self._block(draft, worst.outermost, groups[worst.outermost.number])
 
     async def _block(self, draft: Draft, node: ParallelBlock, rewriters: dict[int, _Rewriter]) -> None:
         """Writes what has no text yet in an outermost block, and again what the checks find."""
@@ -199,11 +197,14 @@ class _OneChain:
 class _Rewriter:
     """Stage 5 of one block. Its edits take the place of its earlier ones; of two blocks' edits the later one holds."""
 
-    def __init__(self, one: _OneChain, draft: Draft, steps: Sequence[Step], block: ParallelBlock) -> None:
+    def __init__(
+        self, one: _OneChain, draft: Draft, steps: Sequence[Step], block: ParallelBlock, outermost: ParallelBlock
+    ) -> None:
         self.one = one
         self.draft = draft
         self.steps = steps
         self.block = block
+        self.outermost = outermost
         self.written = False
         self._dialogue: Dialogue | None = None
         self._edits: dict[int, str] = {}

@@ -80,7 +80,5 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     ),
     "structure": _object(lines=_list(_TEXT)),
     "refill": _object(ranges=_list(_object(step=_TEXT, first=_NUMBER, last=_NUMBER))),
-    "mapreduce": _object(
-        outlines=_list(_TEXT), edits=_list(_object(sentence=_NUMBER, text=_TEXT)), conclusion=_TEXT
-    ),
+    "mapreduce": _object(outlines=_list(_TEXT), edits=_list(_object(sentence=_NUMBER, text=_TEXT)), conclusion=_TEXT),
 }

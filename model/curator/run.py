@@ -15,9 +15,24 @@ from mvkernels._lazy import import_for
 from mvkernels.model.curator.budget import Budget, BudgetUsedUp, Limits
 from mvkernels.model.curator.cache import AnswerCache
 from mvkernels.model.curator.chains import Chain, ChainReader, Columns
-from mvkernels.model.curator.endpoint import Endpoint, EndpointBusy, EndpointError, EndpointSettings, without_credentials
+from mvkernels.model.curator.endpoint import (
+    Endpoint,
+    EndpointBusy,
+    EndpointError,
+    EndpointSettings,
+    without_credentials,
+)
 from mvkernels.model.curator.outputs import (
-    CACHE, MANIFEST, PARQUET, REJECTED, TRACES, OutputFolder, hash_of, read_manifest, write_manifest, write_parquet,
+    CACHE,
+    MANIFEST,
+    PARQUET,
+    REJECTED,
+    TRACES,
+    OutputFolder,
+    hash_of,
+    read_manifest,
+    write_manifest,
+    write_parquet,
 )  # fmt: skip
 from mvkernels.model.curator.pipeline import Pipeline, Rules
 from mvkernels.model.curator.prompts import prompts_version

@@ -64,7 +64,9 @@ def read_structure(answer: str, steps: Sequence[Step], groups: Sequence[Group]) 
             more = [f"{step} is missing" for step in expected[len(got) :][:1]]
             more += [f"{step} is there once too often" for step in got[len(expected) :][:1]]
             raise Wrong(f"Every step stands in the structure once, in its order: {', '.join(more)}.")
-        raise Wrong(f"Every step stands in the structure once, in its order: expected {expected[where]}, got {got[where]}.")
+        raise Wrong(
+            f"Every step stands in the structure once, in its order: expected {expected[where]}, got {got[where]}."
+        )
     _check_blocks(nodes, steps, {group.paths for group in groups}, 1)
     return _renumbered(_joined(nodes, steps))
 

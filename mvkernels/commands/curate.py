@@ -61,7 +61,8 @@ def report(job: Job, state: State) -> str:
     cost = f", cost {state.cost:.4f}" if state.cost else ""
     lines = [
         f"{job.out}: {good} traces in {TRACES} ({state.warned} with warnings), {state.rejected} chains in {REJECTED}",
-        f"{state.here} chains in {state.seconds:.1f} s, {state.tokens_here:,} tokens; in all {state.tokens:,} tokens{cost}",
+        f"{state.here} chains in {state.seconds:.1f} s, {state.tokens_here:,} tokens; "
+        f"in all {state.tokens:,} tokens{cost}",
     ]
     return "\n".join([*lines, *([state.message] if state.message else [])])
 
@@ -78,7 +79,9 @@ def bar(console: Console, quiet: bool) -> Iterator[Callable[[State], None]]:
 
         def watch(state: State) -> None:
             rate = state.tokens_here / max(state.seconds, 1e-9)
-            more = f"{state.rejected} rejected  {rate:,.0f} tokens/s" + (f"  cost {state.cost:.2f}" if state.cost else "")
+            more = f"{state.rejected} rejected  {rate:,.0f} tokens/s" + (
+                f"  cost {state.cost:.2f}" if state.cost else ""
+            )
             progress.update(task, completed=state.done, total=state.total, more=more)
 
         yield watch
