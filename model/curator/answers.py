@@ -19,6 +19,8 @@ _LONE_BACKSLASH = re.compile(
 )
 _MARKUP = re.compile(r"^[\s>]*(?:[-*•]\s+)?(?:#+\s+)?")
 
+_BOLD = re.compile(r"^\*\*(.*?)\*\*")
+
 
 def answer_text(answer: str, from_json: Callable[[Any], str]) -> str:
     """The answer as plain lines. from_json: turns the stage's JSON object into these lines.
@@ -44,8 +46,8 @@ def answer_text(answer: str, from_json: Callable[[Any], str]) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines that are not empty, without the marks of lists, headings and bold type."""
-    lines = (_MARKUP.sub("", line).replace("**", "").strip() for line in text.splitlines())
+    """The lines that are not empty, without the marks of lists and headings, and of bold type at their beginning."""
+    lines = (_BOLD.sub(r"\1", _MARKUP.sub("", line)).strip() for line in text.splitlines())
     return [line for line in lines if line]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mvkernels.grammar import INDEX_PATTERN, TAG_PATTERN
@@ -67,13 +67,31 @@ def _without_index(text: str) -> str:
 
 @dataclass(frozen=True)
 class Draft:
-    """All that makes a trace: its structure, the sentences of its steps, and the texts of its blocks."""
+    """All that makes a trace: its structure, the sentences of its steps, and the texts of its blocks.
+
+    layers: the edits of each block, the latest last; of two edits of a sentence the later one holds.
+    """
 
     sentences: Sentences
     nodes: tuple[Node, ...]
     ranges: Ranges
     texts: dict[int, BlockText]
-    edits: dict[int, str]
+    layers: dict[int, dict[int, str]] = field(default_factory=dict)
+
+    @property
+    def edits(self) -> dict[int, str]:
+        """Number of a sentence -> its new words."""
+        return {number: words for layer in self.layers.values() for number, words in layer.items()}
+
+    def put(self, block: ParallelBlock, text: BlockText, alone: bool) -> None:
+        """Takes the texts of a block. alone: the other blocks' edits of its sentences are taken back."""
+        self.texts[block.number] = text
+        self.layers.pop(block.number, None)
+        if alone:
+            span = self.block_span(block)
+            for number, layer in self.layers.items():
+                self.layers[number] = {at: words for at, words in layer.items() if at not in span}
+        self.layers[block.number] = dict(text.edits)
 
     def span(self, nodes: Sequence[Node]) -> range:
         """The numbers of the sentences of some adjacent nodes."""
@@ -88,10 +106,11 @@ class Draft:
         return "<Think>\n" + self._text(self.nodes, "") + "\n</Think>\n"
 
     def block_trace(self, block: ParallelBlock) -> str:
-        """An outermost block alone, as it stands in the trace."""
+        """A block alone, as if it stood outside of all others."""
         return self._text([block], "") + "\n"
 
     def _text(self, nodes: Sequence[Node], prefix: str) -> str:
+        edits = self.edits
         parts: list[str] = []
         pending: list[Node] = []
         for node in [*nodes, None]:
@@ -100,7 +119,7 @@ class Draft:
                 continue
             if pending:  # steps that stand side by side: their text as it was, line breaks and all
                 span = self.span(pending)
-                parts.append(self.sentences.text(span[0], span[-1], self.edits))
+                parts.append(self.sentences.text(span[0], span[-1], edits))
                 pending = []
             if node is not None:
                 parts.append(self._block(node, prefix))
@@ -121,9 +140,9 @@ class Draft:
 
 
 def block_at(text: str, first: int, line: int) -> int:
-    """The number of the innermost block at a line of an outermost block's text.
+    """The number of the innermost block at a line of a block's text.
 
-    first: the number of the outermost block; those inside it follow in the order of their beginnings.
+    first: the number of the block; those inside it follow in the order of their beginnings.
     """
     innermost, opened = [first], first
     for words in text.splitlines()[:line]:

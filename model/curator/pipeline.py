@@ -88,7 +88,7 @@ class _OneChain:
             trace = f"<Think>\n{self.chain.text.strip()}\n</Think>\n"
             return trace, 0.0, [NO_PARALLEL_STEP]
         ranges = await self._refill(sentences, steps, nodes)
-        draft = Draft(sentences, nodes, ranges, _placeholders(nodes, steps), {})
+        draft = Draft(sentences, nodes, ranges, _placeholders(nodes, steps))
         distance = await asyncio.to_thread(content_distance, draft.trace(), self.chain.text)
         if distance > self.rules.max_distance:  # the sentences are all there: it is the text itself that is strange
             raise Rejected("refill", f"the refilled text is {distance:.3f} away from the original")
@@ -156,7 +156,7 @@ class _OneChain:
             if isinstance(node, ParallelBlock):
                 found = {block.number: _Rewriter(self, draft, steps, block, node) for block in blocks_of([node])}
                 groups[node.number] = found
-                await self._block(draft, node, found)
+                await self._block(draft, found)
         while True:
             trace = draft.trace()
             findings = check_trace(trace)
@@ -171,31 +171,34 @@ class _OneChain:
                 f"{self.rules.max_distance:g}): edit fewer sentences, and change as few words as you can."
             )
             await worst.write()
-            await self._block(draft, worst.outermost, groups[worst.outermost.number])
+            await self._block(draft, groups[worst.outermost.number])
 
-    async def _block(self, draft: Draft, node: ParallelBlock, rewriters: dict[int, _Rewriter]) -> None:
-        """Writes what has no text yet in an outermost block, and again what the checks find."""
+    async def _block(self, draft: Draft, rewriters: dict[int, _Rewriter]) -> None:
+        """Writes what has no text yet in an outermost block, and again what the checks find.
+
+        An inner block is checked by itself first, so that what is around it is written for sentences that will stay.
+        """
         for rewriter in rewriters.values():
             if not rewriter.written:
                 await rewriter.write()
-        while True:
-            text = draft.block_trace(node)
-            findings: dict[int, list[Finding]] = {}
-            for finding in check_trace(text):
-                findings.setdefault(block_at(text, node.number, finding.line), []).append(finding)
-            if not findings:
-                return
-            for number, rewriter in rewriters.items():
-                if number in findings:
-                    rewriter.dialogue.refuse(_listed(findings[number]))
-                    await rewriter.write()
+            node = rewriter.block
+            while True:
+                text = draft.block_trace(node)
+                findings: dict[int, list[Finding]] = {}
+                for finding in check_trace(text):
+                    findings.setdefault(block_at(text, node.number, finding.line), []).append(finding)
+                if not findings:
+                    break
+                for number, found in findings.items():
+                    rewriters[number].dialogue.refuse(_listed(found))
+                    await rewriters[number].write()
 
     def _dialogue(self, stage: str, messages: list[Message], about: str = "") -> Dialogue:
         return Dialogue(self.answerer, self.record, stage, messages, self.rules.max_tries, about)
 
 
 class _Rewriter:
-    """Stage 5 of one block. Its edits take the place of its earlier ones; of two blocks' edits the later one holds."""
+    """Stage 5 of one block, inside (or itself) an outermost one. Its texts take the place of its earlier ones."""
 
     def __init__(
         self, one: _OneChain, draft: Draft, steps: Sequence[Step], block: ParallelBlock, outermost: ParallelBlock
@@ -207,7 +210,6 @@ class _Rewriter:
         self.outermost = outermost
         self.written = False
         self._dialogue: Dialogue | None = None
-        self._edits: dict[int, str] = {}
 
     @property
     def dialogue(self) -> Dialogue:
@@ -232,19 +234,15 @@ class _Rewriter:
         """Asks, and puts the texts into the draft. Raises Rejected."""
         span = self.draft.block_span(self.block)
         text = await self.dialogue.get(lambda answer: read_mapreduce(answer, len(self.block.paths), span))
-        edits = self.draft.edits
-        for number, words in self._edits.items():
-            if edits.get(number) == words:
-                del edits[number]
-        self._edits = dict(text.edits)
-        edits.update(self._edits)
-        self.draft.texts[self.block.number] = text
+        # An edit of the block around this one may be what was complained of, so this block takes its sentences over.
+        self.draft.put(self.block, text, alone=self.written and self.block is not self.outermost)
         self.written = True
 
     def changed(self) -> int:
         """Characters of the edits and of what they took the place of."""
         pieces = self.draft.sentences.pieces
-        return sum(len(words) + len(pieces[number - 1]) for number, words in self._edits.items())
+        edits = self.draft.layers.get(self.block.number, {})
+        return sum(len(words) + len(pieces[number - 1]) for number, words in edits.items())
 
 
 def _placeholders(nodes: Sequence[Node], steps: Sequence[Step]) -> dict[int, BlockText]:
