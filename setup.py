@@ -55,6 +55,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),
     package_data={
+        "mvkernels.model.curator": ["*.html"],
         "mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp", "ops/*.h"],
         "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml", "curator/prompts/*.txt"],
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -195,6 +196,15 @@ def test_the_distance_by_hand() -> None:
     assert content_distance("", "") == content_distance(" \n", "\t") == 0
     with pytest.raises(GrammarError):
         content_distance("<Path>", "")
+
+
+def test_without_rapidfuzz_the_distance_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rapidfuzz"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    with pytest.raises(ImportError, match=r"its original needs rapidfuzz, .*pip install 'mvkernels\[curate\]'"):
+        content_distance("", "")
+    assert check_trace(TRACE) == []
 
 
 def test_linear_in_paths_and_in_matches() -> None:

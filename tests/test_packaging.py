@@ -107,6 +107,11 @@ def test_sdist_holds_no_links(built: Path):
     assert any(member.name.endswith("/mvkernels/model/__init__.py") for member in members)
 
 
+def test_wheel_has_the_templates_of_pages(built: Path):
+    templates = {name for name in wheel_contents(built / "direct") if name.endswith(".html")}
+    assert templates == {f"mvkernels/{path.relative_to(ROOT)}" for path in (ROOT / "model").rglob("*.html")}
+
+
 def test_metadata(built: Path):
     contents = wheel_contents(built / "direct")
     [metadata] = [data.decode() for name, data in contents.items() if name.endswith(".dist-info/METADATA")]
