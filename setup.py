@@ -55,9 +55,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),
     package_data={
-        "mvkernels.model.curator": ["*.html"],
         "mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp", "ops/*.h"],
-        "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml", "curator/prompts/*.txt"],
+        "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml"],
+        "mvkernels.model.curator": ["*.html", "prompts/*.txt"],
     },
     include_package_data=False,
     install_requires=["torch>=2.11", "numpy", "typer", "rich"],

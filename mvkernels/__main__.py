@@ -249,6 +249,9 @@ def curate(
     drop_sequential: Annotated[
         bool, typer.Option("--drop-sequential", help="Reject chains without a parallel step instead of keeping them.")
     ] = False,
+    retry_rejected: Annotated[
+        bool, typer.Option("--retry-rejected", help="Do the chains again that were rejected, say with more tries.")
+    ] = False,
     max_tokens_total: Annotated[int | None, typer.Option(help="Of all runs into OUT; then the run stops.")] = None,
     max_tokens_request: Annotated[int, typer.Option(help="Of one answer; 0: the endpoint's own limit.")] = 8192,
     max_cost: Annotated[float | None, typer.Option(help="Of all runs into OUT, by the prices; then it stops.")] = None,
@@ -289,6 +292,7 @@ def curate(
                 concurrency,
                 command.Rules(max_tries, max_distance, drop_sequential, max_characters),
                 command.Limits(max_tokens_total, max_cost, price_prompt, price_completion),
+                retry_rejected,
             )
 
         command.run(job, api_key_env, quiet, as_json)

@@ -79,9 +79,7 @@ def summary(paragraphs: list[Paragraph]) -> dict[str, Any]:
     steps = []
     for number, paragraph in enumerate(paragraphs, start=1):
         steps.append({"id": f"S{number}", "text": paragraph.summary})
-        steps += [
-            {"id": f"S{number}.{k}", "text": half.summary} for k, half in enumerate(paragraph.halves, start=1)
-        ]
+        steps += [{"id": f"S{number}.{k}", "text": half.summary} for k, half in enumerate(paragraph.halves, start=1)]
     return {"steps": steps}
 
 

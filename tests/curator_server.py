@@ -86,9 +86,8 @@ class Server:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                headers = {
-                    name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head.split("\r\n"))
-                }
+                fields = (line.partition(":") for line in head.split("\r\n"))
+                headers = {name.lower(): value.strip() for name, _, value in fields}
                 body = await reader.readexactly(int(headers["content-length"]))
                 self.keys.add(headers.get("authorization", ""))
                 self.open_now += 1

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,9 +25,12 @@ _BATCH = 256
 
 
 class OutputFolder:
-    """The folder of a run, locked. Raises ValueError where another run has it, or a file in it is damaged."""
+    """The folder of a run, locked. Raises ValueError where another run has it, or a file in it is damaged.
 
-    def __init__(self, folder: Path) -> None:
+    again: the chains rejected so far are to be done again; their lines are kept under another name.
+    """
+
+    def __init__(self, folder: Path, again: bool = False) -> None:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"OUT: expected a folder, got a file: {folder}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +46,8 @@ class OutputFolder:
         self.counts = {TRACES: 0, REJECTED: 0}
         self._files: dict[str, IO[bytes]] = {}
         try:
+            if again and (folder / REJECTED).exists():
+                (folder / REJECTED).rename(folder / f"rejected-{time.strftime('%Y%m%dT%H%M%S')}.jsonl")
             for name in self.counts:
                 repair(folder / name)
                 for record in read_lines(folder / name):

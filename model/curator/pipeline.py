@@ -86,7 +86,7 @@ class _OneChain:
             if self.rules.drop_sequential:
                 raise Rejected("structure", NO_PARALLEL_STEP)
             trace = f"<Think>\n{self.chain.text.strip()}\n</Think>\n"
-            return trace, 0.0, [NO_PARALLEL_STEP]
+            return trace, content_distance(trace, self.chain.text), [NO_PARALLEL_STEP]
         ranges = await self._refill(sentences, steps, nodes)
         draft = Draft(sentences, nodes, ranges, _placeholders(nodes, steps))
         distance = await asyncio.to_thread(content_distance, draft.trace(), self.chain.text)

@@ -36,6 +36,7 @@ from mvkernels.model.curator.outputs import (
 )  # fmt: skip
 from mvkernels.model.curator.pipeline import Pipeline, Rules
 from mvkernels.model.curator.prompts import prompts_version
+from mvkernels.model.curator.report import write_report
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Job:
     concurrency: int = 16
     rules: Rules = field(default_factory=Rules)
     limits: Limits = field(default_factory=Limits)
+    retry_rejected: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is out of range."""
@@ -111,7 +113,7 @@ async def curate(job: Job, watch: Callable[[State], None] = lambda state: None) 
     import_for("curate", "openai"), import_for("curate", "rapidfuzz"), import_for("curate", "pyarrow")
     reader = ChainReader(job.source, job.columns, job.limit)
     next(iter(reader), None)  # a file that is none is found before anything is written
-    folder = OutputFolder(job.out)
+    folder = OutputFolder(job.out, job.retry_rejected)
     try:
         cache = AnswerCache(job.out / CACHE)
         with contextlib.closing(cache):
@@ -210,6 +212,7 @@ class _Run:
         self._measure()
         write_parquet(self.folder.folder)
         self._write_manifest()
+        write_report(self.folder.folder)
 
     def _write_manifest(self) -> None:
         from mvkernels import __version__
