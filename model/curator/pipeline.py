@@ -16,7 +16,7 @@ from mvkernels.model.curator.mapreduce import BlockText, Draft, block_at, read_m
 from mvkernels.model.curator.refill import Ranges, read_ranges
 from mvkernels.model.curator.sentences import Sentences
 from mvkernels.model.curator.structure import Node, ParallelBlock, blocks_of, read_structure, steps_of
-from mvkernels.model.curator.summary import Step, main_of, read_summary, summary_text
+from mvkernels.model.curator.summary import MOST_STEPS, Step, main_of, read_summary, summary_text
 
 NO_PARALLEL_STEP = "no parallel step"
 
@@ -113,7 +113,8 @@ class _OneChain:
         count = len(sentences)
         if count < 2:
             return (), ()
-        messages = [system(), user("summary", question=self.question, chain=sentences.numbered(1, count))]
+        request = user("summary", question=self.question, chain=sentences.numbered(1, count), most=MOST_STEPS)
+        messages = [system(), request]
         dialogue = self._dialogue("summary", messages)
         steps = await dialogue.get(lambda answer: read_summary(answer, count))
         messages = [*messages, _said(dialogue.text), user("groups")]

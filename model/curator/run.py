@@ -164,8 +164,9 @@ class _Run:
         for chain in chains:
             try:
                 good, record = await self.pipeline.curate(chain)
-            except EndpointBusy:
+            except EndpointBusy as busy:
                 self.state.unfinished += 1
+                self.state.message = str(busy)
                 continue
             except BudgetUsedUp as used_up:
                 self.state.ended, self.state.message = "budget", str(used_up)
@@ -203,9 +204,12 @@ class _Run:
             state.message = str(failed[0])
         elif state.unfinished:
             state.ended = "unfinished"
-            state.message = f"{state.unfinished} chains were not answered for; run again to go on with them"
+            state.message = (
+                f"{state.unfinished} chains were not answered for (the last one: {state.message}); "
+                "run again to go on with them"
+            )
         else:
-            state.ended = "complete"
+            state.ended, state.message = "complete", ""
 
     def _finish(self) -> None:
         """Writes the files that are made of the others."""

@@ -27,6 +27,10 @@ class Step:
         return tuple(step.id for step in self.substeps) or (self.id,)
 
 
+#: Steps and substeps of a chain, so that no answer grows with the chain.
+MOST_STEPS = 120
+
+
 def main_of(step: str) -> str:
     """`S2` for `S2` and for `S2.1`."""
     return step.partition(".")[0]
@@ -64,6 +68,11 @@ def read_summary(answer: str, sentences: int) -> tuple[Step, ...]:
     for step in steps:
         if len(step.substeps) == 1:
             raise Wrong(f"{step.id} has one substep; a step has two or more, or none.")
+    total = sum(1 + len(step.substeps) for step in steps)
+    if total > MOST_STEPS:
+        raise Wrong(
+            f"The tree has {total} steps; it may have {MOST_STEPS} at most, so let each stand for more sentences."
+        )
     leaves = sum(len(step.leaves) for step in steps)
     if leaves > sentences:
         raise Wrong(f"There are {leaves} steps for {sentences} sentences; each step stands for at least one.")
