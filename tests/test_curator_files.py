@@ -193,7 +193,7 @@ def run(server: Server, source: Path, out: Path, **settings: Any) -> State:
     ],
 )
 def test_an_endpoint_that_cannot_be_used_stops_the_run(tmp_path: Path, status: int, message: str) -> None:
-    source, out = write_jsonl(tmp_path / "in.jsonl", many(40)), tmp_path / "out"
+    source, out = write_jsonl(tmp_path / "in.jsonl", many(12)), tmp_path / "out"
     with Server(status=status) as server, pytest.raises(ValueError, match=message) as caught:
         run(server, source, out)
     assert "secret-key" not in str(caught.value)
@@ -201,7 +201,7 @@ def test_an_endpoint_that_cannot_be_used_stops_the_run(tmp_path: Path, status: i
     assert records(out / "rejected.jsonl") == []
     with Server() as server:
         state = run(server, source, out)
-    assert state.ended == "complete" and state.done == 40
+    assert state.ended == "complete" and state.done == 12
 
 
 def test_chains_that_are_not_answered_for_are_left_for_the_next_run(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def lines_in(path: Path) -> int:
 
 
 def test_kill_and_rerun_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
-    source, out = write_jsonl(tmp_path / "in.jsonl", many(24)), tmp_path / "out"
+    source, out = write_jsonl(tmp_path / "in.jsonl", many(16)), tmp_path / "out"
     with Server() as server:
         run(server, source, tmp_path / "whole")
     with Server(delay=0.02) as server:

@@ -36,7 +36,6 @@ from mvkernels.model.curator.outputs import (
 )  # fmt: skip
 from mvkernels.model.curator.pipeline import Pipeline, Rules
 from mvkernels.model.curator.prompts import prompts_version
-from mvkernels.model.curator.report import write_report
 
 
 @dataclass(frozen=True)
@@ -214,6 +213,8 @@ class _Run:
     def _finish(self) -> None:
         """Writes the files that are made of the others."""
         self._measure()
+        from mvkernels.model.curator.report import write_report  # imports torch, which nothing before this needs
+
         write_parquet(self.folder.folder)
         self._write_manifest()
         write_report(self.folder.folder)
