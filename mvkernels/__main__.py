@@ -262,7 +262,7 @@ def curate(
         bool | None, typer.Option(help="Whether to ask for JSON by a schema. Default: where the endpoint can.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds of one request.")] = 600.0,
-    retries: Annotated[int, typer.Option(help="Of one request that failed in passing.")] = 8,
+    retries: Annotated[int, typer.Option(help="Of one request that failed in passing.")] = 12,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -142,13 +142,15 @@ class Server:
         messages = request["messages"]
         text = self.text(messages, "response_format" in request)
         self.longest_answer = max(self.longest_answer, len(text))
+        most = 4 * request.get("max_completion_tokens", request.get("max_tokens", 1 << 20))
+        finish, text = ("length" if len(text) > most else "stop"), text[:most]
         prompt = sum(len(message["content"]) for message in messages) // 4
         return {
             "id": "1",
             "object": "chat.completion",
             "created": 0,
             "model": request["model"],
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+            "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}],
             "usage": {
                 "prompt_tokens": prompt,
                 "completion_tokens": len(text) // 4,

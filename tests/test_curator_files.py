@@ -193,7 +193,7 @@ def run(server: Server, source: Path, out: Path, **settings: Any) -> State:
     ],
 )
 def test_an_endpoint_that_cannot_be_used_stops_the_run(tmp_path: Path, status: int, message: str) -> None:
-    source, out = write_jsonl(tmp_path / "in.jsonl", many(12)), tmp_path / "out"
+    source, out = write_jsonl(tmp_path / "in.jsonl", many(18)), tmp_path / "out"
     with Server(status=status) as server, pytest.raises(ValueError, match=message) as caught:
         run(server, source, out)
     assert "secret-key" not in str(caught.value)
@@ -201,7 +201,7 @@ def test_an_endpoint_that_cannot_be_used_stops_the_run(tmp_path: Path, status: i
     assert records(out / "rejected.jsonl") == []
     with Server() as server:
         state = run(server, source, out)
-    assert state.ended == "complete" and state.done == 12
+    assert state.ended == "complete" and state.done == 18
 
 
 def test_chains_that_are_not_answered_for_are_left_for_the_next_run(tmp_path: Path) -> None:
@@ -246,3 +246,35 @@ def test_a_request_that_is_refused_once_the_endpoint_works_rejects_its_chain(tmp
         assert server.happened["no response_format"] == 0 and len(traces(tmp_path / "a")) == 1
     [rejected] = records(tmp_path / "a" / "rejected.jsonl")
     assert rejected["stage"] == "summary" and "context length exceeded" in rejected["reason"]
+
+
+def test_answers_that_were_cut_are_asked_for_again_under_a_larger_limit(tmp_path: Path) -> None:
+    source, out = write_jsonl(tmp_path / "in.jsonl", [COUNTING]), tmp_path / "out"
+    with Server() as server:
+        assert run(server, source, out, answer_tokens=20).rejected == 1
+        [rejected] = records(out / "rejected.jsonl")
+        assert rejected["reason"].startswith("The answer was cut") and len(rejected["attempts"]) == 3
+        sent = server.requests
+        whole = EndpointSettings(server.url, "curator", answer_tokens=400)
+        state = asyncio.run(curate(Job(source, out, whole, retry_rejected=True)))
+        assert (state.done, state.rejected) == (1, 0) and server.requests > sent
+        sent = server.requests
+        (out / "traces.jsonl").unlink()
+        asyncio.run(curate(Job(source, out, EndpointSettings(server.url, "curator", answer_tokens=9000))))
+        assert server.requests == sent, "a whole answer holds under any limit"
+
+
+def test_the_newer_name_of_the_limit_is_used_where_the_older_is_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [COUNTING])
+
+    class Newer(Server):
+        async def _reply(self, head: str, body: bytes, writer: asyncio.StreamWriter) -> bool:
+            if "max_tokens" in json.loads(body):
+                self.happened["older"] += 1
+                message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+                return await self._send(writer, 400, {"error": {"message": message}})
+            return await super()._reply(head, body, writer)
+
+    with Newer() as server:
+        assert run(server, source, tmp_path / "out").ended == "complete" and server.happened["older"] == 1
+    assert len(traces(tmp_path / "out")) == 1

@@ -99,8 +99,8 @@ class ChainReader:
         if columns is None and not seen:
             raise ValueError(f"input: expected at least one chain, got none in {self.path}")
 
-    def count(self) -> int | None:
-        """How many records there are, where that is quickly known (lines, rows); None for a JSON list."""
+    def count(self) -> int:
+        """How many records there are; reads the file through once, but for Parquet."""
         if self.path.suffix == ".parquet":
             parquet: Any = import_for("a Parquet file", "pyarrow.parquet")
             total = int(parquet.ParquetFile(self.path).metadata.num_rows)
@@ -108,7 +108,7 @@ class ChainReader:
             with self.path.open("rb") as lines:
                 total = sum(1 for line in lines if line.strip())
         else:
-            return self.limit
+            total = sum(1 for _ in _list_items(self.path))
         return total if self.limit is None else min(total, self.limit)
 
 

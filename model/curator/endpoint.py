@@ -16,6 +16,8 @@ from mvkernels.model.curator.budget import Budget
 from mvkernels.model.curator.cache import AnswerCache, request_key
 from mvkernels.model.curator.prompts import Form
 
+# The names of the limit of an answer's length, the older one first.
+_LIMITS = ("max_tokens", "max_completion_tokens")
 # Of the hosts that serve models: wrong now, and not wrong in itself. 408 and 409 as in OpenAI's own client.
 _PASSING = frozenset((408, 409, 425, 429))
 _LONGEST_PAUSE = 600.0  # seconds; a longer Retry-After is cut to it and asked again
@@ -46,7 +48,7 @@ class EndpointSettings:
     base_url: str
     model: str
     key: str = "none"
-    retries: int = 8
+    retries: int = 12
     timeout: float = 600.0
     backoff: float = 1.0
     answer_tokens: int | None = 8192
@@ -71,7 +73,7 @@ class Endpoint:
         self._fact = f"structured {without_credentials(settings.base_url)} {settings.model}"
         noted = cache.fact(self._fact)
         self._structured = settings.structured if settings.structured is not None else noted != "no"
-        self._limit_name = cache.fact(self._fact + " limit") or "max_tokens"
+        self._limit_name = cache.fact(self._fact + " limit") or _LIMITS[0]
         self._resume_at = 0.0
         self._random = random.Random(0)
         self._unanswered = self._refused = self.answered = 0
@@ -85,15 +87,17 @@ class Endpoint:
         while True:
             structured = self._structured
             request = self._request(messages, form, structured)
-            key = request_key(request)
-            found = self.cache.get(key)
+            # A whole answer is the same under any limit of its length; one that was cut is not.
+            unlimited = {name: value for name, value in request.items() if name not in _LIMITS}
+            key, limited = request_key(unlimited), request_key(request)
+            found = self.cache.get(key) or self.cache.get(limited)
             if found is not None:
                 return found
             held = await self.budget.hold(*self._estimate(request))
             answer = None
             try:
                 answer = await self._send(request)
-                self.cache.put(key, form.name, self.settings.model, answer)
+                self.cache.put(key if answer.complete else limited, form.name, self.settings.model, answer)
                 if not structured and self.settings.structured is None:
                     self.cache.note(self._fact, "no")
                 return answer
@@ -173,8 +177,8 @@ class Endpoint:
         if error.status_code not in (400, 422):
             return False
         words = str(error)
-        if "max_completion_tokens" in words and self._limit_name == "max_tokens":
-            self._limit_name = "max_completion_tokens"
+        if _LIMITS[1] in words and self._limit_name == _LIMITS[0]:
+            self._limit_name = _LIMITS[1]
             self.cache.note(self._fact + " limit", self._limit_name)
             return True
         # Once the endpoint has answered in this form, it is the request itself that it refuses.

@@ -13,7 +13,7 @@ from mvkernels.model.curator.summary import Step, main_of
 _ID = r"S\d+(?:\.\d+)?"
 _NEED = re.compile(rf"({_ID})\s*(?:<-+|←|<=)\s*(.*)")
 _PATH = rf"{_ID}(?:\s*\+\s*{_ID})*"
-_GROUP = re.compile(rf"({_PATH}(?:\s*\|\|\s*{_PATH})*)\s*(?:[:–-]\s*(.*))?$")
+_GROUP = re.compile(rf"({_PATH}(?:\s*\|\|\s*{_PATH})*)\s*(?:[:(–-]\s*(.*))?$")
 
 #: A path is the ids of its steps.
 Paths = tuple[tuple[str, ...], ...]

@@ -83,12 +83,12 @@ class Job:
 
 @dataclass
 class State:
-    """How far a run is. done: chains in the files, of all runs; here: of them in this run. total: None if not known.
+    """How far a run is. done: chains in the files, of all runs; here: of them in this run. total: records of the input.
 
     ended: why the run is over ("complete", "unfinished", "budget", "interrupted", "endpoint"); message: in words.
     """
 
-    total: int | None
+    total: int
     done: int
     rejected: int
     warned: int
@@ -109,7 +109,8 @@ async def curate(job: Job, watch: Callable[[State], None] = lambda state: None) 
     Raises ValueError for bad input, EndpointError (a ValueError) where the endpoint cannot be used; the folder is in
     order then too.
     """
-    import_for("curate", "openai"), import_for("curate", "rapidfuzz"), import_for("curate", "pyarrow")
+    for module in ("openai", "rapidfuzz", "pyarrow"):
+        import_for("curate", module)
     reader = ChainReader(job.source, job.columns, job.limit)
     next(iter(reader), None)  # a file that is none is found before anything is written
     folder = OutputFolder(job.out, job.retry_rejected)
