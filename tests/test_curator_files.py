@@ -18,8 +18,9 @@ from mvkernels.model.curator.budget import Budget, BudgetUsedUp, Limits
 from mvkernels.model.curator.cache import AnswerCache
 from mvkernels.model.curator.chains import ChainReader, Columns
 from mvkernels.model.curator.endpoint import EndpointSettings, retry_after, without_credentials
+from mvkernels.model.curator.job import Job, State
 from mvkernels.model.curator.outputs import OutputFolder, read_lines, repair
-from mvkernels.model.curator.run import Job, State, curate
+from mvkernels.model.curator.run import curate
 from tests.curator_cases import COUNTING, many, records, traces, write_jsonl
 from tests.curator_server import Server
 

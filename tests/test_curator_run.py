@@ -19,9 +19,10 @@ import pytest
 from mvkernels.model.curator.budget import Limits
 from mvkernels.model.curator.checks import check_trace, content_distance
 from mvkernels.model.curator.endpoint import EndpointSettings
+from mvkernels.model.curator.job import Job, State
 from mvkernels.model.curator.outputs import OutputFolder
 from mvkernels.model.curator.pipeline import Rules
-from mvkernels.model.curator.run import Job, State, curate
+from mvkernels.model.curator.run import curate
 from mvkernels.model.training.traces import read_examples
 from tests.curator_cases import COUNTING, COUNTING_TRACE, NESTED, SEQUENTIAL, many, records, traces, write_jsonl
 from tests.curator_server import Faults, Server
@@ -187,17 +188,17 @@ def test_kill_and_rerun_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
     with Server() as server:
         run(server, source, tmp_path / "whole")
     with Server(delay=0.02) as server:
-        for least in (4, 12):
+        for least in (3, 9):
             process = start(server, source, out)
             wait_for(lambda least=least: lines_in(out / "traces.jsonl") >= least)
             process.send_signal(signal.SIGKILL)
             process.communicate()
             with (out / "traces.jsonl").open("ab") as file:
                 file.write(b'{"id": "torn')
-        assert lines_in(out / "traces.jsonl") < 24
+        assert lines_in(out / "traces.jsonl") < 16
         state = run(server, source, out)
         assert max(server.seen.values()) <= 3 and sum(server.seen.values()) <= len(server.seen) + 2 * 4
-    assert state.ended == "complete" and state.done == 24 and state.here < 20
+    assert state.ended == "complete" and state.done == 16 and state.here < 13
     assert traces(out) == traces(tmp_path / "whole")
     runs = json.loads((out / "manifest.json").read_text())["runs"]
     assert [one["ended"] for one in runs] == ["running", "running", "complete"]

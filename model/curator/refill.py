@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mvkernels.model.curator.answers import Wrong, answer_text, lines_of, one_line
@@ -43,11 +43,6 @@ def read_ranges(answer: str, needed: Mapping[str, int], first: int, last: int) -
     if expected > last + 1:
         raise Wrong(f"The last sentence is {last}, got {expected - 1}.")
     return found
-
-
-def needed_sentences(steps: Sequence[str]) -> dict[str, int]:
-    """One sentence for each of some undivided steps."""
-    return dict.fromkeys(steps, 1)
 
 
 def _these(first: int, last: int) -> str:

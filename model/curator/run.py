@@ -7,24 +7,22 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from mvkernels._lazy import import_for
-from mvkernels.model.curator.budget import Budget, BudgetUsedUp, Limits
+from mvkernels.model.curator.budget import Budget, BudgetUsedUp
 from mvkernels.model.curator.cache import AnswerCache
-from mvkernels.model.curator.chains import Chain, ChainReader, Columns
+from mvkernels.model.curator.chains import Chain, ChainReader
 from mvkernels.model.curator.endpoint import (
     Endpoint,
     EndpointBusy,
     EndpointError,
-    EndpointSettings,
     without_credentials,
 )
+from mvkernels.model.curator.job import Job, State
 from mvkernels.model.curator.outputs import (
     CACHE,
-    MANIFEST,
     PARQUET,
     REJECTED,
     TRACES,
@@ -34,73 +32,8 @@ from mvkernels.model.curator.outputs import (
     write_manifest,
     write_parquet,
 )  # fmt: skip
-from mvkernels.model.curator.pipeline import Pipeline, Rules
+from mvkernels.model.curator.pipeline import Pipeline
 from mvkernels.model.curator.prompts import prompts_version
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to do. concurrency: chains, and so requests, at the same time. limit: only the first chains of the input."""
-
-    source: Path
-    out: Path
-    endpoint: EndpointSettings
-    columns: Columns = field(default_factory=Columns)
-    limit: int | None = None
-    concurrency: int = 16
-    rules: Rules = field(default_factory=Rules)
-    limits: Limits = field(default_factory=Limits)
-    retry_rejected: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for what is out of range."""
-        counts = {
-            "--limit": self.limit,
-            "--concurrency": self.concurrency,
-            "--max-tries": self.rules.max_tries,
-            "--max-characters": self.rules.max_characters,
-            "--max-tokens-total": self.limits.max_tokens,
-            "--max-tokens-request": self.endpoint.answer_tokens,
-        }
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{name}: expected at least 1, got {count}")
-        if not 0 <= self.rules.max_distance <= 1:
-            raise ValueError(f"--max-distance: expected a number from 0 to 1, got {self.rules.max_distance:g}")
-        if not self.endpoint.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"--base-url: expected http://... or https://..., got {self.endpoint.base_url!r}")
-        if self.endpoint.timeout <= 0 or self.endpoint.retries < 0:
-            raise ValueError(
-                f"--timeout and --retries: expected more than 0 and at least 0, "
-                f"got {self.endpoint.timeout:g} and {self.endpoint.retries}"
-            )
-        prices = self.limits.prompt_price, self.limits.completion_price
-        if min(prices) < 0 or (self.limits.max_cost is not None and self.limits.max_cost <= 0):
-            raise ValueError("--max-cost, --price-prompt, --price-completion: expected no negative ones")
-        if self.limits.max_cost is not None and not any(prices):
-            raise ValueError("--max-cost: expected --price-prompt and --price-completion beside it, got neither")
-
-
-@dataclass
-class State:
-    """How far a run is. done: chains in the files, of all runs; here: of them in this run. total: records of the input.
-
-    ended: why the run is over ("complete", "unfinished", "budget", "interrupted", "endpoint"); message: in words.
-    """
-
-    total: int
-    done: int
-    rejected: int
-    warned: int
-    here: int = 0
-    unfinished: int = 0
-    tokens: int = 0
-    tokens_here: int = 0
-    cost: float = 0.0
-    retried: int = 0
-    seconds: float = 0.0
-    ended: str = "running"
-    message: str = ""
 
 
 async def curate(job: Job, watch: Callable[[State], None] = lambda state: None) -> State:
@@ -224,7 +157,6 @@ class _Run:
         from mvkernels import __version__
 
         job, folder, state = self.job, self.folder.folder, self.state
-        rules = {one.name: getattr(job.rules, one.name) for one in fields(job.rules)}
         this_run = {
             "started": _utc(self.started),
             "seconds": round(time.time() - self.started, 3),
@@ -240,7 +172,7 @@ class _Run:
             "base_url": without_credentials(job.endpoint.base_url),
             "prompts": prompts_version(),
             "settings": {
-                **rules,
+                **asdict(job.rules),
                 "concurrency": job.concurrency,
                 "limit": job.limit,
                 "temperature": job.endpoint.temperature,
@@ -270,17 +202,6 @@ class _Run:
             "runs": [*self.before.get("runs", []), this_run],
         }
         write_manifest(folder, manifest)
-
-
-def changes_since(out: Path, job: Job) -> list[str]:
-    """What differs from the run before in the folder: its traces and the new ones are then of two kinds."""
-    before = read_manifest(out) if (out / MANIFEST).exists() else {}
-    now = {"model": job.endpoint.model, "prompts": prompts_version()}
-    return [
-        f"{name}: {before[name]} until now, {value} from here on"
-        for name, value in now.items()
-        if before.get(name, value) != value
-    ]
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mvkernels.model.curator.budget import Limits
 from mvkernels.model.curator.chains import Columns
 from mvkernels.model.curator.endpoint import EndpointSettings
+from mvkernels.model.curator.job import Job, State, changes_since
 from mvkernels.model.curator.outputs import REJECTED, TRACES
 from mvkernels.model.curator.pipeline import Rules
-from mvkernels.model.curator.run import Job, State, changes_since, curate
+from mvkernels.model.curator.run import curate
 
 __all__ = ["Columns", "EndpointSettings", "Job", "Limits", "Rules", "run"]
 
@@ -45,7 +46,7 @@ def run(make_job: Callable[[str], Job], key_variable: str | None, quiet: bool, a
     """
     job = make_job(key_of(key_variable))
     console = Console(stderr=True)
-    for change in changes_since(job.out, job):
+    for change in changes_since(job):
         console.print(f"note: {change}", style="yellow", highlight=False, soft_wrap=True)
     with bar(console, quiet) as watch:
         state = asyncio.run(curate(job, watch))
