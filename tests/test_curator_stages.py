@@ -57,6 +57,11 @@ def test_sentences_are_the_text_cut(text: str) -> None:
     assert sentences.text(1, len(sentences)) == text.strip()
 
 
+def test_a_number_ends_a_sentence_and_an_item_does_not() -> None:
+    text = "The sum is 7. Try two: 1. Go on. 2. Stop at x = 12."
+    assert Sentences.of(text).pieces == ("The sum is 7. ", "Try two: 1. Go on. ", "2. Stop at x = 12.")
+
+
 def test_sentences_end_where_a_reader_ends_them() -> None:
     text = 'It is 3.5, e.g. so. "Is it?" Yes!\n\n1. First item\n2. Second.'
     assert Sentences.of(text).pieces == (
@@ -259,6 +264,35 @@ class Scripted:
 
 def curate(chain: tuple[str, str, str], answerer: Scripted, **rules: float) -> tuple[bool, dict[str, object]]:
     return asyncio.run(Pipeline(answerer, Rules(**rules)).curate(Chain("id", *chain)))  # type: ignore[arg-type]
+
+
+class OnceWrong(Scripted):
+    """Leans on a sibling in its first answer to a block whose first path has these steps."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    async def answer(self, messages: list[Message], form: Form) -> Answer:
+        found = await super().answer(messages, form)
+        if form.name == "mapreduce" and f"## Path 1 ({self.path})" in messages[-1]["content"]:
+            text = "Outline 1: a\nOutline 2: b\nEdit 2: Likewise, try factors.\nConclusion: c"
+            return Answer(text, True, 10, 1)
+        return found
+
+
+@pytest.mark.parametrize("path", ["S2.1, S2.2", "S2.1"], ids=["outer", "inner"])
+def test_an_edit_that_leans_is_put_right_by_whichever_block_it_stands_in(path: str) -> None:
+    """An outer block's edit of a sentence in an inner path would else stay, however often the inner one is asked."""
+    scripted = OnceWrong(path)
+    good, record = curate(NESTED, scripted)
+    wanted = curate(NESTED, Scripted())[1]
+    assert good and isinstance(record["trace"], str) and isinstance(wanted["trace"], str)
+    assert "Likewise" not in record["trace"]
+    if path == "S2.1":  # what is around it was asked for when the inner block was right
+        assert record["trace"] == wanted["trace"]
+        outer = [messages[1]["content"] for messages in scripted.asked if "(S2.1, S2.2)" in messages[1]["content"]]
+        assert len(outer) == 1 and "Likewise" not in outer[0].partition("# The block")[2]
 
 
 @pytest.mark.parametrize(

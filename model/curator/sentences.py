@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 # Behind the end of a sentence, or of a line. Not behind "e.g." or the number of a list item, and not within a number.
 _END = re.compile(
-    r"""(?: (?<!\be\.g)(?<!\bi\.e)(?<!\bcf)(?<!\bvs)(?<!\bEq)(?<!^\d)(?<!\n\d)(?<!\n\d\d)(?<!\s\d) \.
+    r"""(?: (?<!\be\.g)(?<!\bi\.e)(?<!\bcf)(?<!\bvs)(?<!\bEq)(?<!^\d)(?<!\n\d)(?<!\n\d\d)(?<![.!?:;]\s\d) \.
          | (?<![!?]) [!?]++ )
         ["')\]*]*+ (?= \s ) [ \t]*+ \n* (?:[ \t]*\n)* | \n (?:[ \t]*\n)*""",
     re.VERBOSE,
