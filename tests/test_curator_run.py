@@ -273,6 +273,16 @@ def test_bad_options_are_named(tmp_path: Path, options: tuple[str, str], message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("module", ["openai", "rapidfuzz", "pyarrow"])
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [COUNTING])
+    monkeypatch.setitem(sys.modules, module, None)
+    done = invoke("curate", str(source), str(tmp_path / "out"), "--model", "m", "--base-url", "http://localhost:1/v1")
+    wanted = f"curate needs {module}, which is not installed: pip install 'mvkernels[curate]'"
+    assert done.exit_code == 2 and wanted in " ".join(done.stderr.split()), done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [COUNTING])
     folder = OutputFolder(tmp_path / "out")

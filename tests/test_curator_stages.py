@@ -62,6 +62,11 @@ def test_a_number_ends_a_sentence_and_an_item_does_not() -> None:
     assert Sentences.of(text).pieces == ("The sum is 7. ", "Try two: 1. Go on. ", "2. Stop at x = 12.")
 
 
+def test_sentences_of_other_scripts_and_line_ends() -> None:
+    assert Sentences.of("好的。我们先试试？对！").pieces == ("好的。", "我们先试试？", "对！")
+    assert Sentences.of("One.\r\n\r\nTwo\u2028three.\r\n").pieces == ("One.\r\n\r\n", "Two\u2028three.\r\n")
+
+
 def test_sentences_end_where_a_reader_ends_them() -> None:
     text = 'It is 3.5, e.g. so. "Is it?" Yes!\n\n1. First item\n2. Second.'
     assert Sentences.of(text).pieces == (
@@ -246,6 +251,9 @@ def test_a_draft_is_a_trace_and_of_two_edits_the_later_holds() -> None:
     text = draft.block_trace(block)
     lines = text.splitlines()
     assert block_at(text, 1, lines.index("1.1: B.") + 1) == 2 and block_at(text, 1, lines.index("2: Dee.") + 1) == 1
+    odd = text.replace("1.1: B.", "1.1: B\u2028\x0c\x1d.")  # no line ends to the checks
+    assert block_at(odd, 1, odd.split("\n").index("2: Dee.") + 1) == 1
+    assert block_at(odd, 1, odd.split("\n").index("1.2: Cee.") + 1) == 2
     assert draft.block_trace(inner).startswith("<Parallel>\n<Goal>\n<Outline>\n1: i\n")
 
 

@@ -145,7 +145,7 @@ def block_at(text: str, first: int, line: int) -> int:
     first: the number of the block; those inside it follow in the order of their beginnings.
     """
     innermost, opened = [first], first
-    for words in text.splitlines()[:line]:
+    for words in text.split("\n")[:line]:
         if words == "<Parallel>":
             innermost.append(opened)
             opened += 1

@@ -37,9 +37,9 @@ from mvkernels.model.curator.prompts import prompts_version
 
 
 async def curate(job: Job, watch: Callable[[State], None] = lambda state: None) -> State:
-    """Curates what is not yet in the folder, and writes the files there. watch: is told after every chain.
+    """Curates what is not yet in the folder, and writes the files there.
 
-    Raises ValueError for bad input, EndpointError (a ValueError) where the endpoint cannot be used; the folder is in
+    watch: is told at the beginning and after every chain. Raises ValueError for bad input, EndpointError (a ValueError) where the endpoint cannot be used; the folder is in
     order then too.
     """
     for module in ("openai", "rapidfuzz", "pyarrow"):
@@ -74,6 +74,7 @@ class _Run:
 
     async def go(self, watch: Callable[[State], None]) -> State:
         self._write_manifest()
+        watch(self.state)
         chains = (chain for chain in self.reader if chain.id not in self.folder.done)
         tasks = [asyncio.create_task(self._work(chains, watch)) for _ in range(self.job.concurrency)]
         try:

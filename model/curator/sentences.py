@@ -9,7 +9,8 @@ from dataclasses import dataclass
 _END = re.compile(
     r"""(?: (?<!\be\.g)(?<!\bi\.e)(?<!\bcf)(?<!\bvs)(?<!\bEq)(?<!^\d)(?<!\n\d)(?<!\n\d\d)(?<![.!?:;]\s\d) \.
          | (?<![!?]) [!?]++ )
-        ["')\]*]*+ (?= \s ) [ \t]*+ \n* (?:[ \t]*\n)* | \n (?:[ \t]*\n)*""",
+        ["')\]*]*+ (?= \s ) [ \t]*+ \n* (?:[ \t]*\n)*
+      | (?: [。！？]++ [”’」』)]*+ | \n ) [ \t]*+ \n* (?:[ \t]*\n)*""",
     re.VERBOSE,
 )
 _LONGEST = 2000  # characters; what has no end of a sentence for longer is cut at a space

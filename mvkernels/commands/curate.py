@@ -79,6 +79,9 @@ def bar(console: Console, quiet: bool) -> Iterator[Callable[[State], None]]:
         task = progress.add_task("curate", total=None, more="")
 
         def watch(state: State) -> None:
+            if state.here == 0:  # what is done already is no measure of how fast this run is
+                progress.reset(task, total=state.total, completed=state.done, more="")
+                return
             rate = state.tokens_here / max(state.seconds, 1e-9)
             more = f"{state.rejected} rejected  {rate:,.0f} tokens/s" + (
                 f"  cost {state.cost:.2f}" if state.cost else ""
