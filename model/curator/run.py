@@ -39,8 +39,8 @@ from mvkernels.model.curator.prompts import prompts_version
 async def curate(job: Job, watch: Callable[[State], None] = lambda state: None) -> State:
     """Curates what is not yet in the folder, and writes the files there.
 
-    watch: is told at the beginning and after every chain. Raises ValueError for bad input, EndpointError (a ValueError) where the endpoint cannot be used; the folder is in
-    order then too.
+    watch: is told at the beginning and after every chain. Raises ValueError for bad input, EndpointError (a ValueError)
+    where the endpoint cannot be used; the folder is in order then too.
     """
     for module in ("openai", "rapidfuzz", "pyarrow"):
         import_for("curate", module)
