@@ -232,7 +232,7 @@ def curate(
     source: Annotated[
         Path, typer.Argument(help="Chains of thought: .jsonl, .json (a list) or .parquet", metavar="INPUT")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the traces; one that has some goes on.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the traces; one that has some goes on.", metavar="OUT")],
     base_url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")],
     model: Annotated[str, typer.Option(help="The model's name at the endpoint.")],
     api_key_env: Annotated[
