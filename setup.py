@@ -16,7 +16,7 @@ HF = ["transformers>=5.17", "accelerate", "safetensors", "gguf"]
 TRAIN = [*HF, "peft>=0.17", "tensorboard"]
 PLOT = ["matplotlib"]
 EVAL = [*PLOT, "math-verify>=0.9"]
-CURATE = ["rapidfuzz", "pyarrow"]
+CURATE = ["openai>=2", "rapidfuzz>=3.9", "pyarrow>=18"]
 BENCH = ["pytest", "pytest-benchmark"]
 # Compiles the CUDA sources in tests, without a GPU or its driver.
 NVRTC = [f"{name}>=13; sys_platform == 'linux'" for name in ("cuda-bindings", "nvidia-cuda-nvrtc")]
@@ -55,9 +55,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),
     package_data={
-        "mvkernels.model.curator": ["*.html"],
         "mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp", "ops/*.h"],
         "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml"],
+        "mvkernels.model.curator": ["*.html", "prompts/*.txt"],
     },
     include_package_data=False,
     install_requires=["torch>=2.11", "numpy", "typer", "rich"],

@@ -228,6 +228,91 @@ def train(
 
 
 @app.command()
+def curate(
+    source: Annotated[
+        Path, typer.Argument(help="Chains of thought: .jsonl, .json (a list) or .parquet", metavar="INPUT")
+    ],
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder for the traces; one that has some goes on.", metavar="OUT")
+    ] = None,
+    base_url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")] = "",
+    model: Annotated[str, typer.Option(help="The model's name at the endpoint.")] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check the traces in INPUT, as `mvkernels check` does; asks no model.")
+    ] = False,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key. Default: OPENAI_API_KEY, or no key.")
+    ] = None,
+    question_column: Annotated[str | None, typer.Option(help="Default: a known name, such as question.")] = None,
+    chain_column: Annotated[str | None, typer.Option(help="Default: a known name, as in s1K-1.1.")] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Default: a known name, such as solution.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many chains, from the first on.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at the same time.")] = 16,
+    max_tries: Annotated[int, typer.Option(help="Answers to one request, until the chain is rejected.")] = 3,
+    max_distance: Annotated[float, typer.Option(help="Edit distance of a trace over its original's length.")] = 0.2,
+    max_characters: Annotated[int, typer.Option(help="Of a chain; a longer one is rejected.")] = 200_000,
+    drop_sequential: Annotated[
+        bool, typer.Option("--drop-sequential", help="Reject chains without a parallel step instead of keeping them.")
+    ] = False,
+    retry_rejected: Annotated[
+        bool, typer.Option("--retry-rejected", help="Do the chains again that were rejected, say with more tries.")
+    ] = False,
+    max_tokens_total: Annotated[int | None, typer.Option(help="Of all runs into OUT; then the run stops.")] = None,
+    max_tokens_request: Annotated[int, typer.Option(help="Of one answer; 0: the endpoint's own limit.")] = 8192,
+    max_cost: Annotated[float | None, typer.Option(help="Of all runs into OUT, by the prices; then it stops.")] = None,
+    price_prompt: Annotated[float, typer.Option(help="Of a million prompt tokens.")] = 0.0,
+    price_completion: Annotated[float, typer.Option(help="Of a million tokens of answers.")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(help="Default: the endpoint's own.")] = None,
+    structured: Annotated[
+        bool | None, typer.Option(help="Whether to ask for JSON by a schema. Default: where the endpoint can.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds of one request.")] = 600.0,
+    retries: Annotated[int, typer.Option(help="Of one request that failed in passing.")] = 12,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Curate: chains of thought become traces, in five stages of questions to a model; a rerun goes on.
+
+    Exit status: 0 all chains are done, 3 a budget is used up, 4 some requests were not answered, 130 interrupted.
+    """
+    with one_line_errors():
+        if check:
+            if out is not None:
+                raise ValueError(f"curate --check INPUT: expected no OUT, got {out}")
+            from mvkernels.commands import check_traces
+
+            check_traces.run([source], as_json)
+            return
+        if out is None or not base_url or not model:
+            raise ValueError("expected curate INPUT OUT --base-url URL --model NAME, or curate --check INPUT")
+        from mvkernels.commands import curate as command
+
+        def job(key: str) -> command.Job:
+            return command.Job(
+                source,
+                out,
+                command.EndpointSettings(
+                    base_url,
+                    model,
+                    key,
+                    retries,
+                    timeout,
+                    answer_tokens=max_tokens_request or None,
+                    temperature=temperature,
+                    structured=structured,
+                ),
+                command.Columns(question_column, chain_column, answer_column),
+                limit,
+                concurrency,
+                command.Rules(max_tries, max_distance, drop_sequential, max_characters),
+                command.Limits(max_tokens_total, max_cost, price_prompt, price_completion),
+                retry_rejected,
+            )
+
+        command.run(job, api_key_env, quiet, as_json)
+
+
+@app.command()
 def evaluate(
     what: Annotated[str, typer.Argument(help="arithmetic, sat, or a file of questions: .jsonl, .cnf")] = "arithmetic",
     model: Annotated[

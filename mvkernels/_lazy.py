@@ -19,6 +19,7 @@ EXTRAS: dict[str, str] = {
     "cupy": "cuda",
     "matplotlib": "plot",
     "math_verify": "eval",
+    "openai": "curate",
     "rapidfuzz": "curate",
     "pyarrow": "curate",
 }

@@ -47,6 +47,7 @@ OPTIONAL = {
     "typer": {"commands", "__main__"},
     "rich": {"commands", "model"},
     "lighteval": {"model"},
+    "openai": {"model"},
     "rapidfuzz": {"model"},
     "pyarrow": {"model"},
 }

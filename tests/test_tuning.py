@@ -213,7 +213,7 @@ def test_bad_traces_are_named_and_skipped_only_when_asked(recipe: TuningRecipe, 
     assert "at most 500 tokens" in data.skipped[3]
     cut = read_data(replace(recipe, cut=True, tokens_per_document=150), recipe_tokenizer(recipe), skip_bad=True)
     assert len(cut.skipped) == 4
-    with pytest.raises(ValueError, match=r"data: expected a .jsonl or .xml file, or a folder with some, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"data: expected a .jsonl, .xml or .parquet file, .* got .*nowhere"):
         read_data(replace(recipe, data=("nowhere",)), recipe_tokenizer(recipe))
 
 

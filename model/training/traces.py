@@ -1,8 +1,8 @@
 """Training examples from files: a prompt and a trace, as token ids of a Multiverse or a sequential document.
 
 JSONL: an object a line, with a trace in "trace" or "text", its question in "prompt" or "question" (may be missing), and
-in "sequential" the original chain of thought, where there is one. An .xml file is one trace without a question. A trace
-whose question is missing is asked for by the ending of the prompt alone.
+in "sequential" or "original" the original chain of thought, where there is one. Parquet: the same as columns. An .xml
+file is one trace without a question. A trace whose question is missing is asked for by the ending of the prompt alone.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mvkernels import BranchLayout, TagTokens
+from mvkernels._lazy import import_for
 from mvkernels.grammar import TAG_PATTERN, parse_text
 from mvkernels.model.prompts import chat_text
 from mvkernels.model.sequentialize import sequentialize
 from mvkernels.model.training.tuning_recipe import TuningRecipe
 
-_FIELDS = {"prompt": ("prompt", "question"), "trace": ("trace", "text"), "sequential": ("sequential",)}
+_FIELDS = {"prompt": ("prompt", "question"), "trace": ("trace", "text"), "sequential": ("sequential", "original")}
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,21 @@ def encode_all(
 def read_examples(paths: Iterable[str | Path]) -> Iterator[Example | ValueError]:
     """The examples of files and folders, in order; a ValueError, not raised, in the place of each bad one.
 
-    Raises ValueError for a path that is neither a .jsonl nor an .xml file nor a folder with some.
+    Of a folder the .jsonl and .xml files: a Parquet file beside them may hold the same traces, and is named itself.
+    Raises ValueError for a path that is none of these.
     """
     for path in map(Path, paths):
         found = _files(path)
         if not found:
-            raise ValueError(f"data: expected a .jsonl or .xml file, or a folder with some, got {path}")
+            raise ValueError(f"data: expected a .jsonl, .xml or .parquet file, or a folder with some, got {path}")
         for file in found:
             if file.suffix == ".xml":
                 yield _guarded(file, lambda file=file: Example(str(file), "", file.read_text(encoding="utf-8"), ""))
+                continue
+            if file.suffix == ".parquet":
+                for number, record in enumerate(_rows(file), start=1):
+                    name = f"{file}:{number}"
+                    yield _guarded(name, lambda record=record, name=name: _from_record(name, record))
                 continue
             with file.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, start=1):
@@ -143,7 +150,20 @@ def read_examples(paths: Iterable[str | Path]) -> Iterator[Example | ValueError]
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix in (".xml", ".jsonl"))
-    return [path] if path.is_file() and path.suffix in (".xml", ".jsonl") else []
+    return [path] if path.is_file() and path.suffix in (".xml", ".jsonl", ".parquet") else []
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    parquet: Any = import_for("a Parquet file", "pyarrow.parquet")
+    try:
+        opened = parquet.ParquetFile(file)
+        for batch in opened.iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                yield {name: value for name, value in row.items() if value is not None}
+    except OSError:
+        raise
+    except Exception as error:  # pyarrow's own error types, which are not ours to import here
+        raise ValueError(f"data: expected a Parquet file, got {file}: {error}") from None
 
 
 def _guarded(name: Any, make: Any) -> Example | ValueError:
@@ -161,6 +181,10 @@ def _from_json(name: str, line: str) -> Example:
         raise ValueError(f"expected a JSON object on the line, got something else: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object on the line, got {type(record).__name__}")
+    return _from_record(name, record)
+
+
+def _from_record(name: str, record: dict[str, Any]) -> Example:
     texts = {}
     for field, names in _FIELDS.items():
         value = next((record[key] for key in names if key in record), "")

@@ -1,0 +1,89 @@
+"""What a run of the curator is to do, and how far it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mvkernels.model.curator.budget import Limits
+from mvkernels.model.curator.chains import Columns
+from mvkernels.model.curator.endpoint import EndpointSettings
+from mvkernels.model.curator.outputs import read_manifest
+from mvkernels.model.curator.pipeline import Rules
+from mvkernels.model.curator.prompts import prompts_version
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do. concurrency: chains, and so requests, at the same time. limit: only the first chains of the input."""
+
+    source: Path
+    out: Path
+    endpoint: EndpointSettings
+    columns: Columns = field(default_factory=Columns)
+    limit: int | None = None
+    concurrency: int = 16
+    rules: Rules = field(default_factory=Rules)
+    limits: Limits = field(default_factory=Limits)
+    retry_rejected: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is out of range."""
+        counts = {
+            "--limit": self.limit,
+            "--concurrency": self.concurrency,
+            "--max-tries": self.rules.max_tries,
+            "--max-characters": self.rules.max_characters,
+            "--max-tokens-total": self.limits.max_tokens,
+            "--max-tokens-request": self.endpoint.answer_tokens,
+        }
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
+        if not 0 <= self.rules.max_distance <= 1:
+            raise ValueError(f"--max-distance: expected a number from 0 to 1, got {self.rules.max_distance:g}")
+        if not self.endpoint.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"--base-url: expected http://... or https://..., got {self.endpoint.base_url!r}")
+        if self.endpoint.timeout <= 0 or self.endpoint.retries < 0:
+            raise ValueError(
+                f"--timeout and --retries: expected more than 0 and at least 0, "
+                f"got {self.endpoint.timeout:g} and {self.endpoint.retries}"
+            )
+        prices = self.limits.prompt_price, self.limits.completion_price
+        if min(prices) < 0 or (self.limits.max_cost is not None and self.limits.max_cost <= 0):
+            raise ValueError("--max-cost, --price-prompt, --price-completion: expected no negative ones")
+        if self.limits.max_cost is not None and not any(prices):
+            raise ValueError("--max-cost: expected --price-prompt and --price-completion beside it, got neither")
+
+
+@dataclass
+class State:
+    """How far a run is. done: chains in the files, of all runs; here: of them in this run. total: records of the input.
+
+    ended: why the run is over ("complete", "unfinished", "budget", "interrupted", "endpoint"); message: in words.
+    """
+
+    total: int
+    done: int
+    rejected: int
+    warned: int
+    here: int = 0
+    unfinished: int = 0
+    tokens: int = 0
+    tokens_here: int = 0
+    cost: float = 0.0
+    retried: int = 0
+    seconds: float = 0.0
+    ended: str = "running"
+    message: str = ""
+
+
+def changes_since(job: Job) -> list[str]:
+    """What differs from the run before in its folder: the traces there and the new ones are then of two kinds."""
+    before = read_manifest(job.out)
+    now = {"model": job.endpoint.model, "prompts": prompts_version()}
+    return [
+        f"{name}: {before[name]} until now, {value} from here on"
+        for name, value in now.items()
+        if before.get(name, value) != value
+    ]

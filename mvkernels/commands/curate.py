@@ -1,0 +1,91 @@
+"""``mvkernels curate``: chains of thought become Multiverse traces, by a language model at an endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mvkernels.model.curator.budget import Limits
+from mvkernels.model.curator.chains import Columns
+from mvkernels.model.curator.endpoint import EndpointSettings
+from mvkernels.model.curator.job import Job, State, changes_since
+from mvkernels.model.curator.outputs import REJECTED, TRACES
+from mvkernels.model.curator.pipeline import Rules
+from mvkernels.model.curator.run import curate
+
+__all__ = ["Columns", "EndpointSettings", "Job", "Limits", "Rules", "run"]
+
+DEFAULT_KEY = "OPENAI_API_KEY"
+#: Exit status by how a run ended; an endpoint that cannot be used is bad input, 2.
+STATUS = {"complete": 0, "budget": 3, "unfinished": 4, "interrupted": 130}
+
+
+def key_of(variable: str | None) -> str:
+    """The key in the environment; "none" where there is none in the usual variable, as for local servers.
+
+    Raises ValueError where a variable was named and is not set.
+    """
+    key = os.environ.get(variable or DEFAULT_KEY, "")
+    if variable and not key:
+        raise ValueError(f"--api-key-env: expected the environment to have {variable}, it has not")
+    return key or "none"
+
+
+def run(make_job: Callable[[str], Job], key_variable: str | None, quiet: bool, as_json: bool) -> None:
+    """Curates, shows how far it is, and prints what came out; exits with the status of how the run ended.
+
+    make_job: the job with the key. Raises ValueError for bad input and where the endpoint cannot be used.
+    """
+    job = make_job(key_of(key_variable))
+    console = Console(stderr=True)
+    for change in changes_since(job):
+        console.print(f"note: {change}", style="yellow", highlight=False, soft_wrap=True)
+    with bar(console, quiet) as watch:
+        state = asyncio.run(curate(job, watch))
+    print(json.dumps(asdict(state)) if as_json else report(job, state))
+    status = STATUS.get(state.ended, 1)
+    if status:
+        raise SystemExit(status)
+
+
+def report(job: Job, state: State) -> str:
+    """What a run did, in a few lines."""
+    good = state.done - state.rejected
+    cost = f", cost {state.cost:.4f}" if state.cost else ""
+    lines = [
+        f"{job.out}: {good} traces in {TRACES} ({state.warned} with warnings), {state.rejected} chains in {REJECTED}",
+        f"{state.here} chains in {state.seconds:.1f} s, {state.tokens_here:,} tokens; "
+        f"in all {state.tokens:,} tokens{cost}",
+    ]
+    return "\n".join([*lines, *([state.message] if state.message else [])])
+
+
+@contextmanager
+def bar(console: Console, quiet: bool) -> Iterator[Callable[[State], None]]:
+    """A progress bar on the console; what it gives is told the state."""
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[more]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("curate", total=None, more="")
+
+        def watch(state: State) -> None:
+            if state.here == 0:  # what is done already is no measure of how fast this run is
+                progress.reset(task, total=state.total, completed=state.done, more="")
+                return
+            rate = state.tokens_here / max(state.seconds, 1e-9)
+            more = f"{state.rejected} rejected  {rate:,.0f} tokens/s" + (
+                f"  cost {state.cost:.2f}" if state.cost else ""
+            )
+            progress.update(task, completed=state.done, total=state.total, more=more)
+
+        yield watch
