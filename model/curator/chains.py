@@ -76,7 +76,9 @@ class ChainReader:
 
     def __post_init__(self) -> None:
         if self.path.suffix not in SUFFIXES or not self.path.is_file():
-            raise ValueError(f"input: expected a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, got {self.path}")
+            missing = "" if self.path.exists() else ", which does not exist"
+            kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+            raise ValueError(f"input: expected a {kinds} file, got {self.path}{missing}")
 
     def __iter__(self) -> Iterator[Chain]:
         """Raises ValueError for a file that is none of the formats; a bad record is a Chain with a problem."""
