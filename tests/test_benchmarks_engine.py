@@ -106,9 +106,9 @@ def test_weights_that_are_not_installed_are_named(run, monkeypatch: pytest.Monke
 
 
 def test_the_random_model_has_the_architecture_of_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {**benchmarks.engine_models._SMOLLM2_CONFIG, "num_hidden_layers": 1, "vocab_size": 4000}
+    small = {**benchmarks.engine_models.SMOLLM2_CONFIG, "num_hidden_layers": 1, "vocab_size": 4000}
     assert (small["hidden_size"], small["num_attention_heads"], small["num_key_value_heads"]) == (576, 9, 3)
-    monkeypatch.setattr(benchmarks.engine_models, "_SMOLLM2_CONFIG", small)
+    monkeypatch.setattr(benchmarks.engine_models, "SMOLLM2_CONFIG", small)
     monkeypatch.setattr(benchmarks.engine_models, "weights", lambda: None)
     loaded = benchmarks.engine_models.load("smollm2-135m", "cpu")
     assert loaded.name == "smollm2-135m-random" and loaded.model.config.vocab_size == 4012
