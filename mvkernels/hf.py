@@ -24,12 +24,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mvkernels.attention import multiverse_attention
+from mvkernels.attention_parallel import split_context
 from mvkernels.decode import tree_decode
 from mvkernels.errors import BackendError
 from mvkernels.kv_cache import PagedKVCache
@@ -55,12 +57,16 @@ class _Patch:
     backend: str
 
 
-def patch_model(model: Model, backend: str = "auto") -> Model:
-    """Let a transformers model attend by branches, in place; returns it. Patching twice only changes the backend.
+def patch_model(model: Model, backend: str = "auto", group: dist.ProcessGroup | None = None) -> Model:
+    """Let a transformers model attend by branches, in place; returns it. Patching twice only changes the other two.
 
     model: a decoder whose attention goes through transformers' attention interface. backend: of `multiverse_attention`
-    and `tree_decode`. Raises TypeError for what is no transformers model, BackendError for one whose attention cannot
-    be replaced: no attention interface, an encoder, layers other than softmax attention.
+    and `tree_decode`. group: context parallelism over its processes in packed forwards: each passes its own tokens,
+    `split_context(layout, ranks).rows[rank]`, with the whole layout, and gets their logits. Labels are to be shifted
+    before they are split (`shift_labels=`), and gradients of weights to be summed over the processes.
+
+    Raises TypeError for what is no transformers model, BackendError for one whose attention cannot be replaced: no
+    attention interface, an encoder, layers other than softmax attention.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"patch_model: expected a transformers PreTrainedModel, got {type(model).__name__}")
@@ -80,7 +86,7 @@ def patch_model(model: Model, backend: str = "auto") -> Model:
 
     # The base model, so that both `model(...)` and `model.model(...)` pass through it, and once only. A partial and no
     # closure, so that a patched model can be pickled.
-    hook = model.base_model.register_forward_pre_hook(partial(_prepare, backend=backend), with_kwargs=True)
+    hook = model.base_model.register_forward_pre_hook(partial(_prepare, backend=backend, group=group), with_kwargs=True)
     setattr(model, _STATE, _Patch(before, hook, backend))
     return model
 
@@ -125,7 +131,11 @@ def _check_model(model: PreTrainedModel) -> None:
 
 
 def _prepare(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    backend: str,
+    group: dist.ProcessGroup | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of the base model: check what came along, and keep transformers from building a mask."""
     layout, paged = kwargs.get("branch_layout"), kwargs.get("paged_kv")
@@ -139,17 +149,21 @@ def _prepare(
     inputs = ids if ids is not None else kwargs.get("inputs_embeds")
     if inputs is None:
         raise ValueError("expected input_ids or inputs_embeds, got neither")
+    kwargs = dict(kwargs)
     if layout is not None:
         if not isinstance(layout, BranchLayout):
             raise ValueError(f"branch_layout: expected a BranchLayout, got {type(layout).__name__}")
         tokens, positions = layout.total_tokens, layout.position_ids
+        if group is not None:
+            own = split_context(layout, dist.get_world_size(group)).rows[dist.get_rank(group)]
+            tokens, positions = len(own), positions[torch.from_numpy(own).to(positions.device)]
+            kwargs["branch_group"] = group
     else:
         _, step = _unpack(paged)
         tokens, positions = step.total_rows, step.positions
         if kwargs.get("batch_invariant") and inputs.shape[-1] > tokens:
             positions = torch.nn.functional.pad(positions, (0, inputs.shape[-1] - tokens))
             tokens = len(positions)
-    kwargs = dict(kwargs)
     kwargs["position_ids"] = _position_ids(kwargs.get("position_ids"), inputs, tokens, positions)
     if len(args) > 1 or kwargs.get("attention_mask") is not None:
         raise ValueError("expected no attention_mask beside branch_layout= or paged_kv=: what is visible is in them")
@@ -198,6 +212,7 @@ def attention_forward(
     branch_layout: BranchLayout | None = None,
     paged_kv: tuple[PagedKVCache, Step] | None = None,
     branch_backend: str = "auto",
+    branch_group: dist.ProcessGroup | None = None,
     batch_invariant: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -213,7 +228,7 @@ def attention_forward(
         if sliding_window is not None:
             _check_window(sliding_window, branch_layout.longest_document)
         q, k, v = _as_autocast(q, k, v)
-        out = multiverse_attention(q, k, v, branch_layout, scale=scaling, backend=branch_backend)
+        out = multiverse_attention(q, k, v, branch_layout, scaling, branch_backend, group=branch_group)
     else:
         cache, step = _unpack(paged_kv)
         if sliding_window is not None:

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mvkernels import BranchLayout, multiverse_attention
+from mvkernels import BranchLayout, multiverse_attention, patch_model
 from mvkernels.attention_parallel import split_context
+from tests.tiny_model import tiny_model
 
 TREE = [[300, [[280, [[90], [150]], 30], [210], [170]], 140], [200, [[60], [70]], 90]]
 
@@ -61,6 +62,48 @@ def run(rank: int, ranks: int, group: Any, folder: str) -> None:
     with pytest.raises(ValueError, match=r"q: expected shape .*, the rows of rank"):
         multiverse_attention(q[1:], k, v, layout, group=group)
     torch.save((rows, [out.detach(), lse.detach().t(), q.grad, k.grad, v.grad]), f"{folder}/{ranks}-{rank}.pt")
+
+
+def model_worker(rank: int, folder: str) -> None:
+    """One of two processes with a patched model."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/model-store", rank=rank, world_size=2)
+    try:
+        rows = torch.from_numpy(split_context(packed(), 2).rows[rank])
+        logits, gradients = of_model(rows, dist.group.WORLD)
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        torch.save((rows, logits, gradients), f"{folder}/model-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def of_model(rows: torch.Tensor, group: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits of some tokens, and the gradients of the sum of their losses."""
+    layout = packed()
+    ids = torch.randint(0, 300, (layout.total_tokens,), generator=torch.Generator().manual_seed(0))
+    shifted = torch.nn.functional.pad(layout.labels(ids)[1:], (0, 1), value=-100)
+    model = patch_model(tiny_model(max_positions=4096).double(), group=group)
+    out = model(
+        ids[rows][None], branch_layout=layout, labels=ids[rows][None], shift_labels=shifted[rows][None],
+        num_items_in_batch=100, use_cache=False,
+    )  # fmt: skip
+    out.loss.backward()
+    if group is not None:
+        with pytest.raises(ValueError, match=rf"expected inputs of shape \[1, {len(rows)}\]"):
+            model(ids[None], branch_layout=layout)
+    return out.logits[0].detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def test_a_patched_model_as_in_one_process(tmp_path: Path) -> None:
+    mp.spawn(model_worker, (str(tmp_path),), nprocs=2)
+    expected, expected_gradients = of_model(torch.arange(packed().total_tokens), None)
+    for rank in range(2):
+        rows, logits, gradients = torch.load(tmp_path / f"model-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(logits, expected[rows], rtol=1e-8, atol=1e-8)
+        for mine, whole in zip(gradients, expected_gradients, strict=True):
+            # transformers takes the loss in fp32
+            torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
 def test_as_one_process(tmp_path: Path) -> None:
