@@ -10,9 +10,9 @@
 
 In fp32 every peer must give the engine's tokens before it is timed; in lower precision other kernels may choose others,
 and only their number is checked. The parallel run must give the tokens of the sequential one in every precision, for
-its sampler follows a script. On a CPU the engine's model has fast linear layers (`pack_linear`), the peers' has not; in
-`ours-unpacked` it has not either. `ours-strict` is a strict engine. Nobody is warmed up by a timed call: a short one
-comes first.
+its sampler follows a script. The engine's model has its decoder layers fused (`fuse_layers`), on a CPU also fast linear
+layers (`pack_linear`), the peers' has not; in `ours-unpacked`, on a CPU, it has not either. `ours-strict` is a strict
+engine. Nobody is warmed up by a timed call: a short one comes first.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DEFAULT_CASES = {"cpu": ("single", "batch", "parallel", "host"), "cuda": CASES}
 BATCH_PART, PATH_PART, HOST_PART, CURVE_PART = 4, 2, 8, 8
 BATCHES = (8, 16)
 WIDTHS = (2, 4, 8)
-CURVE_WIDTH = 4
+CURVE_WIDTHS = {"cpu": (4,), "cuda": WIDTHS}
 CURVE_BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16, 32, 64, 128)}
 BRANCHES = {"64 requests": (64, 1), "8 x 8 paths": (8, 8)}
 WARM_TOKENS = 8
@@ -209,8 +209,9 @@ def parallel(bench: Bench) -> None:
 
 
 def curve(bench: Bench) -> None:
-    for requests in CURVE_BATCHES[bench.device]:
-        _blocks(bench, "curve", Blocks(bench.loaded, requests, CURVE_WIDTH, max(2, bench.tokens // CURVE_PART)))
+    for paths in CURVE_WIDTHS[bench.device]:
+        for requests in CURVE_BATCHES[bench.device]:
+            _blocks(bench, "curve", Blocks(bench.loaded, requests, paths, max(2, bench.tokens // CURVE_PART)))
 
 
 def _blocks(bench: Bench, case: str, blocks: Blocks) -> None:

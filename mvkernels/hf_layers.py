@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
+from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention
@@ -129,8 +130,10 @@ class _Fused:
     def has_triton(self, model: nn.Module) -> bool:
         """Whether Triton's may be asked for: on a GPU, and in its interpreter by name."""
         device = self.norms[0].weight.device
-        if device.type == "cpu" and not (is_patched(model) and patched_backend(model) == "triton"):  # type: ignore[arg-type]
-            return False
+        if device.type == "cpu":
+            by_name = isinstance(model, PreTrainedModel) and is_patched(model) and patched_backend(model) == "triton"
+            if not by_name:
+                return False
         return triton_reason(device) is None and self.head_dim % 2 == 0 and self.head_dim <= MAX_HEAD_DIM
 
     def linear(self) -> list[LinearLayers] | None:

@@ -127,7 +127,7 @@ def test_random_trees(seed: int, device_tables: bool, monkeypatch: pytest.Monkey
     caches = (twin.graph.cache, twin.plain)
     families: dict[int, list[int]] = {0: []}  # roots -> their paths while they are apart
     twin.run((0, rng.randint(1, 9)))
-    for _ in range(28):
+    for _ in range(40):
         deed = rng.random()
         root = rng.choice(list(families))
         paths = families[root]

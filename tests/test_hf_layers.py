@@ -12,7 +12,7 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="needs the hf extra: transformers is not installed")
 
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
 
 from mvkernels import BackendError, PagedKVCache, hf_layers, patch_model
@@ -20,81 +20,20 @@ from mvkernels.hf_layers import fuse_layers, unfuse_layers
 from mvkernels.hf_linear import pack_linear
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
+from tests.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, make_cache, plain_model, steps
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(layer_reason() is not None, reason=str(layer_reason()))
 
-CONFIGS = {
-    "llama": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "mistral": (MistralConfig, {"sliding_window": 24}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {"head_dim": 24}),
-}
-IDS = torch.arange(100).view(1, 100) % 97
-
 
 def make_model(name: str, **changes: Any) -> Any:
-    """A patched model of two layers with packed linear layers; norms and biases are random too."""
-    kind, own = CONFIGS[name]
-    sizes = {
-        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": None, "bos_token_id": None,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**{**sizes, **own, **changes})).eval()
-    with torch.no_grad():
-        for tensor_name, tensor in model.named_parameters():
-            if "norm" in tensor_name or "bias" in tensor_name:
-                tensor.add_(torch.randn_like(tensor), alpha=0.3)
-    return pack_linear(patch_model(model))
-
-
-def make_cache(model: Any) -> PagedKVCache:
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return PagedKVCache(64, 4, config.num_hidden_layers, config.num_key_value_heads, head_dim)
-
-
-def steps(model: Any, **more: Any) -> list[torch.Tensor]:
-    """Logits of a prompt, then of three steps of two branches of it, the last with a second token in one."""
-    cache = make_cache(model)
-    root = cache.new()
-    found = []
-
-    def step(*entries: Any) -> None:
-        planned = cache.plan(entries)
-        rows = planned.total_rows + more.get("spare", 0)
-        given = {"batch_invariant": True} if more.get("batch_invariant") else {}
-        with torch.inference_mode():
-            logits = model(IDS[:, len(found) : len(found) + rows], paged_kv=(cache, planned), **given).logits[0]
-        cache.commit(planned)
-        found.append(logits[: planned.total_rows])
-
-    step((root, 7))
-    first, second = cache.fork(root, 2)
-    for tokens in (1, 1, 2):
-        step((first, tokens), (second, 1))
-    return found
-
-
-def fused(model: nn.Module) -> int:
-    return sum(isinstance(module.__dict__.get("forward"), hf_layers._Fused) for module in model.modules())
+    """A patched model with packed linear layers."""
+    return pack_linear(patch_model(plain_model(name, **changes)))
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets the number of rows of each layer that runs fused."""
-    seen: list[int] = []
-    run = hf_layers._Fused._run
-    monkeypatch.setattr(
-        hf_layers._Fused, "_run", lambda self, x, *a, **k: seen.append(x.shape[1]) or run(self, x, *a, **k)
-    )
-    return seen
-
-
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert float((one - other).abs().max()) <= 2e-5 * float(other.abs().max())
+    return count_runs(monkeypatch, "_run")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -6,18 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("transformers", reason="needs the hf extra: transformers is not installed")
 
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
-from mvkernels import PagedKVCache, hf_layers, patch_model
+from mvkernels import patch_model
 from mvkernels.hf_layers import fuse_layers, unfuse_layers
 from mvkernels.hf_norm import fuse_norms
 from mvkernels.model import Engine, GenerationConfig
 from tests.conftest import interpreting
+from tests.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, plain_model, steps
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 layer_triton = pytest.importorskip("mvkernels.ops.layer_triton", reason="needs triton")
@@ -26,68 +25,15 @@ DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 # The interpreter rounds to bfloat16 in its own way.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
-CONFIGS = {
-    "llama": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "mistral": (MistralConfig, {"sliding_window": 24}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {"head_dim": 24}),
-}
-IDS = (torch.arange(100).view(1, 100) % 97).to(DEVICE)
-
 
 def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A patched model of two layers; norms and biases are random too."""
-    kind, own = CONFIGS[name]
-    sizes = {
-        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": None, "bos_token_id": None,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**{**sizes, **own})).eval()
-    with torch.no_grad():
-        for tensor_name, tensor in model.named_parameters():
-            if "norm" in tensor_name or "bias" in tensor_name:
-                tensor.add_(torch.randn_like(tensor), alpha=0.3)
-    return patch_model(model.to(DEVICE, dtype), "triton")
-
-
-def steps(model: Any) -> list[torch.Tensor]:
-    """Logits of a prompt, then of three steps of two branches of it, the last with a second token in one."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = PagedKVCache(
-        64, 4, config.num_hidden_layers, config.num_key_value_heads, head_dim, model.dtype, torch.device(DEVICE)
-    )
-    root = cache.new()
-    found = []
-
-    def step(*entries: Any) -> None:
-        planned = cache.plan(entries)
-        ids = IDS[:, len(found) : len(found) + planned.total_rows]
-        with torch.inference_mode():
-            found.append(model(ids, paged_kv=(cache, planned)).logits[0])
-        cache.commit(planned)
-
-    step((root, 7))
-    first, second = cache.fork(root, 2)
-    for tokens in (1, 1, 2):
-        step((first, tokens), (second, 1))
-    return found
-
-
-def fused(model: nn.Module) -> int:
-    return sum(isinstance(module.__dict__.get("forward"), hf_layers._Fused) for module in model.modules())
+    """A model that is patched for Triton."""
+    return patch_model(plain_model(name).to(DEVICE, dtype), "triton")
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets the number of rows of each layer that runs fused."""
-    seen: list[int] = []
-    run = hf_layers._Fused._run_triton
-    monkeypatch.setattr(
-        hf_layers._Fused, "_run_triton", lambda self, x, *a, **k: seen.append(x.shape[1]) or run(self, x, *a, **k)
-    )
-    return seen
+    return count_runs(monkeypatch, "_run_triton")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -95,8 +41,7 @@ def test_the_logits_are_those_of_the_layers(name: str, runs: list[int]) -> None:
     model = make_model(name)
     expected = steps(model)
     assert not runs and fused(fuse_layers(model)) == 2
-    for found, wanted in zip(steps(model), expected, strict=True):
-        assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+    assert_same(steps(model), expected)
     assert runs == [7, 7, 2, 2, 2, 2, 3, 3]
     assert fused(unfuse_layers(model)) == 0
     assert all(map(torch.equal, steps(model), expected))
@@ -117,10 +62,11 @@ def test_two_byte_dtypes(name: str, dtype: torch.dtype, runs: list[int]) -> None
 
 def test_gradients_and_other_forwards_are_those_of_the_layers(runs: list[int]) -> None:
     model, plain = fuse_layers(make_model("qwen2")), make_model("qwen2")
+    ids = IDS.to(DEVICE)
     with torch.inference_mode():
-        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+        assert torch.equal(model(ids).logits, plain(ids).logits)
     for one in (model, plain):
-        one(IDS, labels=IDS).loss.backward()
+        one(ids, labels=ids).loss.backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     assert not runs
 

@@ -123,11 +123,11 @@ class _LinearSum(torch.autograd.Function):
         start = 0
         for part, right in zip(rows.chunk(parts), labels.chunk(parts), strict=True):
             with torch.enable_grad():
-                fresh = [None if x is None else x.detach().requires_grad_() for x in (part, weight, bias)]
-                x, w, b = fresh
-                loss = F.cross_entropy(F.linear(x, w, b).float(), right, reduction="sum")  # type: ignore[arg-type]
-                asked = [one for one, want in zip(fresh, wanted, strict=True) if want]
-                found = iter(torch.autograd.grad(loss, asked) if asked else ())  # type: ignore[arg-type]
+                x, w = part.detach().requires_grad_(wanted[0]), weight.detach().requires_grad_(wanted[1])
+                b = None if bias is None else bias.detach().requires_grad_(wanted[2])
+                loss = F.cross_entropy(F.linear(x, w, b).float(), right, reduction="sum")
+                asked = [one for one in (x, w, b) if one is not None and one.requires_grad]
+                found = iter(torch.autograd.grad(loss, asked) if asked else ())
             total += loss.detach()
             for place, into in enumerate(sums):
                 if into is not None:
