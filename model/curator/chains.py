@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mvkernels._lazy import import_for
+from mvkernels.model.parquet import open_parquet, parquet_rows
 
 #: Names that are looked for, in this order, where none is given.
 KNOWN_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -104,8 +104,8 @@ class ChainReader:
     def count(self) -> int:
         """How many records there are; reads the file through once, but for Parquet."""
         if self.path.suffix == ".parquet":
-            parquet: Any = import_for("a Parquet file", "pyarrow.parquet")
-            total = int(parquet.ParquetFile(self.path).metadata.num_rows)
+            with open_parquet(self.path) as table:
+                total = int(table.metadata.num_rows)
         elif self.path.suffix == ".jsonl":
             with self.path.open("rb") as lines:
                 total = sum(1 for line in lines if line.strip())
@@ -143,13 +143,8 @@ def _inside_think(text: str) -> tuple[str, str]:
 def _records(path: Path) -> Iterator[Any]:
     """The records of the file; a line that is no JSON comes as the text that it is."""
     if path.suffix == ".parquet":
-        parquet: Any = import_for("a Parquet file", "pyarrow.parquet")
-        try:
-            file = parquet.ParquetFile(path)
-        except Exception as error:  # pyarrow's own error types, which are not ours to import here
-            raise ValueError(f"input: expected a Parquet file, got {path}: {error}") from None
-        for batch in file.iter_batches(batch_size=64):
-            yield from batch.to_pylist()
+        with open_parquet(path) as table:
+            yield from parquet_rows(table)
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:

@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mvkernels._lazy import import_for
+from mvkernels.model.parquet import open_parquet, parquet_rows
 
 #: What a folder is searched for; a file that is named itself may have any name.
 SUFFIXES = (".xml", ".txt", ".jsonl", ".parquet")
@@ -95,22 +94,14 @@ def _jsonl(file: Path) -> Iterator[StoredTrace]:
 
 
 def _parquet(file: Path) -> Iterator[StoredTrace]:
-    arrow: Any = import_for("a Parquet file", "pyarrow")
-    parquet: Any = import_for("a Parquet file", "pyarrow.parquet")
-    try:
-        with parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            column = next((name for name in TRACE_COLUMNS if name in names), None)
-            if column is None:
-                raise ValueError(f'expected a column "trace" or "text", got {", ".join(names)} in {file}')
-            wanted = [name for name in (column, ORIGINAL_COLUMN) if name in names]
-            number = 0
-            for batch in table.iter_batches(batch_size=256, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield _record(file, number, row[column], row.get(ORIGINAL_COLUMN))
-    except arrow.ArrowException as error:
-        raise ValueError(f"expected a Parquet file, got something else: {file}: {error}") from None
+    with open_parquet(file) as table:
+        names = table.schema_arrow.names
+        column = next((name for name in TRACE_COLUMNS if name in names), None)
+        if column is None:
+            raise ValueError(f'expected a column "trace" or "text", got {", ".join(names)} in {file}')
+        wanted = [name for name in (column, ORIGINAL_COLUMN) if name in names]
+        for number, row in enumerate(parquet_rows(table, wanted), start=1):
+            yield _record(file, number, row[column], row.get(ORIGINAL_COLUMN))
 
 
 def _record(file: Path, number: int, text: object, original: object) -> StoredTrace:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mvkernels import BranchLayout, TagTokens
-from mvkernels._lazy import import_for
 from mvkernels.grammar import TAG_PATTERN, parse_text
+from mvkernels.model.parquet import open_parquet, parquet_rows
 from mvkernels.model.prompts import chat_text
 from mvkernels.model.sequentialize import sequentialize
 from mvkernels.model.training.tuning_recipe import TuningRecipe
@@ -154,16 +154,9 @@ def _files(path: Path) -> list[Path]:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    parquet: Any = import_for("a Parquet file", "pyarrow.parquet")
-    try:
-        opened = parquet.ParquetFile(file)
-        for batch in opened.iter_batches(batch_size=64):
-            for row in batch.to_pylist():
-                yield {name: value for name, value in row.items() if value is not None}
-    except OSError:
-        raise
-    except Exception as error:  # pyarrow's own error types, which are not ours to import here
-        raise ValueError(f"data: expected a Parquet file, got {file}: {error}") from None
+    with open_parquet(file) as table:
+        for row in parquet_rows(table):
+            yield {name: value for name, value in row.items() if value is not None}
 
 
 def _guarded(name: Any, make: Any) -> Example | ValueError:
