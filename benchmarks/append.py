@@ -19,7 +19,7 @@ from benchmarks import gate
 from benchmarks.attention import Effort
 from benchmarks.decode_cases import PAGE_SIZE
 from benchmarks.peers import Shape
-from benchmarks.timing import Contender, Spread, captured, measure_rounds
+from benchmarks.timing import Contender, Spread, captured, measure_rounds, ratio_spread
 from mvkernels import PagedKVCache
 from mvkernels.kv_step import Step
 
@@ -142,8 +142,7 @@ def _row(
 ) -> AppendRow:
     times, mine = contender.times["append"], first.times["append"]
     spread = Spread.of(times)
-    ratios = [a / b for a, b in zip(times, mine, strict=False)]
-    ratio = Spread.of(ratios) if ratios else None
+    ratio = ratio_spread(times, mine)
     tokens = setting.step.total_rows
     return AppendRow(
         case=case,

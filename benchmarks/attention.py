@@ -16,7 +16,7 @@ import torch
 from benchmarks import gate
 from benchmarks.cases import builders
 from benchmarks.peers import Peer, Shape, causal_pairs, flex_attention, not_installed, ours, peers
-from benchmarks.timing import Contender, Spread, measure, measure_rounds, synchronize
+from benchmarks.timing import Contender, Spread, measure, measure_rounds, ratio_spread, synchronize
 from mvkernels import BranchLayout
 
 PRODUCTS = {"forward": 4, "backward": 10, "forward+backward": 14}
@@ -185,8 +185,7 @@ def _rows(case: str, entry: Entry, first: Entry, layout: BranchLayout, shape: Sh
     rows = []
     for direction, values in times.items():
         spread = Spread.of(values)
-        ratios = [a / b for a, b in zip(values, mine[direction], strict=False)] if first.peer.name == "ours" else []
-        ratio = Spread.of(ratios) if ratios else None
+        ratio = ratio_spread(values, mine[direction]) if first.peer.name == "ours" else None
         peaks = [contender.peaks.get(d) for d in contender.times if d in direction]
         rows.append(
             _row(

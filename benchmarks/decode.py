@@ -17,7 +17,7 @@ from benchmarks.attention import Effort
 from benchmarks.decode_cases import DecodeCase, Decoding, cases
 from benchmarks.decode_peers import DecodePeer, not_installed, peers
 from benchmarks.peers import Shape
-from benchmarks.timing import Contender, Spread, captured, measure_rounds
+from benchmarks.timing import Contender, Spread, captured, measure_rounds, ratio_spread
 
 COPY = "copy"
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**30}
@@ -153,8 +153,7 @@ def _set_up(peer: DecodePeer, run: Decoding, case: str, note: Callable[[str], No
 def _row(case: DecodeCase, entry: Entry, first: Entry, copied: float | None) -> DecodeRow:
     times, mine = (one.contender.times["decode"] for one in (entry, first))
     spread = Spread.of(times)
-    ratios = [a / b for a, b in zip(times, mine, strict=False)]
-    ratio = Spread.of(ratios) if ratios else None
+    ratio = ratio_spread(times, mine)
     goal = GOALS.get((case.shape.device, case.name, entry.peer.name))
     gbps = case.unique_bytes / spread.median / 1e6
     return DecodeRow(

@@ -33,7 +33,7 @@ from benchmarks.engine_models import QWEN2, SMOLLM2, Loaded, copy_model
 from benchmarks.engine_peers import EnginePeer, bare_forward
 from benchmarks.engine_report import CASES, EngineRow
 from benchmarks.engine_watch import StepTime, Watch
-from benchmarks.timing import Contender, Spread, captured, measure_rounds
+from benchmarks.timing import Contender, Spread, captured, measure_rounds, ratio_spread
 from mvkernels.hf_linear import pack_linear
 from mvkernels.model.engine import Engine, Generation
 from mvkernels.model.sampling import Sampler, sample
@@ -380,10 +380,9 @@ def _finished(bench: Bench, contenders: list[Contender], where: str) -> list[Con
 
 def _compared(row: EngineRow, values: list[float], mine: list[float], goal: float | None) -> EngineRow:
     """With the ratio to ours, by round."""
-    ratios = [value / own for value, own in zip(values, mine, strict=False)]
-    if not ratios:
+    ratio = ratio_spread(values, mine)
+    if ratio is None:
         return row
-    ratio = Spread.of(ratios)
     return replace(
         row,
         ratio=ratio.median,

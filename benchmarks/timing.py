@@ -56,6 +56,12 @@ class Spread:
         return cls(_quantile(ordered, 0.5), _quantile(ordered, 0.2), _quantile(ordered, 0.8))
 
 
+def ratio_spread(times: Sequence[float], mine: Sequence[float]) -> Spread | None:
+    """Of times over mine, round by round; None where there is no round that both took part in."""
+    ratios = [one / own for one, own in zip(times, mine, strict=False)]
+    return Spread.of(ratios) if ratios else None
+
+
 def measure_rounds(
     contenders: Sequence[Contender],
     device: str,

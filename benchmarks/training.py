@@ -24,7 +24,7 @@ from benchmarks import gate, memory
 from benchmarks.attention import Effort
 from benchmarks.cases import TREES, published
 from benchmarks.peers import Shape
-from benchmarks.timing import Contender, Spread, measure_rounds
+from benchmarks.timing import Contender, Spread, measure_rounds, ratio_spread
 from mvkernels import BranchLayout, patch_model
 
 CASES = ("real", "narrow", "nested")
@@ -200,8 +200,7 @@ def _with_memory(row: TrainingRow, attention: float | None) -> TrainingRow:
 
 def _row(case: str, count: int, tokens: int, name: str, times: list[float], mine: list[float]) -> TrainingRow:
     spread = Spread.of(times)
-    ratios = [value / own for value, own in zip(times, mine, strict=False)]
-    ratio = Spread.of(ratios) if ratios else None
+    ratio = ratio_spread(times, mine)
     goal = GOALS.get((case, name))
     return TrainingRow(
         case=case,

@@ -38,7 +38,7 @@ def test_norm_kernel(capability: int, element: str, add: bool, dim: int, tmp_pat
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dim", [64, 96, 256])
 def test_rotate_append_kernel(capability: int, element: str, norm: bool, dim: int, tmp_path: Any) -> None:
-    from mvkernels.ops.layer_triton import rotate_append_kernel
+    from mvkernels.ops.layer_triton import rotate_append_kernel, rotate_warps
 
     names = ("q", "k", "v", "cos", "sin", "out", "k_cache", "v_cache")
     types = dict.fromkeys((f"{name}_ptr" for name in names), f"*{element}") | {"slots_ptr": "*i64", "eps": "fp32"}
@@ -50,7 +50,7 @@ def test_rotate_append_kernel(capability: int, element: str, norm: bool, dim: in
         types |= dict.fromkeys(weights, f"*{element}")
     else:
         constants |= dict.fromkeys(weights)
-    compiled = compile_kernel(rotate_append_kernel, types, constants, capability, num_warps=1 if dim <= 128 else 2)
+    compiled = compile_kernel(rotate_append_kernel, types, constants, capability, num_warps=rotate_warps(dim))
     assert_fits(compiled, capability, tmp_path)
 
 

@@ -271,8 +271,9 @@ def _text(value: object) -> str:
 
 def _float(value: object, default: float | None = None) -> float | None:
     """The number, where it is one that sums and bars can be made of."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
-    return float(value) if good else default  # type: ignore[arg-type]
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100:
+        return float(value)
+    return default
 
 
 def _seconds(manifest: Record) -> float | None:

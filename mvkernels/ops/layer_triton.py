@@ -143,6 +143,11 @@ def norm_warps(block: int) -> int:
     return min(8, max(1, block // 512))
 
 
+def rotate_warps(dim: int) -> int:
+    """Of a program that takes a head."""
+    return 1 if dim <= 128 else 2
+
+
 def rotate_append(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     cos: torch.Tensor,
@@ -168,7 +173,7 @@ def rotate_append(
             rotate_append_kernel[(rows, heads + 2 * kv_heads)](
                 q, k, v, cos, sin, q_weight, k_weight, slots, out, k_cache, v_cache, eps,
                 HQ=heads, HKV=kv_heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), NORM=norms is not None,
-                num_warps=1 if dim <= 128 else 2,
+                num_warps=rotate_warps(dim),
             )  # fmt: skip
     return out
 
