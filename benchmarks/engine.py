@@ -36,7 +36,7 @@ from benchmarks.engine_watch import StepTime, Watch
 from benchmarks.timing import Contender, Spread, captured, measure_rounds, ratio_spread
 from mvkernels.hf_linear import pack_linear
 from mvkernels.model.engine import Engine, Generation
-from mvkernels.model.sampling import Sampler, sample
+from mvkernels.model.sampling import Sampler
 from mvkernels.ops.decode_native import compile_reason
 
 DEFAULT_CASES = {"cpu": ("single", "batch", "parallel", "host"), "cuda": CASES}
@@ -345,7 +345,7 @@ def _watched(bench: Bench, requests: int, paths: int, tokens: int) -> list[StepT
             config = plain_config(tokens)
             # Short, so that all requests soon run at once.
             prompts = [prompt[:WARM_TOKENS] for prompt in plain_prompts(bench.loaded, requests)]
-            bench.engine.generate(prompts, config, watch.sampler(sample))
+            bench.engine.generate(prompts, config)
         else:
             blocks = Blocks(bench.loaded, requests, paths, tokens)
             bench.engine.generate(blocks.prompts(), blocks.config(), watch.sampler(blocks.script()))

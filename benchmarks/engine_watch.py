@@ -1,6 +1,7 @@
 """Where the time of an engine's step goes: the model, the sampler, and the host's work around them.
 
-A step ends when its sampler returns. Host time is what is left of a step without the model's forward and the sampler;
+A step ends when its sampler returns. The sampler's time is also that of the one pass over the logits that finds NaN and
+each row's likeliest token. Host time is what is left of a step without that and the model's forward;
 planning and committing in the cache, interpreting tokens, text and events are in it, and so is what the sampler is
 handed. On CUDA the device is waited for at the end of each forward and each graph replay, so that its time is not taken
 for the host's.
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.timing import synchronize
-from mvkernels.model.sampling import BranchView, Sampler
+from mvkernels.model import core
+from mvkernels.model.logits import StepLogits
+from mvkernels.model.sampling import BranchView
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,11 @@ class Watch:
         self.steps: list[StepTime] = []
         self._last: tuple[float, int] | None = None  # end of the step before, and its branches
         self._depth = 0
-        self._began = self._in_model = 0.0
+        self._began = self._in_model = self._in_sampler = 0.0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks on the model, its parts that an engine may call alone, and the replay of CUDA graphs."""
+        """Hooks on the model, its parts that an engine may call alone, the replay of CUDA graphs, and the sampler."""
         modules = {self.model, getattr(self.model, "base_model", self.model)}
         output = getattr(self.model, "get_output_embeddings", lambda: None)()
         modules |= {output} if output is not None else set()
@@ -56,18 +59,31 @@ class Watch:
             replay(graph)
             self._leave()
 
+        look, inner = StepLogits.of, core.sample_step
+        original = vars(StepLogits)["of"]
+
+        def looked(values: torch.Tensor) -> StepLogits:
+            start = self.clock()
+            found = look(values)
+            self._in_sampler += self.clock() - start
+            return found
+
         torch.cuda.CUDAGraph.replay = watched  # type: ignore[method-assign]
+        StepLogits.of = looked  # type: ignore[assignment, method-assign]
+        core.sample_step = self.sampler(inner)  # type: ignore[assignment]
         try:
             yield
         finally:
             torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
+            StepLogits.of = original
+            core.sample_step = inner
             for handle in handles:
                 handle.remove()
 
-    def sampler(self, inner: Sampler) -> Sampler:
-        """The sampler, timed."""
+    def sampler(self, inner: Callable[[Sequence[BranchView], Any], Any]) -> Callable[..., Any]:
+        """A sampler, timed. The engine's own is while `watching`."""
 
-        def choose(views: Sequence[BranchView], logits: torch.Tensor) -> Sequence[int]:
+        def choose(views: Sequence[BranchView], logits: Any) -> Any:
             start = self.clock()
             chosen = inner(views, logits)
             end = self.clock()
@@ -91,6 +107,7 @@ class Watch:
     def _end_step(self, branches: int, start: float, end: float) -> None:
         if self._last is not None:
             before, last = self._last
-            host = end - before - self._in_model - (end - start)
-            self.steps.append(StepTime(branches, branches == last, self._in_model, end - start, host))
-        self._last, self._in_model = (end, branches), 0.0
+            sampler = self._in_sampler + end - start
+            host = end - before - self._in_model - sampler
+            self.steps.append(StepTime(branches, branches == last, self._in_model, sampler, host))
+        self._last, self._in_model, self._in_sampler = (end, branches), 0.0, 0.0

@@ -23,10 +23,11 @@ class TokenMasks:
             ids = tags.space_ids if kind is Kind.SPACE else (tags.id(kind),) if kind >= FIRST_TAG else ()
             bits[[token for token in ids if token < vocabulary]] = int(kind)
         self._bits = bits
-        self._rows: dict[tuple[int, frozenset[int]], torch.Tensor] = {}
+        self._rows: dict[tuple[int, frozenset[int]], tuple[torch.Tensor, bytes]] = {}
 
-    def row(self, allowed: int, ends: frozenset[int]) -> torch.Tensor:
-        """[V] bool: the tokens of what `Interpreter.allowed` gave. ends: the request's end-of-text tokens.
+    def row(self, allowed: int, ends: frozenset[int]) -> tuple[torch.Tensor, bytes]:
+        """[V] bool: the tokens of what `Interpreter.allowed` gave; and the same as bytes. ends: the request's
+        end-of-text tokens.
 
         Where text may come, so may whitespace. The same tensor comes again for the same arguments: not to be changed.
         """
@@ -40,5 +41,6 @@ class TokenMasks:
             table = torch.tensor([allowed >> bit & 1 for bit in range(_END_BIT + 1)], dtype=torch.bool)
             if len(self._rows) >= _MOST_ROWS:
                 self._rows.clear()
-            row = self._rows[key] = table[bits].to(self._device)
+            mask = table[bits]
+            row = self._rows[key] = mask.to(self._device), mask.numpy().tobytes()
         return row

@@ -23,12 +23,13 @@ from dataclasses import dataclass, field
 import torch
 
 from mvkernels.model.events import Event
+from mvkernels.model.logits import StepLogits
 from mvkernels.model.logprobs import TokenLogprob, token_logprobs
 from mvkernels.model.prefix_cache import PrefixCache
 from mvkernels.model.request import Request
 from mvkernels.model.request_kv import Entry, RequestKV
 from mvkernels.model.runner import BadLogits, Runner
-from mvkernels.model.sampling import BranchView, Sampler, sample
+from mvkernels.model.sampling import BranchView, Sampler, sample, sample_step
 from mvkernels.model.scheduler import Scheduler
 
 # The background thread ends when nobody has needed it for so many seconds.
@@ -237,14 +238,14 @@ class Core:
                 self._end_those_that_have(call.requests)
 
     def _advance(self) -> None:
-        """What the clock ends, and what has no room left."""
+        """What the clock ends."""
         self._timed = [request for request in self._timed if request in self._calls]
-        for request in {**dict.fromkeys(self.scheduler.running), **dict.fromkeys(self._timed)}:
+        for request in self._timed:
             try:
                 request.advance()
             except Exception as error:
                 self._fail(request, error)
-        self._end_those_that_have((*self.scheduler.running, *self._timed))
+        self._end_those_that_have(self._timed)
 
     def _run(self, work: _Batch) -> None:
         """The step, or where it fails, its halves. Who is under suspicion is alone from the start."""
@@ -260,7 +261,7 @@ class Core:
                 if not error.committed:
                     batches += self._halves(batch, error)
                     continue
-                asked, logits, bad = self._asked(batch), error.logits, error.rows
+                asked, logits, bad = self._asked(batch), error.logits, error.logits.bad_rows
             except Exception as error:
                 batches += self._halves(batch, error)
                 continue
@@ -285,7 +286,7 @@ class Core:
         self._fail(request, error)
         return []
 
-    def _forward(self, batch: _Batch) -> tuple[list[_Asked], torch.Tensor]:
+    def _forward(self, batch: _Batch) -> tuple[list[_Asked], StepLogits]:
         """Runs some requests' part of a step. Returns which branches want a token, and their logits, row by row."""
         asked = self._asked(batch)
         entries: list[Entry] = []
@@ -326,7 +327,7 @@ class Core:
 
     # ---- tokens
 
-    def _sample(self, asked: list[_Asked], logits: torch.Tensor) -> None:
+    def _sample(self, asked: list[_Asked], logits: StepLogits) -> None:
         """Next tokens for the branches that were asked for; each caller's sampler sees its own rows only."""
         groups: dict[Call | None, list[_Asked]] = {}
         for part in asked:
@@ -344,7 +345,7 @@ class Core:
         while work:
             caller, group = work.pop()
             try:
-                chosen = _choose(sample if caller is None else caller.sampler, group, logits)
+                chosen = _choose(None if caller is None else caller.sampler, group, logits)
             except Exception as error:
                 half = len(group) // 2
                 if caller is not None:
@@ -435,22 +436,29 @@ class Core:
 
 
 def _choose(
-    sampler: Sampler, group: list[_Asked], logits: torch.Tensor
+    sampler: Sampler | None, group: list[_Asked], logits: StepLogits
 ) -> list[tuple[Request, int, int, TokenLogprob | None]]:
-    """A token for each branch of a group.
+    """A token for each branch of a group. sampler: None for `sample`.
 
     Raises ValueError where a sampler gives a wrong number of tokens, or ids out of range.
     """
     views = [view for part in group for view in part.views]
     if len(views) < len(logits):
-        rows = [row for part in group for row in range(part.row, part.row + len(part.views))]
-        logits = logits[torch.tensor(rows, device=logits.device)]
-    tokens = [int(token) for token in sampler(views, logits)]
-    if len(tokens) != len(views):
-        raise ValueError(f"sampler: expected {len(views)} tokens, one for each branch, got {len(tokens)}")
-    wrong = [token for token in tokens if not 0 <= token < logits.shape[-1]]
-    if wrong:
-        raise ValueError(f"sampler: expected token ids from 0 to {logits.shape[-1] - 1}, got {wrong[0]}")
+        logits = logits.rows([row for part in group for row in range(part.row, part.row + len(part.views))])
+    if sampler is None:
+        tokens = sample_step(views, logits)
+    else:
+        tokens = [int(token) for token in sampler(views, logits.values.float())]
+        _require_tokens(tokens, len(views), logits.values.shape[-1])
     branches = [(part.request, number) for part in group for number in part.numbers]
-    logprobs = token_logprobs(views, logits, tokens)
+    logprobs = token_logprobs(views, logits.values, tokens)
     return [(*branch, token, logprob) for branch, token, logprob in zip(branches, tokens, logprobs, strict=True)]
+
+
+def _require_tokens(tokens: list[int], number: int, vocabulary: int) -> None:
+    """Raises ValueError unless they are so many token ids."""
+    if len(tokens) != number:
+        raise ValueError(f"sampler: expected {number} tokens, one for each branch, got {len(tokens)}")
+    wrong = [token for token in tokens if not 0 <= token < vocabulary]
+    if wrong:
+        raise ValueError(f"sampler: expected token ids from 0 to {vocabulary - 1}, got {wrong[0]}")

@@ -37,7 +37,7 @@ _TEXT_CONTEXT = 4
 _TAG_BYTES = re.compile(rb"[\x04-\x0f]")
 
 
-@dataclass
+@dataclass(slots=True)
 class _Branch:
     """A branch of the request. tokens, positions, sampled, pieces, steps, logprobs: its own tokens, where each stands,
     whether it was sampled, its text, after how many forwards it came, its log-probability where one was asked for.
@@ -65,7 +65,7 @@ class Request:
     are in the cache (`unsent`: that they are not), `views` what a sampler sees of the branches that want a token, and
     `take` takes one.
 
-    `events` collects what happened; `finish_reason` is set when the request has ended, which may be at once.
+    `events` collects what happened, tokens only while `tells_tokens`; `finish_reason` is set when the request has ended, which may be at once.
     writer, masks: None for a tokenizer without tags. prefixes: where it finds and leaves its beginning. Raises
     ValueError where the prompt leaves the model no position, and where it leaves blocks open that cannot be closed
     within the budgets.
@@ -94,6 +94,7 @@ class Request:
         if config.repetition_penalty != 1:
             self.branches[0].seen = SeenTokens()
         self.events: list[Event] = []
+        self.tells_tokens = True
         self.warnings: list[str] = []
         self.finish_reason: str | None = None
         self.steps = 0
@@ -187,11 +188,11 @@ class Request:
     # ---- between steps
 
     def advance(self) -> None:
-        """Before each step: what the clock ends."""
+        """Before each step, where there is a `max_seconds`: what the clock ends."""
         limit = self.config.max_seconds
         if self.finish_reason is None and limit is not None and monotonic() - self._started >= limit:
             self._run(self.interpreter.close_all("max_seconds"))
-        self._settle()
+            self._settle()
 
     def wants_token(self, number: int) -> bool:
         """Whether the sampler is to be asked for the branch, once what was handed out is in the cache."""
@@ -232,7 +233,10 @@ class Request:
     def _view(self, number: int, allowed: int | None) -> BranchView:
         b, interp = self.branches[number], self.interpreter
         banned: tuple[int, ...] = ()
-        if allowed is None and self.writer is not None:
+        mask: tuple[torch.Tensor | None, bytes | None] = None, None
+        if allowed is not None and self.masks is not None:
+            mask = self.masks.row(allowed, self.task.eos)
+        elif self.writer is not None:
             banned = tuple(self.writer.tags.id(kind) for kind in interp.banned(number))
         return BranchView(
             request=self.task.index,
@@ -242,10 +246,11 @@ class Request:
             state=interp.state(number).value,
             config=self.config,
             banned=banned,
-            allowed=None if allowed is None or self.masks is None else self.masks.row(allowed, self.task.eos),
+            allowed=mask[0],
             key=b.key,
             read_context=lambda: self.context(number),
             seen=b.seen,
+            allowed_bytes=mask[1],
         )
 
     def take(self, number: int, token: int, logprob: TokenLogprob | None = None) -> None:
@@ -296,10 +301,11 @@ class Request:
         if b.text is None:
             b.text = TextStream(self.tokenizer, self.context(b.number)[-_TEXT_CONTEXT:], self.task.eos)
         piece = b.text.push(token)
-        position, path = self.interpreter.position(b.number), self.interpreter.path(b.number)
-        self.events.append(
-            TokenEvent(self.task.index, path, token, piece, position, not sampled, b.number, *(logprob or ()))
-        )
+        if self.tells_tokens:
+            position, path = self.interpreter.position(b.number), self.interpreter.path(b.number)
+            self.events.append(
+                TokenEvent(self.task.index, path, token, piece, position, not sampled, b.number, *(logprob or ()))
+            )
         actions = self.interpreter.feed(b.number, kind)
         self._record(b, (token,), sampled, piece, logprob)
         return actions, piece

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mvkernels.hf_graph import DecodeGraph
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Branch, Step
+from mvkernels.model.logits import StepLogits
 from mvkernels.model.request_kv import Entry
 
 # Steps of the same branches that pages are set aside for, once these have come twice in a row: they need no planning.
@@ -21,12 +22,12 @@ _RESERVE = 32
 class BadLogits(RuntimeError):
     """The model's logits have NaN.
 
-    rows: those that have. committed: whether the step was committed all the same, as those of CUDA graphs are.
+    logits: all of them. committed: whether the step was committed all the same, as those of CUDA graphs are.
     """
 
-    def __init__(self, rows: list[int], logits: torch.Tensor, committed: bool) -> None:
+    def __init__(self, logits: StepLogits, committed: bool) -> None:
         super().__init__("expected logits without NaN, got NaN")
-        self.rows, self.logits, self.committed = rows, logits, committed
+        self.logits, self.committed = logits, committed
 
 
 class Runner:
@@ -55,11 +56,11 @@ class Runner:
         positions: Sequence[int] | None,
         rows: Sequence[int],
         careful: bool = False,
-    ) -> torch.Tensor:
+    ) -> StepLogits:
         """One step. entries: what it adds, in planning order. ids: all new tokens, entry by entry.
 
         positions: of the tokens; None: as the cache has them. rows: the entries whose last token's logits are wanted;
-        they come as [n, V] float32. careful: no graph, so that nothing is committed where logits are bad.
+        they come as the model has them. careful: no graph, so that nothing is committed where logits are bad.
         Raises what the cache and the model raise, and BadLogits; nothing was committed then, unless that says so.
         """
         planned = [(entry.handle, entry.count) for entry in entries]
@@ -67,7 +68,7 @@ class Runner:
             logits = self.graph.run(planned, ids)
             if len(rows) < len(logits):
                 logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
-            return _checked(logits.float(), committed=True)
+            return _checked(logits, committed=True)
         step = self._open(planned)
         try:
             logits = _checked(self._forward(step, ids, positions, rows), committed=False)
@@ -133,13 +134,12 @@ class Runner:
                 logits_to_keep=kept,
                 **strict,
             ).logits[0, : len(rows)]
-        return logits.float()
+        return logits
 
 
-def _checked(logits: torch.Tensor, committed: bool) -> torch.Tensor:
-    """The logits; raises BadLogits. A sum takes one pass and no memory: NaN where an element is, or infinities meet."""
-    if bool(logits.sum(dim=-1).isnan().any()):
-        rows = logits.isnan().any(dim=-1).nonzero()[:, 0].tolist()
-        if rows:
-            raise BadLogits(rows, logits, committed)
+def _checked(values: torch.Tensor, committed: bool) -> StepLogits:
+    """The logits. Raises BadLogits."""
+    logits = StepLogits.of(values)
+    if logits.bad_rows:
+        raise BadLogits(logits, committed)
     return logits

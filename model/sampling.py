@@ -19,14 +19,13 @@ from typing import TypeAlias
 import torch
 
 from mvkernels.model.config import GenerationConfig
+from mvkernels.model.logits import StepLogits
 from mvkernels.model.penalty import SeenTokens, penalise
 
 _ONE = 2.0**62
 # Rows are sampled in groups of so many logits at most: their fp64 copies stay in a CPU's cache (five times as fast as
 # 64 rows of 49152 at once), and never fill a GPU.
 _LARGEST_GROUP = {"cpu": 2**19, "cuda": 2**24}
-# Logits whose largest one is looked for first, on a CPU: its argmax takes one number after the other, its amax vectors.
-_PIECE = 256
 # Top-p looks at so many of the likeliest tokens first, then at more; where they do not suffice, at the whole row.
 _NUCLEUS = (256, 4096)
 
@@ -37,8 +36,8 @@ class BranchView:
 
     request: index in the batch. path: (2, 1) for path 2.1, () for the trunk. drawn: tokens sampled on it so far.
     position: of the token to come. state: the interpreter's. banned: token ids that the request's limits forbid here.
-    allowed: [V] bool on the logits' device, the tokens that may come, or None for all. key: what the branch's
-    randomness hangs on. read_context: makes the tokens that the branch sees, prompt included. seen: the same as a set,
+    allowed: [V] bool on the logits' device, the tokens that may come, or None for all; allowed_bytes: the same on the
+    host, a byte a token, where the engine has it. key: what the branch's randomness hangs on. read_context: makes the tokens that the branch sees, prompt included. seen: the same as a set,
     where the config has a repetition penalty; None: made from the context.
     """
 
@@ -53,6 +52,7 @@ class BranchView:
     key: str = ""
     read_context: Callable[[], list[int]] = field(default=list, repr=False)
     seen: SeenTokens | None = field(default=None, repr=False)
+    allowed_bytes: bytes | None = field(default=None, repr=False)
 
     @property
     def context(self) -> list[int]:
@@ -71,18 +71,19 @@ def sample(views: Sequence[BranchView], logits: torch.Tensor) -> list[int]:
     filters of `probabilities`. The lowest id wins among equal logits when greedy. Raises ValueError where a row has
     NaN or an infinite logit, and where no token may come.
     """
-    logits = logits.float()
-    tokens, highest, fits = _greedy(views, logits)
-    again = [
-        row
-        for row, (view, token, fit) in enumerate(zip(views, tokens, fits, strict=True))
-        if view.config.temperature > 0 or view.config.repetition_penalty != 1 or not fit or token in view.banned
-    ]
+    return sample_step(views, StepLogits.of(logits))
+
+
+def sample_step(views: Sequence[BranchView], step: StepLogits) -> list[int]:
+    """The same where the likeliest tokens are known: rows that may and want to take theirs are not looked at again."""
+    logits = step.values
+    tokens, highest = [*step.tokens], [*step.highest]
+    again = [row for row, (view, token) in enumerate(zip(views, tokens, strict=True)) if not _takes(view, token)]
     size = max(_LARGEST_GROUP.get(logits.device.type, 2**24) // logits.shape[-1], 1)
     for start in range(0, len(again), size):
         group = again[start : start + size]
         part = logits[group[0] : group[-1] + 1] if group[-1] - group[0] + 1 == len(group) else logits[group]
-        chosen = _choose([views[row] for row in group], part)
+        chosen = _choose([views[row] for row in group], part.float())
         for row, token, value in zip(group, *chosen, strict=True):
             tokens[row], highest[row] = token, value
     for view, value in zip(views, highest, strict=True):
@@ -121,30 +122,14 @@ def branch_key(parent: str, ordinal: int, number: int) -> str:
 # ---- the masks of what may come
 
 
-def _greedy(views: Sequence[BranchView], logits: torch.Tensor) -> tuple[list[int], list[float], list[bool]]:
-    """The likeliest token of each row, its logit, and whether the row's mask lets it come: then it is the choice."""
-    table, index = _masks(views, logits)
-    chosen = _argmax(logits)
-    best = logits.gather(1, chosen[:, None])[:, 0]  # NaN where there is one: argmax takes it for the largest
-    fits = torch.ones_like(best) if table is None else table[index, chosen]
-    tokens, highest, fit = torch.stack((chosen.double(), best.double(), fits.double())).tolist()  # one transfer
-    return [int(token) for token in tokens], highest, [value > 0 for value in fit]
-
-
-def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    """[n] int64: the first NaN of each row, else the first of its largest logits. logits: [n, V]."""
-    size = logits.shape[-1]
-    if logits.device.type != "cpu" or size <= _PIECE:
-        return logits.argmax(dim=-1)
-    rest = size % _PIECE
-    largest = logits[:, : size - rest].reshape(len(logits), -1, _PIECE).amax(dim=-1)
-    if rest:
-        largest = torch.cat((largest, logits[:, -rest:].amax(dim=-1, keepdim=True)), dim=1)
-    # The last piece is filled up from the one before, where all are smaller if it has the first of the largest.
-    first = (largest.argmax(dim=-1) * _PIECE).clamp(max=size - _PIECE)[:, None]
-    places = first + torch.arange(_PIECE)
-    chosen: torch.Tensor = first + logits.gather(1, places).argmax(dim=-1, keepdim=True)
-    return chosen[:, 0]
+def _takes(view: BranchView, token: int) -> bool:
+    """Whether a branch's choice is the likeliest token: it is greedy, and that may come."""
+    config = view.config
+    if config.temperature > 0 or config.repetition_penalty != 1 or token in view.banned:
+        return False
+    if view.allowed is None:
+        return True
+    return bool((view.allowed if view.allowed_bytes is None else view.allowed_bytes)[token])
 
 
 def _masks(views: Sequence[BranchView], logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -35,6 +35,8 @@ class Stream(Iterator[Event]):
 
     def __init__(self, core: Core, requests: Sequence[Request], sampler: Sampler, only_ends: bool = False) -> None:
         self._core, self._only_ends = core, only_ends
+        for request in requests:
+            request.tells_tokens = not only_ends
         self._events: deque[Event] = deque()
         self._call = Call(requests, sampler, _weak(self._receive))
         self._joined = False

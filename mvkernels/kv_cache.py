@@ -305,9 +305,11 @@ class PagedKVCache:
             raise OutOfPages(f"advance: expected tokens in reserve, got a step that used all {step.index}")
         if tensors:
             step.advance_tensors()
-        following = tuple(PlannedNode(p.node, p.start, p.base + 1, 1, self._grow(p)) for p in step.planned)
+        for planned in step.planned:  # those of the next step from here on
+            planned.pages = self._grow(planned)
+            planned.base += 1
         step.state.closed = "advanced"
-        self._open = next_step(step, following)
+        self._open = next_step(step)
         return self._open
 
     def rollback(self, step: Step) -> None:
@@ -431,6 +433,8 @@ class PagedKVCache:
                 self._forget_merged(seen)
         node.length += planned.num_tokens
         used = -(-node.length // self.page_size) - len(node.pages)
+        if not used:
+            return planned.pages
         node.pages.extend(planned.pages[:used])
         return planned.pages[used:]
 

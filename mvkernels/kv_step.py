@@ -70,6 +70,7 @@ class Step:
     positions [N]     int32, position of each row
     slots [N]         int64, page * page_size + offset, where `append` writes the row
     views             what each entry sees (`ops.decode_tasks`), shared by all layers
+    planned           what committing does; that of the step after it, once it has advanced
     ahead             the slots of the steps to come, [1 + reserve, N] int64, for `PagedKVCache.advance`; None where it
                       cannot be used: an entry adds several tokens, or sees some that another one adds
     cursor [1]        int64, the row of `ahead` that is this step's; `index` is the same number on the host
@@ -165,9 +166,9 @@ def make_step(
     )
 
 
-def next_step(step: Step, planned: tuple[PlannedNode, ...]) -> Step:
-    """The step after one whose tensors have advanced: the same tensors, and the same branches with one token each."""
-    return replace(step, planned=planned, state=StepState(), views=step.views.advanced(), index=step.index + 1)
+def next_step(step: Step) -> Step:
+    """The step after one whose tensors and plans have advanced: these, and the same branches with one token each."""
+    return replace(step, state=StepState(), views=step.views.advanced(), index=step.index + 1)
 
 
 def _slots_ahead(

@@ -23,7 +23,10 @@ from benchmarks.engine_models import Loaded, make_tokenizer, with_tags
 from benchmarks.engine_watch import Watch
 from benchmarks.run import main
 from mvkernels.grammar import Kind
+from mvkernels.model import core
 from mvkernels.model.engine import Engine
+from mvkernels.model.logits import StepLogits
+from mvkernels.model.sampling import sample_step
 from mvkernels.ops.decode_native import compile_reason
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
@@ -202,17 +205,23 @@ def test_watch_splits_a_step() -> None:
     watch = Watch(model, "cpu", clock=lambda: float(next(ticks)))
     sampler = watch.sampler(lambda views, logits: [0] * len(views))
     with watch.watching():
-        for branches in (1, 2, 2):
+        for branches in (0, 2, 2):
             model(torch.zeros(1, 2))
             model(torch.zeros(1, 2))
             next(ticks)  # a second of the host
-            sampler([None] * branches, torch.zeros(branches, 2))
+            logits = StepLogits.of(torch.zeros(branches, 2))
+            if not branches:
+                core.sample_step([], logits)  # the engine's own
+            else:
+                sampler([None] * branches, logits.values)
     model(torch.zeros(1, 2))
-    # From one sampler's end to the next: two calls of the model, each 1 s, the sampler 1 s, between them 1 s each.
+    # From one sampler's end to the next: two calls of the model, each 1 s, the look at the logits and the sampler, each
+    # 1 s too, between them 1 s each.
     assert [(s.branches, s.steady, s.model, s.sampler, s.host) for s in watch.steps] == [
-        (2, False, 2.0, 1.0, 4.0),
-        (2, True, 2.0, 1.0, 4.0),
+        (2, False, 2.0, 2.0, 5.0),
+        (2, True, 2.0, 2.0, 5.0),
     ]
+    assert core.sample_step is sample_step and StepLogits.of.__func__ is vars(StepLogits)["of"].__func__
     assert torch.cuda.CUDAGraph.replay.__name__ == "replay" and not model._forward_hooks
 
 

@@ -115,15 +115,15 @@ def test_a_model_that_always_ends_cannot_within_a_block(engine: Engine) -> None:
 def test_masks_of_the_vocabulary(engine: Engine) -> None:
     tags = engine.tags
     masks = TokenMasks(tags, 300, "cpu")
-    free = masks.row(1 << Kind.TEXT | 1 << Kind.PATH_END, frozenset({5}))
+    free, host = masks.row(1 << Kind.TEXT | 1 << Kind.PATH_END, frozenset({5}))
     assert free.dtype == torch.bool and free.shape == (300,)
     expected = {*range(300)} - {*tags.ids, 5} | {tags.id(Kind.PATH_END)}
-    assert set(free.nonzero()[:, 0].tolist()) == expected
-    between = masks.row(1 << Kind.SPACE | 1 << Kind.GOAL, frozenset({5}))
+    assert set(free.nonzero()[:, 0].tolist()) == expected == {i for i, one in enumerate(host) if one}
+    between, _ = masks.row(1 << Kind.SPACE | 1 << Kind.GOAL, frozenset({5}))
     assert set(between.nonzero()[:, 0].tolist()) == {*tags.space_ids, tags.id(Kind.GOAL)}
-    assert masks.row(1 << Kind.GOAL, frozenset()).nonzero().tolist() == [[tags.id(Kind.GOAL)]]
-    assert masks.row(END_BIT, frozenset({5, 7, 999})).nonzero()[:, 0].tolist() == [5, 7]
-    assert masks.row(1 << Kind.SPACE | 1 << Kind.GOAL, frozenset({5})) is between
+    assert masks.row(1 << Kind.GOAL, frozenset())[0].nonzero().tolist() == [[tags.id(Kind.GOAL)]]
+    assert masks.row(END_BIT, frozenset({5, 7, 999}))[0].nonzero()[:, 0].tolist() == [5, 7]
+    assert masks.row(1 << Kind.SPACE | 1 << Kind.GOAL, frozenset({5}))[0] is between
 
 
 # ---- prompts and budgets

@@ -34,7 +34,7 @@ class World:
     def step(self, first: int, chosen: tuple[int, ...] = (0, 1, 2), count: int = 1) -> torch.Tensor:
         entries = [Entry(i, self.branches[i], first, count) for i in chosen]
         ids = [IDS[(first + 7 * i + j) % len(IDS)] for i in chosen for j in range(count)]
-        return self.runner.run(entries, ids, None, range(len(chosen)))
+        return self.runner.run(entries, ids, None, range(len(chosen))).values
 
 
 def test_steps_that_follow_are_those_that_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +65,9 @@ def test_a_bad_step_takes_nothing_and_is_planned_again(monkeypatch: pytest.Monke
         world.step(first)
     tokens = [world.cache.num_tokens(branch) for branch in world.branches]
     broken = world.model.lm_head.register_forward_hook(lambda *_: torch.full((1, 3, 300), torch.nan))
-    with pytest.raises(BadLogits):
+    with pytest.raises(BadLogits) as caught:
         world.step(4)
+    assert caught.value.logits.bad_rows == [0, 1, 2] and not caught.value.committed
     broken.remove()
     assert [world.cache.num_tokens(branch) for branch in world.branches] == tokens == [4] * 3
     before = len(world.plans)

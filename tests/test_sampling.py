@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig as TransformersConfig
 
 from mvkernels.model.config import GenerationConfig
+from mvkernels.model.logits import StepLogits
 from mvkernels.model.penalty import SeenTokens, penalise
 from mvkernels.model.sampling import (
     BranchView,
-    _argmax,
     _draw,
     branch_key,
     probabilities,
     request_key,
     sample,
+    sample_step,
     uniform,
 )
 from tests.tiny_model import tiny_model
@@ -57,17 +59,6 @@ def random_logits(seed: int, *shape: int) -> torch.Tensor:
 def test_greedy_takes_the_likeliest_and_the_lowest_of_equals() -> None:
     logits = torch.tensor([[0.0, 5.0, 5.0, 1.0], [9.0, 1.0, 2.0, 3.0]])
     assert sample([view(), view()], logits) == [1, 0]
-
-
-@pytest.mark.parametrize("size", [255, 256, 257, 511, 512, 1000])
-def test_the_largest_is_the_first_of_its_equals_at_any_place(size: int) -> None:
-    logits = random_logits(size, 200, size).round()  # many equal ones
-    logits[0], logits[1, -1], logits[2, :-1] = 0, 99, -math.inf
-    logits[3, size // 2 :] = math.nan
-    logits[4, -3:] = 99
-    assert _argmax(logits).tolist() == [
-        max(range(size), key=lambda i: (row[i] != row[i], row[i])) for row in logits.tolist()
-    ]
 
 
 def test_banned_tokens_never_come() -> None:
@@ -209,6 +200,18 @@ def test_masks_of_several_kinds_in_one_batch() -> None:
     views = [view(drawn=i, allowed=even if i % 2 else None, temperature=9.0) for i in range(200)]
     tokens = sample(views, logits[:1].expand(200, 4))
     assert set(tokens[1::2]) == {0, 2} and set(tokens[::2]) == {0, 1, 2, 3}
+
+
+def test_a_mask_on_the_host_is_that_of_the_tensor() -> None:
+    """The engine hands both over, so that a greedy row is not looked at on a device."""
+    logits = random_logits(3, 64, 50)
+    masks = [random_logits(4 + i, 1, 50)[0] > 0 for i in range(3)]
+    masks[2][:] = False
+    masks[2][7] = True
+    plain = [view(allowed=masks[i % 3]) for i in range(64)]
+    both = [replace(one, allowed_bytes=one.allowed.numpy().tobytes()) for one in plain]
+    wanted = [max((j for j in range(50) if masks[i % 3][j]), key=lambda j: row[j]) for i, row in enumerate(logits)]
+    assert sample(plain, logits) == sample(both, logits) == sample_step(both, StepLogits.of(logits)) == wanted
 
 
 def test_a_repetition_penalty_counts_when_greedy() -> None:

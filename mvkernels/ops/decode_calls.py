@@ -18,6 +18,7 @@ import torch
 
 from mvkernels.ops.decode_invariant import invariant_tasks
 from mvkernels.ops.decode_tasks import (
+    AdvancingPlan,
     DecodePath,
     DecodeTask,
     Int32Array,
@@ -76,7 +77,7 @@ class Merge:
 
 
 @dataclass(frozen=True, eq=False)
-class CallPlan:
+class CallPlan(AdvancingPlan):
     """The calls of a step, and the merges of their partial results.
 
     stacked: where the partials of every call are those of all rows, in order: how many of each row; then there are no

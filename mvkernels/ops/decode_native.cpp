@@ -5,7 +5,8 @@
 // A work item is a tile of lanes on some pages, for each key-value head. A lane is one query head of one row, so the
 // lanes of an item are what shares its keys. They lie in vectors: one element of a key times a vector of queries adds to
 // a vector of scores, in which nothing is ever summed across. So each lane has the same bits wherever it stands and
-// whoever is beside it, and a key needs no transposition. Items of one row write its result, others partial results,
+// whoever is beside it, and a key needs no transposition. Where an item has few lanes, most of such vectors would be
+// empty: each lane is then taken by itself, with vectors along D. Items of one row write its result, others partial results,
 // which are merged in the order of the plan: the same plan gives the same bits, with any number of threads.
 //
 // Keys are addressed one by one, so where pages lie makes no difference. Blocks of BLOCK keys: their scores, weights and
@@ -28,6 +29,7 @@
 namespace {
 
 constexpr int MAX_LANES = 2 * WIDTH;
+constexpr int APART = 4;  // lanes: from there on they take longer one by one than side by side
 constexpr int BLOCK = 64;
 constexpr int MAX_DIM = 256;
 constexpr int LINE = 64;  // bytes of a cache line
@@ -82,9 +84,11 @@ struct Plan {
     int32_t num_items, num_merges;
     int32_t num_rows, heads, kv_heads, dim, page_size;
     int32_t num_threads;
+    int32_t most_apart;  // items of up to so many lanes (at most APART) have each taken by itself; bits differ
 };
 
 int32_t max_lanes() { return MAX_LANES; }
+int32_t max_apart() { return APART; }
 }
 
 namespace {
@@ -181,6 +185,34 @@ inline void add_values(const float* const* v, int d, const Floats* weights, int 
         for (int n = 0; n < NV; ++n) out[(d + t) * NV + n] = sum[t][n];
 }
 
+// The place of a lane's query among all of them, [rows, heads].
+template <class T>
+inline int64_t place_of(const Call<T>& call, const Item& item, int head, int l) {
+    const int group = call.plan.heads / call.plan.kv_heads, lane = item.lane_first + l;
+    return int64_t(call.plan.rows[item.row_first + lane / group]) * call.plan.heads + head * group + lane % group;
+}
+
+// The result of a lane, or a partial one, with out[0], out[stride], .. not divided by the total yet.
+template <class T>
+void finish(const Call<T>& call, const Item& item, int head, int l, float high, float total, const float* out,
+            int stride) {
+    const Plan& plan = call.plan;
+    const int dim = plan.dim, group = plan.heads / plan.kv_heads;
+    const int lane = item.lane_first + l, row = lane / group, h = head * group + lane % group;
+    const float inverse = total == 0 ? 0 : 1 / total;
+    const float lse = total == 0 ? -INF : high + std::log2(total);
+    if (item.partial_first < 0) {
+        const int64_t target = plan.rows[item.row_first + row];
+        T* const result = call.out + (target * plan.heads + h) * dim;
+        for (int d = 0; d < dim; ++d) store(out[d * stride] * inverse, result[d]);
+        if (call.lse) call.lse[int64_t(h) * plan.num_rows + target] = lse * LN_2;
+    } else {
+        const int64_t target = int64_t(item.partial_first + row) * plan.heads + h;
+        for (int d = 0; d < dim; ++d) plan.partials[target * dim + d] = out[d * stride] * inverse;
+        plan.partial_lse[target] = lse;
+    }
+}
+
 template <class T, int NV>
 void attend(const Call<T>& call, const Item& item, int head, Space& space) {
     const Plan& plan = call.plan;
@@ -192,10 +224,9 @@ void attend(const Call<T>& call, const Item& item, int head, Space& space) {
     alignas(VECTOR_BYTES) int32_t last[LANES] = {};  // the last key that a lane sees
     int first_limit = std::numeric_limits<int>::max(), last_limit = std::numeric_limits<int>::min();
     for (int l = 0; l < item.num_lanes; ++l) {
-        const int lane = item.lane_first + l, row = lane / group;
-        const T* query = call.q + (int64_t(plan.rows[item.row_first + row]) * plan.heads + head * group + lane % group) * dim;
+        const T* const query = call.q + place_of(call, item, head, l) * dim;
         for (int d = 0; d < dim; ++d) q[d * LANES + l] = load(query[d]) * (call.scale * LOG2_E);
-        last[l] = item.limit + row;
+        last[l] = item.limit + (item.lane_first + l) / group;
         first_limit = std::min(first_limit, last[l]);
         last_limit = std::max(last_limit, last[l]);
     }
@@ -259,21 +290,108 @@ void attend(const Call<T>& call, const Item& item, int head, Space& space) {
     alignas(VECTOR_BYTES) float highs[LANES], totals[LANES];
     std::memcpy(highs, high, sizeof high);
     std::memcpy(totals, total, sizeof total);
-    for (int l = 0; l < item.num_lanes; ++l) {
-        const int lane = item.lane_first + l, row = lane / group, h = head * group + lane % group;
-        const float inverse = totals[l] == 0 ? 0 : 1 / totals[l];
-        const float lse = totals[l] == 0 ? -INF : highs[l] + std::log2(totals[l]);
-        if (item.partial_first < 0) {
-            const int64_t target = plan.rows[item.row_first + row];
-            T* result = call.out + (target * plan.heads + h) * dim;
-            for (int d = 0; d < dim; ++d) store(out[d * LANES + l] * inverse, result[d]);
-            if (call.lse) call.lse[int64_t(h) * plan.num_rows + target] = lse * LN_2;
-        } else {
-            const int64_t target = int64_t(item.partial_first + row) * plan.heads + h;
-            for (int d = 0; d < dim; ++d) plan.partials[target * dim + d] = out[d * LANES + l] * inverse;
-            plan.partial_lse[target] = lse;
-        }
+    for (int l = 0; l < item.num_lanes; ++l) finish(call, item, head, l, highs[l], totals[l], out + l, LANES);
+}
+
+// scores[l][j] = k[j] . q[l]
+template <int LANES>
+inline void multiply_key(const float* k, const float* q, int dim, int j, float (*scores)[BLOCK]) {
+    Floats sum[LANES] = {};
+    for (int d = 0; d < dim; d += WIDTH) {
+        const Floats key = load_floats(k + d);
+        for (int l = 0; l < LANES; ++l) sum[l] += key * load_floats(q + l * dim + d);
     }
+    for (int l = 0; l < LANES; ++l) scores[l][j] = sum_of(sum[l]);
+}
+
+// out[l] = out[l] correction[l] + sum_j weights[l][j] v[j], for DIMS vectors of numbers from d on.
+template <int LANES, int DIMS>
+inline void add_value(const float* const* v, int d, const float (*weights)[BLOCK], int count, const float* correction,
+                      float* out, int dim) {
+    Floats sum[LANES][DIMS];
+    for (int l = 0; l < LANES; ++l)
+        for (int t = 0; t < DIMS; ++t) sum[l][t] = load_floats(out + l * dim + d + t * WIDTH) * correction[l];
+    for (int j = 0; j < count; ++j)
+        for (int t = 0; t < DIMS; ++t) {
+            const Floats value = load_floats(v[j] + d + t * WIDTH);
+            for (int l = 0; l < LANES; ++l) sum[l][t] += value * weights[l][j];
+        }
+    for (int l = 0; l < LANES; ++l)
+        for (int t = 0; t < DIMS; ++t) std::memcpy(out + l * dim + d + t * WIDTH, &sum[l][t], VECTOR_BYTES);
+}
+
+// As `attend`, lane by lane; D is a multiple of WIDTH.
+template <class T, int LANES>
+void attend_apart(const Call<T>& call, const Item& item, int head, Space& space) {
+    const Plan& plan = call.plan;
+    const int dim = plan.dim, group = plan.heads / plan.kv_heads, bytes = dim * int(sizeof(T));
+    float *const q = reinterpret_cast<float*>(space.q), *const out = reinterpret_cast<float*>(space.out);
+    auto* const scores = reinterpret_cast<float(*)[BLOCK]>(space.scores);
+    int last[LANES], last_limit = std::numeric_limits<int>::min();
+    float high[LANES], total[LANES], correction[LANES];
+    for (int l = 0; l < LANES; ++l) {
+        const T* const query = call.q + place_of(call, item, head, l) * dim;
+        for (int d = 0; d < dim; ++d) q[l * dim + d] = load(query[d]) * (call.scale * LOG2_E);
+        last[l] = item.limit + (item.lane_first + l) / group;
+        last_limit = std::max(last_limit, last[l]);
+        high[l] = LOWEST, total[l] = 0;
+    }
+    std::fill(out, out + LANES * dim, 0.0f);
+
+    const T *k_rows[2][BLOCK], *v_rows[2][BLOCK];
+    const float *k_found[BLOCK], *v_found[BLOCK];
+    Keys<T> keys(call, item, head);
+    int which = 0, before = 0, count = keys.next(k_rows[0], v_rows[0]);
+    while (count && before <= last_limit) {
+        const float* const* k = as_floats(k_rows[which], count, dim, space.k, k_found);
+        for (int j = 0; j < count; ++j) {
+            prefetch(v_rows[which][j], bytes);
+            multiply_key<LANES>(k[j], q, dim, j, scores);
+        }
+        for (int l = 0; l < LANES; ++l) {
+            // Those that are not there count as little as those that the lane does not see.
+            const int seen = std::min(std::max(last[l] - before + 1, 0), count);
+            std::fill(scores[l] + seen, scores[l] + BLOCK, -INF);
+            Floats highest = Floats{} + high[l], sum{};
+            for (int j = 0; j < BLOCK; j += WIDTH) {
+                const Floats some = load_floats(scores[l] + j);
+                highest = some > highest ? some : highest;
+            }
+            const float top = largest_of(highest);
+            for (int j = 0; j < BLOCK; j += WIDTH) {
+                const Floats weights = exp2_of(load_floats(scores[l] + j) - top);
+                std::memcpy(scores[l] + j, &weights, VECTOR_BYTES);
+                sum += weights;
+            }
+            correction[l] = exp2_of(Floats{} + (high[l] - top))[0];
+            high[l] = top;
+            total[l] = total[l] * correction[l] + sum_of(sum);
+        }
+        const int next = keys.next(k_rows[1 - which], v_rows[1 - which]);
+        const float* const* v = as_floats(v_rows[which], count, dim, space.v, v_found);
+        for (int j = 0; j < next; ++j) prefetch(k_rows[1 - which][j], bytes);
+        int d = 0;
+        for (; d + 4 * WIDTH <= dim; d += 4 * WIDTH) add_value<LANES, 4>(v, d, scores, count, correction, out, dim);
+        for (; d < dim; d += WIDTH) add_value<LANES, 1>(v, d, scores, count, correction, out, dim);
+        before += count;
+        count = next;
+        which = 1 - which;
+    }
+    for (int l = 0; l < LANES; ++l) finish(call, item, head, l, high[l], total[l], out + l * dim, 1);
+}
+
+template <class T>
+void attend_item(const Call<T>& call, const Item& item, int head, Space& space) {
+    if (item.num_lanes <= call.plan.most_apart && call.plan.dim % WIDTH == 0) switch (item.num_lanes) {
+        case 1: return attend_apart<T, 1>(call, item, head, space);
+        case 2: return attend_apart<T, 2>(call, item, head, space);
+        case 3: return attend_apart<T, 3>(call, item, head, space);
+        case 4: return attend_apart<T, 4>(call, item, head, space);
+    }
+    if (item.num_lanes <= WIDTH)
+        attend<T, 1>(call, item, head, space);
+    else
+        attend<T, 2>(call, item, head, space);
 }
 
 // All heads of a row, from its partial results.
@@ -311,12 +429,8 @@ void run(const Call<T>& call) {
 #pragma omp for schedule(dynamic, 1)
         for (int unit = 0; unit < plan.num_items * parts; ++unit) {
             const Item& item = plan.items[unit / parts];
-            for (int head = unit % parts * heads_each, end = head + heads_each; head < end; ++head) {
-                if (item.num_lanes <= WIDTH)
-                    attend<T, 1>(call, item, head, space);
-                else
-                    attend<T, 2>(call, item, head, space);
-            }
+            for (int head = unit % parts * heads_each, end = head + heads_each; head < end; ++head)
+                attend_item(call, item, head, space);
         }
         if (plan.num_merges) {
 #pragma omp for schedule(static)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from mvkernels.ops.decode_invariant import invariant_tasks
-from mvkernels.ops.decode_tasks import DecodePath, DecodeTask, Int32Array, KeyRun, StepViews, build_tasks
+from mvkernels.ops.decode_tasks import AdvancingPlan, DecodePath, DecodeTask, Int32Array, KeyRun, StepViews, build_tasks
 from mvkernels.ops.native import native_library, native_reason
 
 SOURCE = Path(__file__).with_name("decode_native.cpp")
@@ -53,16 +53,16 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("items", "pages", "counts", "rows")),
         *((name, ctypes.c_void_p) for name in ("merge_rows", "merge_ends", "merge_ids", "partials", "partial_lse")),
         *((name, ctypes.c_int32) for name in ("num_items", "num_merges", "num_rows", "heads", "kv_heads")),
-        *((name, ctypes.c_int32) for name in ("dim", "page_size", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("dim", "page_size", "num_threads", "most_apart")),
     )
 
 
 @dataclass(frozen=True, eq=False)
-class NativePlan:
+class NativePlan(AdvancingPlan):
     """The kernel's work for a step; the fields of its `Plan`, int32.
 
     items [I, 7]: of `Item`. num_partials: rows of partial results. own [E]: where the pages of each entry's own node
-    begin among `pages`, for steps to come; empty where some stand in none or in several tasks.
+    begin among `pages`, for steps to come; empty where some stand in none or in several tasks. tokens [E]: in each.
     """
 
     items: Int32Array
@@ -74,6 +74,7 @@ class NativePlan:
     merge_ids: Int32Array
     num_partials: int
     own: Int32Array
+    tokens: Int32Array
     path: DecodePath
     cut: Cut
     _bound: dict[int, _Plan] = field(default_factory=dict, repr=False)
@@ -97,6 +98,8 @@ class NativePlan:
                 dim,
                 page_size,
                 cut.threads,
+                # Whose bits would depend on how many share the item.
+                0 if cut.invariant else _kernel()[0].max_apart(),
             )
             self._bound[dim] = _Plan(*addresses, first, first + 4 * self.num_partials * heads * dim, *sizes)
         return self._bound[dim]
@@ -105,10 +108,9 @@ class NativePlan:
         """The plan of the next step, in which each entry has one token more; None where it has to be made anew."""
         if self.cut.invariant or not len(self.own):
             return None
-        newest = np.array([entry.own.tokens - 1 for entry in views.entries]) // views.page_size
         counts = self.counts.copy()
-        counts[self.own + newest] += 1
-        return replace(self, counts=counts, _bound={})
+        counts[self.own + self.tokens // views.page_size] += 1
+        return replace(self, counts=counts, tokens=self.tokens + 1, _bound={})
 
 
 @functools.cache
@@ -214,10 +216,9 @@ def _plan(views: StepViews, cut: Cut) -> NativePlan:
     )
     shared = any(task.shared for task in tasks)
     path: DecodePath = "shared" if shared else "split" if len(merges[0]) else "direct"
-    own = _own(views, runs, ends)
-    return NativePlan(
-        np.stack(columns, axis=1).astype(np.int32), pages, counts, rows, *merges, num_partials, own, path, cut
-    )
+    items = np.stack(columns, axis=1).astype(np.int32)
+    own, tokens = _own(views, runs, ends), np.array([entry.own.tokens for entry in views.entries], np.int32)
+    return NativePlan(items, pages, counts, rows, *merges, num_partials, own, tokens, path, cut)
 
 
 def _worth_sharing(rows: Sequence[int], runs: Sequence[KeyRun], cut: Cut) -> bool:

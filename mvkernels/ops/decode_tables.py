@@ -19,7 +19,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mvkernels.ops.decode_tasks import DecodePath, DevicePages, Int32Array, Int64Array, KeyRun, StepViews
+from mvkernels.ops.decode_tasks import (
+    AdvancingTables,
+    DecodePath,
+    DevicePages,
+    Int32Array,
+    Int64Array,
+    KeyRun,
+    StepViews,
+)
 from mvkernels.ops.decode_tiles import EVERYTHING, DecodeConfig, DecodePlan
 
 ALIGN = 64  # tables start at multiples of 256 bytes, for Triton compiles a pointer's alignment in
@@ -41,7 +49,7 @@ class TableArrays(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class DecodeTables:
+class DecodeTables(AdvancingTables):
     """The module's docstring has the legend; tensors share one upload, but for `ahead` and device pages.
 
     ahead [1 + reserve, E] int64: where in `counts` the page stands that the step's token of each entry goes to; None

@@ -10,9 +10,11 @@ several new tokens it is causal. A branch that adds one token attends to the who
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,9 +47,9 @@ class KeyRun:
         run._page_size = page_size
         return run
 
-    def longer(self, page_size: int) -> KeyRun:
-        """The run with one more token, in pages that it has already."""
-        return KeyRun.of_node(self.pages, self.tokens + 1, page_size, self.place)
+    def longer(self, tokens: int, page_size: int) -> KeyRun:
+        """The run with so many more tokens, in pages that it has already."""
+        return KeyRun.of_node(self.pages, self.tokens + tokens, page_size, self.place)
 
     @property
     def counted(self) -> bool:
@@ -125,17 +127,17 @@ def join_runs(runs: Sequence[KeyRun], name: Literal["pages", "counts"]) -> Int32
 Share = Callable[[Sequence[int], Sequence[KeyRun]], bool]
 
 
-@runtime_checkable
-class AdvancingTables(Protocol):
+class AdvancingTables(ABC):
     """Tables on a device that turn into those of the next step by work on the device alone."""
 
+    @abstractmethod
     def advance(self, cursor: torch.Tensor) -> None: ...
 
 
-@runtime_checkable
-class AdvancingPlan(Protocol):
+class AdvancingPlan(ABC):
     """What the host derived from a step, and can turn into that of the next with less work than making it anew."""
 
+    @abstractmethod
     def advanced(self, views: StepViews) -> AdvancingPlan | None: ...
 
 
@@ -143,18 +145,28 @@ class AdvancingPlan(Protocol):
 class StepViews:
     """The entries of a step, and what backends derive from them, computed once for all layers.
 
-    reserve: how many steps of one more token each the entries' own pages had room for at first; their rows stay the
-    same. index: how many of them have passed. device_pages: holds the pages and counts of every run at its `place`
+    planned: those of the step that was planned. reserve: for how many steps of one more token each their own pages had
+    room then; the rows stay the same. index: how many of these steps have passed. device_pages: holds the pages and counts of every run at its `place`
     already, with this step's tokens; None where a backend has to upload them.
     """
 
-    entries: tuple[EntryView, ...]
+    planned: tuple[EntryView, ...]
     page_size: int
     total_rows: int
     reserve: int = 0
     index: int = 0
     device_pages: DevicePages | None = None
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def entries(self) -> tuple[EntryView, ...]:
+        """What each entry of this step sees."""
+        if not self.index:
+            return self.planned
+        return tuple(
+            EntryView(view.first_row, view.num_rows, view.own.longer(self.index, self.page_size), view.whole)
+            for view in self.planned
+        )
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         if key not in self._cache:
@@ -170,12 +182,8 @@ class StepViews:
 
     def advanced(self) -> StepViews:
         """The views of the next step. Tables that have advanced on the device stay, plans of the host advance."""
-        entries = tuple(
-            EntryView(entry.first_row, entry.num_rows, entry.own.longer(self.page_size), entry.whole)
-            for entry in self.entries
-        )
         kept: dict[Hashable, Any] = {k: value for k, value in self._cache.items() if isinstance(value, AdvancingTables)}
-        following = replace(self, entries=entries, index=self.index + 1, _cache=kept)
+        following = replace(self, index=self.index + 1, _cache=kept)
         for key, value in self._cache.items():
             if isinstance(value, AdvancingPlan) and (plan := value.advanced(following)) is not None:
                 kept[key] = plan

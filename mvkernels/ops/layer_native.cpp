@@ -1,9 +1,10 @@
-// What stands between the matrix products of a decoder layer, in fp32, one call for each where PyTorch takes several:
+// What stands between and behind the matrix products of a decoder, in fp32, one call for each where PyTorch takes several:
 //
 //     rms_norm        y = w x / sqrt(mean(x^2) + eps)
 //     rotate_append   q and k, head by head: normed where the model does so, and rotated by their positions (RoPE, halves
 //                     of a head as in transformers); k and v into pages
 //     gate            y = silu(g) u = g u / (1 + e^-g)
+//     likeliest       the first of the largest numbers of a row, of logits; where it has NaN, the first NaN
 //
 // A number depends on its own row alone and on its place there, so that a row has the same bits whoever is beside it,
 // with any number of threads.
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int MAX_DIM = 256;  // of a head
 constexpr int SUMS = 4;  // that are added to by turns, so that none waits for the one before
+constexpr int64_t PIECE = 1024;
 
 void norm(const float* x, const float* weight, float eps, int64_t dim, float* y) {
     Floats sums[SUMS] = {};
@@ -52,6 +54,53 @@ void norm_rotate(const float* x, const float* weight, float eps, const float* co
 inline Floats silu_times(Floats g, Floats u) {
     const Floats small = exp2_of((g < 0.0f ? g : -g) * LOG2_E);  // e^-|g|, which cannot overflow
     return g * u * (g < 0.0f ? small : Floats{} + 1.0f) / (1.0f + small);
+}
+
+// All ones where there is NaN.
+inline Ints nan_in(Floats x) { return x != x; }
+
+// b where a has NaN.
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline bool any_of(Ints x) {
+    int64_t parts[VECTOR_BYTES / 8], found = 0;
+    std::memcpy(parts, &x, VECTOR_BYTES);
+    for (const int64_t part : parts) found |= part;
+    return found != 0;
+}
+
+// Piece by piece, each in one pass by vectors: only the piece that has it is looked through for its place.
+int64_t likeliest_of(const float* x, int64_t dim) {
+    float best = -INFINITY;
+    int64_t first = 0;
+    for (int64_t from = 0; from < dim; from += PIECE) {
+        const int64_t to = from + PIECE < dim ? from + PIECE : dim;
+        Floats largest[SUMS];
+        for (Floats& part : largest) part = Floats{} - INFINITY;
+        Ints nan{};
+        int64_t i = from;
+        for (; i + SUMS * WIDTH <= to; i += SUMS * WIDTH)
+            for (int s = 0; s < SUMS; ++s) {
+                const Floats xs = load_floats(x + i + s * WIDTH);
+                nan |= nan_in(xs);
+                largest[s] = larger(xs, largest[s]);
+            }
+        bool bad = any_of(nan);
+        const Floats whole = larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
+        float high = best;
+        if (any_of(whole > best)) high = largest_of(whole);  // in few pieces
+        for (; i < to; ++i) {
+            bad |= x[i] != x[i];
+            high = x[i] > high ? x[i] : high;
+        }
+        if (bad) {
+            while (x[from] == x[from]) ++from;
+            return from;
+        }
+        if (high > best) best = high, first = from;
+    }
+    while (x[first] != best) ++first;
+    return first;
 }
 
 }  // namespace
@@ -102,6 +151,16 @@ void gate(const float* gu, int64_t rows, int64_t dim, float* y, int32_t num_thre
             const Floats result = silu_times(gs, us);
             std::memcpy(to + i, &result, (dim - i) * 4);
         }
+    }
+}
+
+// x: rows of `stride` numbers, of which the first `dim` count, at least one -> index, value [rows].
+void likeliest(const float* x, int64_t rows, int64_t stride, int64_t dim, int64_t* index, float* value,
+               int32_t num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        index[row] = likeliest_of(x + row * stride, dim);
+        value[row] = x[row * stride + index[row]];
     }
 }
 }

@@ -1,4 +1,4 @@
-"""What stands between the products of a decoder layer, on the CPU: see `layer_native.cpp`, compiled where it runs.
+"""What stands between and behind the products of a decoder, on the CPU: see `layer_native.cpp`, compiled where it runs.
 
 All tensors are fp32 on the CPU, without gradients.
 """
@@ -63,6 +63,20 @@ def gate(gu: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """([n] int64 place, [n] value) of the first NaN of each row, else of the first of its largest numbers.
+
+    logits [n, V] with rows of numbers one after the other, V at least 1.
+    """
+    rows, size = logits.shape
+    index = torch.empty(rows, dtype=torch.int64)
+    value = logits.new_empty(rows)
+    _kernels().likeliest(
+        logits.data_ptr(), rows, logits.stride(0), size, index.data_ptr(), value.data_ptr(), _threads(logits.numel())
+    )  # fmt: skip
+    return index, value
+
+
 def _threads(numbers: int) -> int:
     return torch.get_num_threads() if numbers >= NUMBERS else 1
 
@@ -82,6 +96,7 @@ def _kernels() -> ctypes.CDLL:
         pointer, *[long] * 5, *[pointer] * 4, ctypes.c_float, *[pointer] * 4, short
     ]  # fmt: skip
     library.gate.argtypes = [pointer, long, long, pointer, short]
-    for kernel in (library.rms_norm, library.rotate_append, library.gate):
+    library.likeliest.argtypes = [pointer, *[long] * 3, pointer, pointer, short]
+    for kernel in (library.rms_norm, library.rotate_append, library.gate, library.likeliest):
         kernel.restype = None
     return library

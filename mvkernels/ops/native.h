@@ -36,6 +36,12 @@ inline float sum_of(Floats x) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+inline float largest_of(Floats x) {
+    float largest = x[0];
+    for (int i = 1; i < WIDTH; ++i) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
 // 2^x for x <= 0: Taylor's series on [-1/2, 1/2] (relative error 1e-8), times a power of two; 0 below 2^-126.
 inline Floats exp2_of(Floats x) {
     const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
