@@ -5,9 +5,11 @@
 // A work item is a tile of lanes on some pages, for each key-value head. A lane is one query head of one row, so the
 // lanes of an item are what shares its keys. They lie in vectors: one element of a key times a vector of queries adds to
 // a vector of scores, in which nothing is ever summed across. So each lane has the same bits wherever it stands and
-// whoever is beside it, and a key needs no transposition. Where an item has few lanes, most of such vectors would be
-// empty: each lane is then taken by itself, with vectors along D. Items of one row write its result, others partial results,
-// which are merged in the order of the plan: the same plan gives the same bits, with any number of threads.
+// whoever is beside it, and a key needs no transposition. Where an item has few lanes, most of such a vector would be
+// empty: each lane is then taken by itself, with vectors along D, and has other bits; invariant plans have none of that.
+//
+// Items of one row write its result, others partial results, which are merged in the order of the plan: the same plan
+// gives the same bits, with any number of threads.
 //
 // Keys are addressed one by one, so where pages lie makes no difference. Blocks of BLOCK keys: their scores, weights and
 // running results stay in the first cache. While a block is multiplied the next one is fetched.
@@ -29,7 +31,6 @@
 namespace {
 
 constexpr int MAX_LANES = 2 * WIDTH;
-constexpr int APART = 4;  // lanes: from there on they take longer one by one than side by side
 constexpr int BLOCK = 64;
 constexpr int MAX_DIM = 256;
 constexpr int LINE = 64;  // bytes of a cache line
@@ -84,11 +85,10 @@ struct Plan {
     int32_t num_items, num_merges;
     int32_t num_rows, heads, kv_heads, dim, page_size;
     int32_t num_threads;
-    int32_t most_apart;  // items of up to so many lanes (at most APART) have each taken by itself; bits differ
+    int32_t invariant;  // whether a lane's bits may not depend on how many lanes an item has
 };
 
 int32_t max_lanes() { return MAX_LANES; }
-int32_t max_apart() { return APART; }
 }
 
 namespace {
@@ -371,7 +371,9 @@ void attend_apart(const Call<T>& call, const Item& item, int head, Space& space)
         const float* const* v = as_floats(v_rows[which], count, dim, space.v, v_found);
         for (int j = 0; j < next; ++j) prefetch(k_rows[1 - which][j], bytes);
         int d = 0;
-        for (; d + 4 * WIDTH <= dim; d += 4 * WIDTH) add_value<LANES, 4>(v, d, scores, count, correction, out, dim);
+        constexpr int DIMS = LANES <= 4 ? 4 : 2;  // sums that fit into registers
+        for (; d + DIMS * WIDTH <= dim; d += DIMS * WIDTH)
+            add_value<LANES, DIMS>(v, d, scores, count, correction, out, dim);
         for (; d < dim; d += WIDTH) add_value<LANES, 1>(v, d, scores, count, correction, out, dim);
         before += count;
         count = next;
@@ -380,13 +382,15 @@ void attend_apart(const Call<T>& call, const Item& item, int head, Space& space)
     for (int l = 0; l < LANES; ++l) finish(call, item, head, l, high[l], total[l], out + l * dim, 1);
 }
 
-template <class T>
+// From so many lanes on they take longer one by one than side by side: measured with AVX-512, D = 32, 64 and 128.
+inline int most_apart(int dim) { return dim % WIDTH ? 0 : dim >= 4 * WIDTH ? WIDTH / 2 : WIDTH / 3; }
+
+template <class T, int LANES = WIDTH / 2>
 void attend_item(const Call<T>& call, const Item& item, int head, Space& space) {
-    if (item.num_lanes <= call.plan.most_apart && call.plan.dim % WIDTH == 0) switch (item.num_lanes) {
-        case 1: return attend_apart<T, 1>(call, item, head, space);
-        case 2: return attend_apart<T, 2>(call, item, head, space);
-        case 3: return attend_apart<T, 3>(call, item, head, space);
-        case 4: return attend_apart<T, 4>(call, item, head, space);
+    if constexpr (LANES > 0) {
+        if (item.num_lanes < LANES) return attend_item<T, LANES - 1>(call, item, head, space);
+        if (item.num_lanes == LANES && LANES <= most_apart(call.plan.dim) && !call.plan.invariant)
+            return attend_apart<T, LANES>(call, item, head, space);
     }
     if (item.num_lanes <= WIDTH)
         attend<T, 1>(call, item, head, space);

@@ -53,7 +53,7 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("items", "pages", "counts", "rows")),
         *((name, ctypes.c_void_p) for name in ("merge_rows", "merge_ends", "merge_ids", "partials", "partial_lse")),
         *((name, ctypes.c_int32) for name in ("num_items", "num_merges", "num_rows", "heads", "kv_heads")),
-        *((name, ctypes.c_int32) for name in ("dim", "page_size", "num_threads", "most_apart")),
+        *((name, ctypes.c_int32) for name in ("dim", "page_size", "num_threads", "invariant")),
     )
 
 
@@ -98,8 +98,7 @@ class NativePlan(AdvancingPlan):
                 dim,
                 page_size,
                 cut.threads,
-                # Whose bits would depend on how many share the item.
-                0 if cut.invariant else _kernel()[0].max_apart(),
+                cut.invariant,
             )
             self._bound[dim] = _Plan(*addresses, first, first + 4 * self.num_partials * heads * dim, *sizes)
         return self._bound[dim]
