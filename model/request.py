@@ -65,7 +65,8 @@ class Request:
     are in the cache (`unsent`: that they are not), `views` what a sampler sees of the branches that want a token, and
     `take` takes one.
 
-    `events` collects what happened, tokens only while `tells_tokens`; `finish_reason` is set when the request has ended, which may be at once.
+    `events` collects what happened, tokens only while `tells_tokens`; `finish_reason` is set when the request has
+    ended, which may be at once.
     writer, masks: None for a tokenizer without tags. prefixes: where it finds and leaves its beginning. Raises
     ValueError where the prompt leaves the model no position, and where it leaves blocks open that cannot be closed
     within the budgets.

@@ -71,14 +71,14 @@ class Runner:
             return _checked(logits, committed=True)
         step = self._open(planned)
         try:
-            logits = _checked(self._forward(step, ids, positions, rows), committed=False)
+            found = _checked(self._forward(step, ids, positions, rows), committed=False)
             self._close(step)
         except BaseException:
             if step.state.closed is None:
                 with suppress(Exception):  # a step that stays open is discarded by the next one
                     self.cache.rollback(step)
             raise
-        return logits
+        return found
 
     def free_pages(self) -> int:
         """How many pages the next step may take: those that a step has set aside for later are among them."""

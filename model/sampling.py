@@ -37,8 +37,9 @@ class BranchView:
     request: index in the batch. path: (2, 1) for path 2.1, () for the trunk. drawn: tokens sampled on it so far.
     position: of the token to come. state: the interpreter's. banned: token ids that the request's limits forbid here.
     allowed: [V] bool on the logits' device, the tokens that may come, or None for all; allowed_bytes: the same on the
-    host, a byte a token, where the engine has it. key: what the branch's randomness hangs on. read_context: makes the tokens that the branch sees, prompt included. seen: the same as a set,
-    where the config has a repetition penalty; None: made from the context.
+    host, a byte a token, where the engine has it. key: what the branch's randomness hangs on. read_context: makes the
+    tokens that the branch sees, prompt included. seen: the same as a set, where the config has a repetition penalty;
+    None: made from the context.
     """
 
     request: int

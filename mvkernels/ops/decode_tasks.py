@@ -146,8 +146,8 @@ class StepViews:
     """The entries of a step, and what backends derive from them, computed once for all layers.
 
     planned: those of the step that was planned. reserve: for how many steps of one more token each their own pages had
-    room then; the rows stay the same. index: how many of these steps have passed. device_pages: holds the pages and counts of every run at its `place`
-    already, with this step's tokens; None where a backend has to upload them.
+    room then; the rows stay the same. index: how many of these steps have passed. device_pages: holds the pages and
+    counts of every run at its `place` already, with this step's tokens; None where a backend has to upload them.
     """
 
     planned: tuple[EntryView, ...]
