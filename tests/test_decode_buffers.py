@@ -51,7 +51,7 @@ def put_on_device(views: StepViews, apart: bool) -> StepViews:
     lists = {id(entry.whole): tuple(runs[id(run)] for run in entry.whole) for entry in views.entries}
     entries = tuple(replace(entry, own=runs[id(entry.own)], whole=lists[id(entry.whole)]) for entry in views.entries)
     there = DevicePages(torch.from_numpy(pages).to(DEVICE), torch.from_numpy(counts).to(DEVICE))
-    return replace(views, entries=entries, device_pages=there)
+    return replace(views, planned=entries, device_pages=there)
 
 
 def decode(w: World, step, heads: int = 4) -> None:

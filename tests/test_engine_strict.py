@@ -115,7 +115,7 @@ def test_a_row_has_the_same_bits_in_every_place_and_in_prompts_cut_anywhere() ->
             taken = ids[done : done + piece]
             if taken:
                 entry = Entry(0, branch, done, len(taken))
-                logits_now = runner.run([entry], taken, None, [0])
+                logits_now = runner.run([entry], taken, None, [0]).values
             done += len(taken)
         logits.append(logits_now)
     assert done == len(ids) and all(torch.equal(one, logits[0]) for one in logits)
