@@ -216,6 +216,15 @@ async def collect(stream) -> list:
     return [event async for event in stream]
 
 
+def test_events_of_tokens_are_made_for_those_who_read_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr("mvkernels.model.request.TokenEvent", lambda *given: made.append(given) or TokenEvent(*given))
+    [out] = engine.generate("the product", config_for(engine), follow(engine, CASES["nested"]))
+    assert not made
+    told = [*engine.stream("the product", config_for(engine), follow(engine, CASES["nested"]))]
+    assert sum(isinstance(one, TokenEvent) for one in told) == len(made) == out.total_tokens
+
+
 def test_tasks_share_one_batch(engine: Engine) -> None:
     names = list(CASES)
     alone = {

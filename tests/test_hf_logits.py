@@ -64,3 +64,16 @@ def test_logits_of_a_step(way: Way, dtype: torch.dtype) -> None:
     good = logits.rows([5, 0])
     assert good.tokens == values[[5, 0]].argmax(-1).tolist() and not good.bad_rows
     assert good.highest == values[[5, 0]].amax(-1).tolist() and torch.equal(good.values, values[[5, 0]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_on_a_gpu(dtype: torch.dtype) -> None:
+    """Also the first of its equals, which bf16 has many of."""
+    values = torch.randn(65, 151_936, generator=torch.Generator().manual_seed(2)).to(dtype)
+    values[3, 70_000:] = math.nan
+    there = StepLogits.of(values.to("cuda"))
+    here = StepLogits.of(values.float())
+    assert there.tokens == here.tokens and there.bad_rows == here.bad_rows == [3]
+    assert there.highest[4:] == here.highest[4:]
+    assert there.rows([9, 2]).values.device.type == "cuda"
