@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import synchronize
-from mvkernels.model import core
+from mvkernels.model import choice
 from mvkernels.model.logits import StepLogits
 from mvkernels.model.sampling import BranchView
 
@@ -59,7 +59,7 @@ class Watch:
             replay(graph)
             self._leave()
 
-        look, inner = StepLogits.of, core.sample_step
+        look, inner = StepLogits.of, choice.sample_step
         original = vars(StepLogits)["of"]
 
         def looked(values: torch.Tensor) -> StepLogits:
@@ -70,13 +70,13 @@ class Watch:
 
         torch.cuda.CUDAGraph.replay = watched  # type: ignore[method-assign]
         StepLogits.of = looked  # type: ignore[assignment, method-assign]
-        core.sample_step = self.sampler(inner)  # type: ignore[assignment]
+        choice.sample_step = self.sampler(inner)  # type: ignore[assignment]
         try:
             yield
         finally:
             torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
             StepLogits.of = original
-            core.sample_step = inner
+            choice.sample_step = inner
             for handle in handles:
                 handle.remove()
 

@@ -18,18 +18,17 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
+from mvkernels.model.choice import Asked, choose
 from mvkernels.model.events import Event
 from mvkernels.model.logits import StepLogits
-from mvkernels.model.logprobs import TokenLogprob, token_logprobs
 from mvkernels.model.prefix_cache import PrefixCache
 from mvkernels.model.request import Request
 from mvkernels.model.request_kv import Entry, RequestKV
 from mvkernels.model.runner import BadLogits, Runner
-from mvkernels.model.sampling import BranchView, Sampler, sample, sample_step
+from mvkernels.model.sampling import Sampler, sample
 from mvkernels.model.scheduler import Scheduler
 
 # The background thread ends when nobody has needed it for so many seconds.
@@ -56,16 +55,6 @@ class Call:
         self.open = set(requests)
         self.error: BaseException | None = None
         self.ended = False
-
-
-@dataclass(slots=True)
-class _Asked:
-    """Branches of a request that want a token. row: where their logits begin. views: what a sampler sees of them."""
-
-    request: Request
-    numbers: list[int]
-    row: int
-    views: list[BranchView] = field(default_factory=list)
 
 
 class Core:
@@ -286,7 +275,7 @@ class Core:
         self._fail(request, error)
         return []
 
-    def _forward(self, batch: _Batch) -> tuple[list[_Asked], StepLogits]:
+    def _forward(self, batch: _Batch) -> tuple[list[Asked], StepLogits]:
         """Runs some requests' part of a step. Returns which branches want a token, and their logits, row by row."""
         asked = self._asked(batch)
         entries: list[Entry] = []
@@ -305,16 +294,16 @@ class Core:
         careful = batch[0][0] in self._suspects
         return asked, self.runner.run(entries, ids, positions if self._own_positions else None, rows, careful)
 
-    def _asked(self, batch: _Batch) -> list[_Asked]:
+    def _asked(self, batch: _Batch) -> list[Asked]:
         found = []
         row = 0
         for request, own in batch:
             numbers = [entry.branch for entry in own if request.wants_token(entry.branch)]
-            found.append(_Asked(request, numbers, row))
+            found.append(Asked(request, numbers, row))
             row += len(numbers)
         return found
 
-    def _without(self, asked: list[_Asked], bad: list[int]) -> list[_Asked]:
+    def _without(self, asked: list[Asked], bad: list[int]) -> list[Asked]:
         """Who has bad logits of a step that is committed is computed again, alone; whom that leaves."""
         left = []
         for part in asked:
@@ -327,9 +316,9 @@ class Core:
 
     # ---- tokens
 
-    def _sample(self, asked: list[_Asked], logits: StepLogits) -> None:
+    def _sample(self, asked: list[Asked], logits: StepLogits) -> None:
         """Next tokens for the branches that were asked for; each caller's sampler sees its own rows only."""
-        groups: dict[Call | None, list[_Asked]] = {}
+        groups: dict[Call | None, list[Asked]] = {}
         for part in asked:
             if not part.numbers:
                 continue
@@ -345,7 +334,7 @@ class Core:
         while work:
             caller, group = work.pop()
             try:
-                chosen = _choose(None if caller is None else caller.sampler, group, logits)
+                chosen = choose(None if caller is None else caller.sampler, group, logits)
             except Exception as error:
                 half = len(group) // 2
                 if caller is not None:
@@ -433,32 +422,3 @@ class Core:
             except RuntimeError:  # an event loop that is closed
                 if not call.ended:
                     self.cancel(call)
-
-
-def _choose(
-    sampler: Sampler | None, group: list[_Asked], logits: StepLogits
-) -> list[tuple[Request, int, int, TokenLogprob | None]]:
-    """A token for each branch of a group. sampler: None for `sample`.
-
-    Raises ValueError where a sampler gives a wrong number of tokens, or ids out of range.
-    """
-    views = [view for part in group for view in part.views]
-    if len(views) < len(logits):
-        logits = logits.rows([row for part in group for row in range(part.row, part.row + len(part.views))])
-    if sampler is None:
-        tokens = sample_step(views, logits)
-    else:
-        tokens = [int(token) for token in sampler(views, logits.values.float())]
-        _require_tokens(tokens, len(views), logits.values.shape[-1])
-    branches = [(part.request, number) for part in group for number in part.numbers]
-    logprobs = token_logprobs(views, logits.values, tokens)
-    return [(*branch, token, logprob) for branch, token, logprob in zip(branches, tokens, logprobs, strict=True)]
-
-
-def _require_tokens(tokens: list[int], number: int, vocabulary: int) -> None:
-    """Raises ValueError unless they are so many token ids."""
-    if len(tokens) != number:
-        raise ValueError(f"sampler: expected {number} tokens, one for each branch, got {len(tokens)}")
-    wrong = [token for token in tokens if not 0 <= token < vocabulary]
-    if wrong:
-        raise ValueError(f"sampler: expected token ids from 0 to {vocabulary - 1}, got {wrong[0]}")

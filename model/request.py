@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -17,11 +16,10 @@ import torch
 
 from mvkernels.grammar import FIRST_TAG, Kind
 from mvkernels.kv_cache import PagedKVCache
-from mvkernels.layout import BranchLayout
 from mvkernels.model.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
 from mvkernels.model.closing import TAKES_TEXT, UNLIMITED, State
 from mvkernels.model.constraint import TokenMasks
-from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, MergeEvent, PathEndEvent, TokenEvent
+from mvkernels.model.events import Event, FinishEvent, ForkEvent, MergeEvent, PathEndEvent, TokenEvent
 from mvkernels.model.interpreter import Budget, Interpreter
 from mvkernels.model.logprobs import TokenLogprob
 from mvkernels.model.penalty import SeenTokens
@@ -30,34 +28,12 @@ from mvkernels.model.request_kv import Entry, RequestKV
 from mvkernels.model.sampling import BranchView, branch_key
 from mvkernels.model.task import Task
 from mvkernels.model.text import TextStream
+from mvkernels.model.transcript import BranchRecord, Transcript
 from mvkernels.model.writer import TagWriter
 
 # Tokens before a branch's first that its text may depend on (see TextStream).
 _TEXT_CONTEXT = 4
 _TAG_BYTES = re.compile(rb"[\x04-\x0f]")
-
-
-@dataclass(slots=True)
-class _Branch:
-    """A branch of the request. tokens, positions, sampled, pieces, steps, logprobs: its own tokens, where each stands,
-    whether it was sampled, its text, after how many forwards it came, its log-probability where one was asked for.
-
-    seen: the tokens that it sees, where there is a repetition penalty. heard: sampled text in which a stop string may
-    begin. drawn: tokens sampled so far.
-    """
-
-    number: int
-    key: str
-    tokens: list[int]
-    positions: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    seen: SeenTokens | None = None
-    text: TextStream | None = None
-    heard: str = ""
-    drawn: int = 0
 
 
 class Request:
@@ -67,6 +43,7 @@ class Request:
 
     `events` collects what happened, tokens only while `tells_tokens`; `finish_reason` is set when the request has
     ended, which may be at once.
+
     writer, masks: None for a tokenizer without tags. prefixes: where it finds and leaves its beginning. Raises
     ValueError where the prompt leaves the model no position, and where it leaves blocks open that cannot be closed
     within the budgets.
@@ -91,7 +68,9 @@ class Request:
             prices=writer.prices if writer else None,
         )
         self.kv = RequestKV(cache, prefixes, lambda number: self.branches[number].positions)
-        self.branches = [_Branch(0, task.key, self.kv.tokens(0))]
+        self.transcript = Transcript(self.interpreter)
+        self.branches = self.transcript.branches
+        self.branches.append(BranchRecord(0, task.key, self.kv.tokens(0)))
         if config.repetition_penalty != 1:
             self.branches[0].seen = SeenTokens()
         self.events: list[Event] = []
@@ -249,7 +228,7 @@ class Request:
             banned=banned,
             allowed=mask[0],
             key=b.key,
-            read_context=lambda: self.context(number),
+            read_context=lambda: self.transcript.context(number),
             seen=b.seen,
             allowed_bytes=mask[1],
         )
@@ -276,17 +255,18 @@ class Request:
     def finish(self, reason: str, error: str | None = None) -> None:
         """End the request here, whatever is open. Its pages are given back by whoever runs it."""
         self.finish_reason = reason
-        self.events.append(FinishEvent(self.task.index, self._generation(reason, error)))
-
-    def context(self, number: int) -> list[int]:
-        """The tokens that a branch sees, oldest first."""
-        parts: list[list[int]] = []
-        below: int | None = None
-        current: int | None = number
-        while current is not None:
-            parts.append(self._flat(current, lambda b: b.tokens, until=below))
-            below, current = current, self.interpreter.parent(current)
-        return [token for part in reversed(parts) for token in part]
+        generation = self.transcript.generation(
+            prompt_length=len(self.task.ids),
+            logprobs=self.config.logprobs,
+            canonical=self.writer is None or self.writer.semantics == "canonical",
+            finish_reason=reason,
+            critical_path=self.interpreter.critical_path - self.prompt_critical_path,
+            steps=self.steps,
+            warnings=list(self.warnings),
+            error=error,
+            request_id=str(self.task.index),
+        )
+        self.events.append(FinishEvent(self.task.index, generation))
 
     # ---- tokens
 
@@ -296,11 +276,11 @@ class Request:
         return self.writer.tags.kind(token)
 
     def _push(
-        self, b: _Branch, token: int, kind: Kind, sampled: bool, logprob: TokenLogprob | None = None
+        self, b: BranchRecord, token: int, kind: Kind, sampled: bool, logprob: TokenLogprob | None = None
     ) -> tuple[list[Action], str]:
         """A generated token comes on `b`; returns what the interpreter asks for, and its text."""
         if b.text is None:
-            b.text = TextStream(self.tokenizer, self.context(b.number)[-_TEXT_CONTEXT:], self.task.eos)
+            b.text = TextStream(self.tokenizer, self.transcript.context(b.number)[-_TEXT_CONTEXT:], self.task.eos)
         piece = b.text.push(token)
         if self.tells_tokens:
             position, path = self.interpreter.position(b.number), self.interpreter.path(b.number)
@@ -312,28 +292,21 @@ class Request:
         return actions, piece
 
     def _record(
-        self, b: _Branch, tokens: Sequence[int], sampled: bool, piece: str = "", logprob: TokenLogprob | None = None
+        self,
+        b: BranchRecord,
+        tokens: Sequence[int],
+        sampled: bool,
+        piece: str = "",
+        logprob: TokenLogprob | None = None,
     ) -> None:
         """Tokens that the interpreter has read on `b` just now."""
-        end = self.interpreter.position(b.number)
-        if len(tokens) == 1:  # nearly always
-            b.positions.append(end - 1)
-            b.sampled.append(sampled)
-            b.pieces.append(piece)
-            b.steps.append(self.steps)
-            b.logprobs.append(logprob)
-        else:
-            b.positions += range(end - len(tokens), end)
-            b.sampled += [sampled] * len(tokens)
-            b.pieces += [piece] * len(tokens)
-            b.steps += [self.steps] * len(tokens)
-            b.logprobs += [logprob] * len(tokens)
+        b.add(len(tokens), self.interpreter.position(b.number), sampled, self.steps, piece, logprob)
         for token in tokens:
             self.kv.extend(b.number, token)  # it lengthens b.tokens
             if b.seen is not None:
                 b.seen.add(token)
 
-    def _write(self, b: _Branch, tokens: Iterable[int]) -> list[Action]:
+    def _write(self, b: BranchRecord, tokens: Iterable[int]) -> list[Action]:
         """The engine's own tokens; returns what the last of them asks for."""
         actions: list[Action] = []
         for token in tokens:
@@ -365,16 +338,16 @@ class Request:
                 case Finish():
                     self.finish(action.reason)
 
-    def _fork(self, b: _Branch, children: tuple[int, ...]) -> None:
+    def _fork(self, b: BranchRecord, children: tuple[int, ...]) -> None:
         self.kv.fork(b.number, children)
         ordinal = self.interpreter.ordinal(b.number)
         for i, child in enumerate(children, start=1):
             seen = None if b.seen is None else b.seen.fork()
-            self.branches.append(_Branch(child, branch_key(b.key, ordinal, i), self.kv.tokens(child), seen=seen))
+            self.branches.append(BranchRecord(child, branch_key(b.key, ordinal, i), self.kv.tokens(child), seen=seen))
         path = self.interpreter.path(b.number)
         self.events.append(ForkEvent(self.task.index, path, len(children), b.number, children))
 
-    def _merge(self, b: _Branch, children: tuple[int, ...]) -> None:
+    def _merge(self, b: BranchRecord, children: tuple[int, ...]) -> None:
         self.kv.merge(b.number)
         if b.seen is not None:
             b.seen.join(child.seen for number in children if (child := self.branches[number]).seen is not None)
@@ -394,7 +367,7 @@ class Request:
             elif reason is not None:
                 self._run(interp.close(number, reason))
 
-    def _stopped(self, b: _Branch, token: int, piece: str) -> str | None:
+    def _stopped(self, b: BranchRecord, token: int, piece: str) -> str | None:
         """Why the branch ends with this token, or None."""
         on_trunk = self.interpreter.parent(b.number) is None
         if token in self.task.eos:
@@ -408,63 +381,3 @@ class Request:
             return None
         b.heard = ""
         return "stop" if on_trunk else f"stop string {found!r}"
-
-    # ---- the outcome
-
-    def _flat(self, number: int, read: Callable[[_Branch], list[Any]], until: int | None = None) -> list[Any]:
-        """What `read` gives for every token of a branch and its paths, in sequence order, up to the fork of `until`."""
-        out: list[Any] = []
-        work = [(number, iter(self.interpreter.items(number)), 0)]
-        while work:
-            current, items, cursor = work.pop()
-            values = read(self.branches[current])
-            for item in items:
-                if isinstance(item, int):
-                    out += values[cursor : cursor + item]
-                    cursor += item
-                elif until in item:
-                    return out
-                elif item[0] >= len(self.branches):
-                    break  # the interpreter has forked, and the newline before the paths is being written
-                else:
-                    work.append((current, items, cursor))
-                    work += [(child, iter(self.interpreter.items(child)), 0) for child in reversed(item)]
-                    break
-        return out
-
-    def _generation(self, reason: str, error: str | None) -> Generation:
-        interp = self.interpreter
-        ids = self._flat(0, lambda b: b.tokens)
-        for b in self.branches:
-            if b.text is not None:
-                b.pieces[-1] += b.text.rest()
-        first = len(self.task.ids)
-        texts = self._flat(0, lambda b: b.pieces)[first:]
-        logprobs: list[TokenLogprob | None] = self._flat(0, lambda b: b.logprobs)[first:]
-        asked = self.config.logprobs is not None
-        return Generation(
-            text="".join(texts),
-            token_ids=ids,
-            layout=self._layout(),
-            prompt_length=first,
-            finish_reason=reason,
-            total_tokens=interp.total_tokens,
-            critical_path=interp.critical_path - self.prompt_critical_path,
-            steps=self.steps,
-            warnings=list(self.warnings),
-            tree=interp.tree(),
-            texts=texts,
-            steps_of=self._flat(0, lambda b: b.steps)[first:],
-            logprobs=[one and one.logprob for one in logprobs] if asked else None,
-            top_logprobs=[one and one.top for one in logprobs] if self.config.logprobs else None,
-            error=error,
-            request_id=str(self.task.index),
-        )
-
-    def _layout(self) -> BranchLayout:
-        """What each token saw, and where it stands."""
-        layout = BranchLayout.from_tree(self.interpreter.tree(), self._flat(0, lambda b: b.sampled))
-        if self.writer is None or self.writer.semantics == "canonical":
-            return layout
-        positions = torch.tensor(self._flat(0, lambda b: b.positions), dtype=torch.int32)
-        return replace(layout, position_ids=positions, critical_path=self.interpreter.critical_path)

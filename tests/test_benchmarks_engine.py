@@ -23,7 +23,7 @@ from benchmarks.engine_models import Loaded, make_tokenizer, with_tags
 from benchmarks.engine_watch import Watch
 from benchmarks.run import main
 from mvkernels.grammar import Kind
-from mvkernels.model import core
+from mvkernels.model import choice
 from mvkernels.model.engine import Engine
 from mvkernels.model.logits import StepLogits
 from mvkernels.model.sampling import sample_step
@@ -211,7 +211,7 @@ def test_watch_splits_a_step() -> None:
             next(ticks)  # a second of the host
             logits = StepLogits.of(torch.zeros(branches, 2))
             if not branches:
-                core.sample_step([], logits)  # the engine's own
+                choice.sample_step([], logits)  # the engine's own
             else:
                 sampler([None] * branches, logits.values)
     model(torch.zeros(1, 2))
@@ -221,7 +221,7 @@ def test_watch_splits_a_step() -> None:
         (2, False, 2.0, 2.0, 5.0),
         (2, True, 2.0, 2.0, 5.0),
     ]
-    assert core.sample_step is sample_step and StepLogits.of.__func__ is vars(StepLogits)["of"].__func__
+    assert choice.sample_step is sample_step and StepLogits.of.__func__ is vars(StepLogits)["of"].__func__
     assert torch.cuda.CUDAGraph.replay.__name__ == "replay" and not model._forward_hooks
 
 
