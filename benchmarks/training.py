@@ -4,6 +4,7 @@
     one-by-one   a row for each document, gradients accumulated (ours)
     sdpa-dense   the same on transformers' own attention, with a dense T x T mask for each document, built anew
 
+All in a process that keeps the memory it frees, as `mvkernels train` does (`model/training/allocator.py`).
 The model has the sizes of SmolLM2-135M with LAYERS layers and random weights; the loss is that of
 `mvkernels.model.training` for ours, transformers' for the other. Losses are compared before anything is timed.
 attention_mb: what attention forward and backward take on the packed row beyond inputs, outputs and gradients, in a
@@ -74,6 +75,9 @@ def run(
     only: list[str] | None = None,
 ) -> None:
     """shape.tokens: of a step, at most; its heads are not used. Raises WrongResultError when ours is wrong."""
+    from mvkernels.model.training.allocator import keep_freed_memory
+
+    keep_freed_memory()
     for case in CASES:
         if only and case not in only:
             continue

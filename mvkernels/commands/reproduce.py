@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from mvkernels.commands.env import package_version
-from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, model_name
+from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, forget_engines, model_name
 from mvkernels.commands.reproduce_report import Report
 
 OUT = Path("benchmarks/results/reproduce")
@@ -65,3 +65,4 @@ def _of_model(work: Path, quick: bool, task: str, kind: str, seed: int) -> None:
     console = Console(stderr=True, highlight=False)
     for _ in Cells(work, QUICK if quick else FULL, console.print, progress=False).of_model(task, kind, seed):
         pass
+    forget_engines()  # this process goes on with other models

@@ -9,6 +9,7 @@ A cell that was interrupted goes on where it stood: a training from its last che
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -98,6 +99,7 @@ class Cells:
         """Does each cell that is not done, and names it."""
         for task, kind, seed in self.models():
             yield from self.of_model(task, kind, seed)
+            forget_engines()
             if seed == 0 and kind == KINDS[-1]:
                 self.alone(task)
                 yield f"{task}: wall-clock"
@@ -231,6 +233,12 @@ def _unseen(task: str, count: int) -> list[Question]:
 @cache
 def _load(folder: Path) -> Engine:
     return load_engine(str(folder), {"dtype": None, "device": None, "device_map": None})[0]
+
+
+def forget_engines() -> None:
+    """Each holds pages for as much as a quarter of the memory, once it has been asked for long enough."""
+    _load.cache_clear()
+    gc.collect()
 
 
 @contextmanager

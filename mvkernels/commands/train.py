@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvkernels.model.training import Recipe, train
+from mvkernels.model.training.allocator import keep_freed_memory
 from mvkernels.model.training.recipe_file import RECIPE_FILE
 
 
@@ -29,6 +30,7 @@ def make_recipe(out: Path, given: Mapping[str, Any], resume: bool) -> Recipe:
 
 def run(out: Path, given: Mapping[str, Any], resume: bool, quiet: bool) -> None:
     """Trains and saves to ``out``; prints what came out."""
+    keep_freed_memory()
     result = train(make_recipe(out, given, resume), out, resume=resume, progress=not quiet)
     last = f", last loss {result.losses[-1][1]:.4f}" if result.losses else ""
     print(f"{result.folder}: {result.parameters} parameters, trained in {result.seconds:.0f} s{last}")

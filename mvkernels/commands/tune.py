@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mvkernels.commands import charts
 from mvkernels.model.training import TuningRecipe, load_recipe, tune
+from mvkernels.model.training.allocator import keep_freed_memory
 from mvkernels.model.training.tuning import TuningData, read_data, recipe_tokenizer
 from mvkernels.model.training.tuning_recipe import find_recipe, parse_overrides
 
@@ -43,6 +44,7 @@ def run(
         return
     if out is None:
         raise ValueError("train RECIPE.toml OUT: expected a folder OUT for the model, got none")
+    keep_freed_memory()
     result = tune(recipe, out, resume=resume, skip_bad=skip_bad, progress=not quiet)
     if os.environ.get("RANK", "0") != "0":
         return
