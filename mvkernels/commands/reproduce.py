@@ -39,7 +39,8 @@ def run(out: Path | None, work: Path | None, quick: bool, jobs: int = 1) -> None
             raise ValueError(f"expected a folder, got a file: {folder}")
     console = Console(stderr=True, highlight=False)
     cells = Cells(work, scale, console.print)
-    where = f"torch {package_version('torch')}, {platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    where = f"torch {package_version('torch')}, {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
     for name in chain(_side_by_side(cells, quick, jobs) if jobs > 1 else (), cells.run()):
         console.print(f"done: {name}")
         Report(cells, out).write(where)
