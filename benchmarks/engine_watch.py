@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -59,8 +60,7 @@ class Watch:
             replay(graph)
             self._leave()
 
-        look, inner = StepLogits.of, choice.sample_step
-        original = vars(StepLogits)["of"]
+        look = StepLogits.of
 
         def looked(values: torch.Tensor) -> StepLogits:
             start = self.clock()
@@ -68,15 +68,14 @@ class Watch:
             self._in_sampler += self.clock() - start
             return found
 
-        torch.cuda.CUDAGraph.replay = watched  # type: ignore[method-assign]
-        StepLogits.of = looked  # type: ignore[assignment, method-assign]
-        choice.sample_step = self.sampler(inner)  # type: ignore[assignment]
         try:
-            yield
+            with (
+                patch.object(torch.cuda.CUDAGraph, "replay", watched),
+                patch.object(StepLogits, "of", looked),
+                patch.object(choice, "sample_step", self.sampler(choice.sample_step)),
+            ):
+                yield
         finally:
-            torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign]
-            StepLogits.of = original
-            choice.sample_step = inner
             for handle in handles:
                 handle.remove()
 

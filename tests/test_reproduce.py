@@ -13,6 +13,9 @@ import torch
 from mvkernels.commands import reproduce, reproduce_cells
 from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, Scale
 from mvkernels.commands.reproduce_report import Report
+from mvkernels.model.tasks import sat
+from mvkernels.model.training.data import PackedProblems
+from mvkernels.model.training.run import make_tokenizer
 
 TINY = Scale(
     {"arithmetic": 2, "sat": 1},
@@ -93,6 +96,17 @@ def test_the_scales_make_valid_recipes_below_the_limit_of_parameters() -> None:
         assert len(recipes) == 2 * sum(scale.seeds.values())
         assert {recipe.sequential_share for recipe in recipes} == {*reproduce_cells.CHAINS.values(), 1.0}
         assert len({(r.hidden_size, r.layers, r.tokens_per_step) for r in recipes}) == 1  # one architecture
+        assert len({r.steps for r in recipes if r.task == "arithmetic"}) == 1
+
+
+def test_both_kinds_see_about_as_many_problems() -> None:
+    """Of sat the Multiverse model takes more steps, as its traces are longer."""
+    seen = {}
+    for kind in reproduce_cells.KINDS:
+        recipe = Cells(Path(), FULL, print).recipe("sat", kind, 0)
+        data = PackedProblems(recipe, make_tokenizer(sat.TASK))
+        seen[kind] = recipe.steps * sum(data[i]["input_ids"][0].tolist().count(data.end_of_text) for i in range(60))
+    assert 0.8 < seen["multiverse"] / seen["autoregressive"] < 1.2
 
 
 def test_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

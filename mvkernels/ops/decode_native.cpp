@@ -382,7 +382,8 @@ void attend_apart(const Call<T>& call, const Item& item, int head, Space& space)
     for (int l = 0; l < LANES; ++l) finish(call, item, head, l, high[l], total[l], out + l * dim, 1);
 }
 
-// From so many lanes on they take longer one by one than side by side: measured with AVX-512, D = 32, 64 and 128.
+// Up to so many lanes are faster one by one than side by side: measured with AVX-512 at D = 32, 64 and 128; shorter
+// vectors have fewer empty places, in proportion.
 inline int most_apart(int dim) { return dim % WIDTH ? 0 : dim >= 4 * WIDTH ? WIDTH / 2 : WIDTH / 3; }
 
 template <class T, int LANES = WIDTH / 2>
