@@ -53,6 +53,13 @@ UNMERGED = frozenset((State.PARALLEL, State.GOAL, State.OUTLINE))
 UNLIMITED = 2**62
 
 HEADING_KINDS = (Kind.SPACE, Kind.INDEX, Kind.INDEX_END)
+#: With the grammar, what the engine writes on its own where a branch has come to a state: no other tag may come there.
+AHEAD_KINDS = {
+    State.PARALLEL: (Kind.SPACE, Kind.GOAL),
+    State.GOAL: (Kind.SPACE, Kind.OUTLINE),
+    State.OUTLINE: HEADING_KINDS,
+    State.CLOSING: (Kind.SPACE, Kind.PARALLEL_END),
+}
 _OUTER_KINDS = {State.TRUNK: (), State.THINK: (Kind.THINK_END,), State.PATH: (Kind.PATH_END,)}
 
 
@@ -86,6 +93,11 @@ class BranchState:
     ended: int = 0
     reason: str | None = None
     openings: tuple[tuple[int, int, int], ...] | None = None
+
+
+def ahead_kinds(b: BranchState) -> tuple[Kind, ...]:
+    """See AHEAD_KINDS. Behind an outline another one may come, or the end of the goal: only the newline is sure."""
+    return (Kind.SPACE,) if b.state is State.GOAL and b.outlines else AHEAD_KINDS.get(b.state, ())
 
 
 def outer_kinds(state: State) -> tuple[Kind, ...]:

@@ -14,8 +14,9 @@ class GenerationConfig:
     max_critical_path   the longest chain of tokens. max_path_tokens: the same within one path, nested blocks included
     max_seconds         wall-clock time, from when the request is made
     max_width           paths per block. max_depth: blocks inside one another; 0 makes the output sequential
-    grammar             the model can write no malformed block: samplers get masks, and the engine writes the indices
-                        of outlines. Without: what is malformed stays text, with a warning
+    grammar             the model can write no malformed block: samplers get masks, and the engine writes what is
+                        certain within a block (`<Goal>`, indices of outlines, `</Parallel>`, newlines between the
+                        parts), without a forward for each. Without: what is malformed stays text, with a warning
     temperature         0 is greedy. top_k: likeliest tokens kept, 0 for all. top_p: smallest set with this probability
     min_p               tokens with at least this share of the likeliest's probability are kept
     repetition_penalty  logits of the tokens that a branch sees (prompt included) are divided by it, negative ones

@@ -38,7 +38,10 @@ widest block, and where the budgets have no room for them with all that closes t
 
 *The grammar.* `allowed` says what may be sampled so that no !, #, + or x comes: the other cells, `fork` behind an
 outline only, whitespace between the parts of a block twice at most, end of text on the trunk outside of blocks. The
-caller then also writes each outline's index, which a Force asks for. What comes all the same is read as the table says.
+caller then also writes what is certain, which a Force asks for: a newline and the one tag behind `<Parallel>`, `<Goal>`
+and `</Conclusion>`, the newline behind `</Outline>`, and each outline's index. That takes no forward of its own, and
+nothing of what may still be sampled: it is part of what closes the branch. What comes all the same is read as the table
+says.
 
 *Budgets.* What closing every open branch takes, from the inside out (`closing`), stays reserved: in tokens for the
 request, in positions for each branch. `hit` names the budget that leaves no room for another token, and `close` ends a
@@ -55,7 +58,7 @@ from collections.abc import Iterable
 from mvkernels.grammar import FIRST_TAG, Kind, tag_name
 from mvkernels.model.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
 from mvkernels.model.branches import SILENT, Branches, Budget
-from mvkernels.model.closing import FREE, HEADING_KINDS, TAKES_TEXT, UNMERGED, BranchState, State
+from mvkernels.model.closing import FREE, TAKES_TEXT, UNMERGED, BranchState, State, ahead_kinds
 
 __all__ = ["END", "Budget", "Interpreter", "State"]
 
@@ -95,7 +98,7 @@ class Interpreter(Branches):
     """The control state of one request. Branch 0 is the trunk; children get the next free numbers.
 
     max_depth: how many blocks may lie inside one another, 0 for none. max_width: paths per block. grammar: whether the
-    caller writes the indices of outlines. prices: what the caller's own writing costs, in the semantics of the request.
+    caller writes what is certain within a block. prices: what the caller's own writing costs, in the semantics of the request.
     Without `begin` there are no budgets. Raises ValueError when max_depth or max_width is out of range.
     """
 
@@ -127,6 +130,14 @@ class Interpreter(Branches):
             spare -= most
             out.append(kinds)
         return out
+
+    def ahead(self, branch: int) -> tuple[Kind, ...]:
+        """What the caller writes where the branch has just come to its state, as nothing else may come there.
+
+        Nothing without the grammar, and where the branch is being closed, which it has been told to do as a whole.
+        """
+        b = self._branches[branch]
+        return ahead_kinds(b) if self.grammar and b.reason is None else ()
 
     def _openings(self, b: BranchState) -> tuple[tuple[int, int, int], ...]:
         """(bit, tokens, positions) of each tag that may open something here if there is so much room. They stay the
@@ -264,7 +275,8 @@ class Interpreter(Branches):
             b.state = b.base
             return []
         following = _MOVES.get((b.state, kind))
-        limited = following is State.OUTLINE and not given and b.reason is None
+        # A goal's first outline has been set aside for, if anything has.
+        limited = following is State.OUTLINE and b.outlines > 0 and not given and b.reason is None
         cramped = limited and b.outlines < self.max_width and not self._has_room(branch, b, kind)
         if cramped or (limited and b.outlines >= self.max_width):
             following = None
@@ -275,9 +287,11 @@ class Interpreter(Branches):
         if kind is Kind.OUTLINE_END:
             b.outlines += 1
             b.opened = self.prices.with_path(b.opened, (*b.path, b.outlines))
-        elif kind is Kind.OUTLINE and self.grammar and b.reason is None:
-            return [Force(branch, HEADING_KINDS, (*b.path, b.outlines + 1))]
-        return []
+        return self._ahead(branch, b)
+
+    def _ahead(self, branch: int, b: BranchState) -> list[Action]:
+        kinds = self.ahead(branch)
+        return [Force(branch, kinds, (*b.path, b.outlines + 1))] if kinds else []
 
     def _read_free(self, branch: int, b: BranchState, kind: Kind, given: bool, silent: bool) -> list[Action]:
         """A kind in free text. silent: a warning has been given already."""
@@ -291,7 +305,7 @@ class Interpreter(Branches):
         if opens and kind is Kind.PARALLEL:
             b.base, b.state = b.state, State.PARALLEL
             b.outlines, b.opened = 0, (0, 0)
-            return []
+            return self._ahead(branch, b)
         following = _MOVES.get((b.state, kind))
         if following is not None:
             b.state = following

@@ -100,7 +100,7 @@ class Request:
         self._run(due)
         for b in list(self.branches):
             if self.writer is not None and interp.is_running(b.number):
-                self._write(b, self.writer.rest_of_prefix(interp, b.number, b.tokens))
+                self._run(self._write(b, self.writer.rest_of_prefix(interp, b.number, b.tokens)))
         self._touched = [b.number for b in self.branches]
         self._require_room()
         self._settle()

@@ -43,16 +43,15 @@ class TagWriter:
     def rest_of_prefix(self, interpreter: Interpreter, branch: int, own: Sequence[int]) -> list[int]:
         """What is left to write before the model may go on, where a prompt ends within what the engine writes.
 
-        That is the opening of a path, of a conclusion or, with the grammar, of an outline. own: the branch's tokens.
-        Empty where the prompt has whitespace of its own there and the tag behind it.
+        That is the opening of a path, of a conclusion or, with the grammar, what is certain within a block. own: the
+        branch's tokens. Empty where the prompt has whitespace of its own there and the tag behind it.
         """
         items, state = interpreter.items(branch), interpreter.state(branch)
-        if state is State.OUTLINE:
-            if not interpreter.grammar:
-                return []
-            begun, opening = self._behind_tag(own), self.tags.id(Kind.OUTLINE)
-            whole = self.tokens(HEADING_KINDS, (*interpreter.path(branch), interpreter.outlines(branch) + 1))
-            return whole[len(begun) :] if own[-len(begun) - 1] == opening and whole[: len(begun)] == begun else []
+        ahead = interpreter.ahead(branch)
+        if ahead:
+            begun = self._behind_tag(own)
+            whole = self.tokens(ahead, (*interpreter.path(branch), interpreter.outlines(branch) + 1))
+            return whole[len(begun) :] if whole[: len(begun)] == begun else []
         if len(items) == 1 and not interpreter.path(branch):
             return []  # the trunk before its first block
         prices = self.prices

@@ -73,13 +73,15 @@ CASES = {
 def script(case: dict[str, str], engine: Engine, grammar: bool = True) -> dict[tuple[int, ...], list[int]]:
     """Paths and texts -> paths and tokens; ~ becomes -1, and an end of text its token.
 
-    grammar: the engine writes the indices of outlines, so they are left out.
+    grammar: the engine writes what is certain within a block, so that is left out.
     """
     end = engine.tokenizer.eos_token_id
     out = {}
     for path, text in case.items():
         if grammar:
-            text = re.sub(r"(<Outline>)\n[\d.]+:", r"\1", text)
+            text = re.sub(r"(<Parallel>)\n<Goal>\n<Outline>\n[\d.]+:", r"\1", text)
+            text = re.sub(r"(<Outline>)\n[\d.]+:", r"\1", text).replace("</Outline>\n", "</Outline>")
+            text = text.replace("</Conclusion>\n</Parallel>", "</Conclusion>")
         tokens: list[int] = []
         for i, piece in enumerate(text.removesuffix(END).split("~")):
             tokens += ([-1] if i else []) + engine.tags.encode(piece)
@@ -115,14 +117,26 @@ def per_block(scripts: dict[tuple[int, ...], list[int]], end_of_path: int):
     return next_tokens
 
 
-def headings(engine: Engine, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """[T] bool: the indices of outlines, which the engine writes and which are labelled for training all the same."""
+def written_ahead(engine: Engine, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """[T] bool: what the engine writes within blocks because it is certain, labelled for training all the same."""
+    tags = engine.tags
+    kinds = [Kind(kind) for kind in tags.kinds(ids)]
+    certain = {
+        Kind.PARALLEL: (Kind.SPACE, Kind.GOAL),
+        Kind.GOAL: (Kind.SPACE, Kind.OUTLINE),
+        Kind.OUTLINE_END: (Kind.SPACE,),
+        Kind.CONCLUSION_END: (Kind.SPACE, Kind.PARALLEL_END),
+    }
     out = np.zeros(len(ids), dtype=np.bool_)
-    for start in np.flatnonzero(np.array(ids) == engine.tags.id(Kind.OUTLINE)) + 1:
-        end = start
-        while ":" not in engine.tokenizer.decode([ids[end]]):
-            end += 1
-        out[start : end + 1] = True
+    for place, kind in enumerate(kinds):
+        following = certain.get(kind, ())
+        assert tuple(kinds[place + 1 : place + 1 + len(following)]) == following
+        out[place + 1 : place + 1 + len(following)] = True
+        if kind is Kind.OUTLINE:
+            end = place + 1
+            while ":" not in engine.tokenizer.decode([ids[end]]):
+                end += 1
+            out[place + 1 : end + 1] = True
     return out
 
 

@@ -21,9 +21,9 @@ from tests.engine_cases import (
     config_for,
     follow,
     goal,
-    headings,
     plain,
     script,
+    written_ahead,
 )
 from tests.lossless import Recorder, check_lossless, compare, packed_logits, recorded_logits
 from tests.tiny_model import END, scripted, tiny_model, tiny_tokenizer
@@ -51,7 +51,7 @@ def test_lossless(engine: Engine, name: str) -> None:
     parsed = BranchLayout.from_token_ids(out.token_ids, engine.tags, prompt_length=out.prompt_length)
     assert torch.equal(parsed.position_ids, out.layout.position_ids)
     assert torch.equal(parsed.dense_mask(), out.layout.dense_mask())
-    labelled = out.layout.sampled | headings(engine, out.token_ids)
+    labelled = out.layout.sampled | written_ahead(engine, out.token_ids)
     assert (parsed.sampled == labelled).all() and (parsed.predecessor == out.layout.predecessor).all()
     assert out.text == engine.tokenizer.decode(out.token_ids[out.prompt_length :]).removesuffix(END)
     prompt = engine.tokenizer.encode("the product")
@@ -71,9 +71,10 @@ def test_figures_and_text_of_two_paths(engine: Engine) -> None:
     lengths = {name: len(tokens) for name, tokens in script(case, engine).items()}
     opening = len(engine.tags.encode("\n<Path>\n1:"))
     joining = len(engine.tags.encode("\n<Conclusion>\n"))
-    outlines = 2 * len(engine.tags.encode("\n1:"))
-    assert out.total_tokens == sum(lengths.values()) + outlines + 2 * opening + joining
-    assert out.critical_path == lengths[()] + outlines + opening + lengths[(2,)] + joining
+    ahead = ("\n<Goal>\n<Outline>\n1:", "\n", "\n2:", "\n", "\n</Parallel>")
+    written = sum(len(engine.tags.encode(text)) for text in ahead)
+    assert out.total_tokens == sum(lengths.values()) + written + 2 * opening + joining
+    assert out.critical_path == lengths[()] + written + opening + lengths[(2,)] + joining
     # One forward a position, but for the tokens that need none: forced ones come with others, the last one is not run.
     assert out.steps == lengths[()] + lengths[(2,)]
 

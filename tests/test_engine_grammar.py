@@ -107,7 +107,7 @@ def test_a_model_that_always_ends_cannot_within_a_block(engine: Engine) -> None:
     prompt = engine.tags.encode("so\n<Parallel>\n<Goal>\n<Outline>")
     [out] = engine.generate([prompt], config_for(engine), lambda v, logits: sample(v, bias.expand_as(logits)))
     assert out.text == (
-        "\n1:</Outline></Goal>\n<Path>\n1:</Path>\n<Conclusion>\n</Conclusion></Parallel>"
+        "\n1:</Outline>\n</Goal>\n<Path>\n1:</Path>\n<Conclusion>\n</Conclusion>\n</Parallel>"
     ) and out.finish_reason == "stop"  # fmt: skip
     assert not out.warnings and out.token_ids[-1] == engine.tokenizer.eos_token_id
 

@@ -192,7 +192,7 @@ def test_a_fault_at_any_call_of_the_model(engine: Engine, kind: str, graph: bool
 def test_a_fault_that_stays_is_found_with_its_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: str, culprit: int, graph: bool
 ) -> None:
-    """Whatever step the request is in fails, from its 15th token on; others have the same text."""
+    """Whatever step the request is in fails, from its 11th token on; others have the same text."""
     expected = run_all(engine)
     marked = engine.tokenizer.encode("\x07")[0]
     names, spoiled = NAMES, follow(engine, CASES[NAMES[culprit]])
@@ -200,7 +200,7 @@ def test_a_fault_that_stays_is_found_with_its_request(
     def spoil(views, logits):
         chosen = spoiled(views, logits)
         return [
-            marked if view.drawn == 14 and not view.path else token for view, token in zip(views, chosen, strict=True)
+            marked if view.drawn == 10 and not view.path else token for view, token in zip(views, chosen, strict=True)
         ]
 
     def hook(module, args, kwargs, output):

@@ -10,7 +10,7 @@ from mvkernels import BranchLayout
 from mvkernels.grammar import FIRST_TAG, Kind, parse, tag_name
 from mvkernels.model import interpreter as module
 from mvkernels.model.actions import Finish, FinishPath, Force, Fork, Merge, Warn
-from mvkernels.model.interpreter import END, Interpreter, State
+from mvkernels.model.interpreter import END, Budget, Interpreter, State
 
 K = Kind
 GOAL_OF_ONE = [K.PARALLEL, K.GOAL, K.OUTLINE, K.TEXT, K.OUTLINE_END, K.GOAL_END]
@@ -229,13 +229,43 @@ def test_the_grammar_allows_what_the_table_has_no_complaint_about(state: State, 
             interp.feed(branch, K.SPACE)
 
 
-def test_the_engine_writes_the_indices_of_outlines() -> None:
+def test_the_engine_writes_what_is_certain() -> None:
+    """Each part of a block that alone may come, and each outline's index, as soon as that is so."""
     interp, branch = make(State.PATH, State.PATH, grammar=True)
     heading = (K.SPACE, K.INDEX, K.INDEX_END)
-    assert feed_all(interp, branch, [K.PARALLEL, K.GOAL, K.OUTLINE]) == [Force(branch, heading, (1, 1))]
-    assert feed_all(interp, branch, [*heading, K.TEXT, K.OUTLINE_END, K.OUTLINE]) == [Force(branch, heading, (1, 2))]
+    assert interp.ahead(branch) == () == interp.ahead(0)
+    assert feed_all(interp, branch, [K.PARALLEL]) == [Force(branch, (K.SPACE, K.GOAL), (1, 1))]
+    assert feed_all(interp, branch, [K.SPACE, K.GOAL]) == [Force(branch, (K.SPACE, K.OUTLINE), (1, 1))]
+    assert feed_all(interp, branch, [K.SPACE, K.OUTLINE]) == [Force(branch, heading, (1, 1))]
+    assert feed_all(interp, branch, [*heading, K.TEXT, K.OUTLINE_END]) == [Force(branch, (K.SPACE,), (1, 2))]
+    assert feed_all(interp, branch, [K.SPACE, K.OUTLINE]) == [Force(branch, heading, (1, 2))]
+    feed_all(interp, branch, [*heading, K.OUTLINE_END, K.SPACE, K.GOAL_END])
+    for child in interp.items(branch)[-1]:
+        feed_all(interp, child, [K.SPACE, K.PATH, *heading, K.PATH_END])
+    feed_all(interp, branch, [K.SPACE, K.CONCLUSION, K.SPACE])
+    assert feed_all(interp, branch, [K.CONCLUSION_END]) == [Force(branch, (K.SPACE, K.PARALLEL_END), (1, 3))]
+    assert feed_all(interp, branch, [K.SPACE, K.PARALLEL_END]) == [] and interp.state(branch) is State.PATH
     interp, branch = make(State.PATH, State.PATH, grammar=False)
-    assert feed_all(interp, branch, [K.PARALLEL, K.GOAL, K.OUTLINE]) == []
+    assert feed_all(interp, branch, [K.PARALLEL, K.GOAL, K.OUTLINE]) == [] == [*interp.ahead(branch)]
+
+
+def test_what_is_certain_takes_nothing_from_what_may_come() -> None:
+    """It is set aside for as a part of what closes the branch, so it leaves as much room as there was."""
+    fitting = []
+    for budget in range(1, 60):
+        interp = Interpreter(max_depth=1, max_width=2)
+        interp.begin(Budget(tokens=budget, end=budget, path_tokens=budget))
+        if not interp.allowed([0])[0] >> K.PARALLEL & 1:
+            continue
+        fitting.append(budget)
+        queue = interp.feed(0, K.PARALLEL)
+        left = interp.spare(), interp.room(0)
+        while queue:
+            [force] = queue
+            queue = feed_all(interp, 0, list(force.kinds))
+        assert (interp.spare(), interp.room(0)) == left and left[0] >= 0
+        assert interp.state(0) is State.OUTLINE
+    assert fitting == [*range(fitting[0], 60)]
 
 
 @pytest.mark.parametrize(("state", "base"), STANDING)
