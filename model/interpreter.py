@@ -98,8 +98,8 @@ class Interpreter(Branches):
     """The control state of one request. Branch 0 is the trunk; children get the next free numbers.
 
     max_depth: how many blocks may lie inside one another, 0 for none. max_width: paths per block. grammar: whether the
-    caller writes what is certain within a block. prices: what the caller's own writing costs, in the semantics of the request.
-    Without `begin` there are no budgets. Raises ValueError when max_depth or max_width is out of range.
+    caller writes what is certain within a block. prices: what the caller's own writing costs, in the semantics of the
+    request. Without `begin` there are no budgets. Raises ValueError when max_depth or max_width is out of range.
     """
 
     # ---- what may come

@@ -1,4 +1,4 @@
-"""How many pages of keys and values an engine sets aside where nobody says."""
+"""How much memory an engine takes where nobody says: for keys and values, and for a second copy of weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from mvkernels.kv_cache import PagedKVCache
 # Share of the memory that is free on a GPU once the model is there, and of the machine's, which is committed page by
 # page as it is written to.
 _GPU_SHARE, _CPU_SHARE = 0.8, 0.25
+# Of the machine's memory at most, for weights that are kept in bf16 besides.
+_NARROW_SHARE = 0.125
 # More than these nobody fills; they would cost time whenever the cache is checked.
 _MOST_PAGES = {"cpu": 2**16}
 _MOST_PAGES_ELSEWHERE = 2**20
@@ -49,7 +51,17 @@ def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free * _GPU_SHARE
+    return _machine_memory() * _CPU_SHARE
+
+
+def fits_narrow(size: int) -> bool:
+    """Whether there is room for weights that are kept in bf16 besides, of so many bytes."""
+    return size <= _machine_memory() * _NARROW_SHARE
+
+
+def _machine_memory() -> int:
+    """Bytes that the machine has, or the container."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # "max" where a container has no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return memory * _CPU_SHARE
+    return memory

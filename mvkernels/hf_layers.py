@@ -6,8 +6,8 @@ tensors to the kernels of this library: norm, projections, rotation and append, 
 residual; norm, projections, gate, projection onto the residual.
 
 It does so in steps over the paged cache (`paged_kv=`, see `patch_model`) without gradients: on a CPU in fp32 with up to
-64 rows, in nine calls; on a GPU in Triton, in some fifteen launches. Otherwise, under autocast or torch.compile, and
-where a part of the layer was hooked or replaced, the layer is what it was.
+512 rows (64 without AVX-512), in nine calls; on a GPU in Triton, in some fifteen launches. Otherwise, under autocast or
+torch.compile, and where a part of the layer was hooked or replaced, the layer is what it was.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mvkernels.kv_step import Step
 from mvkernels.ops.backends import triton_reason
 from mvkernels.ops.decode_native import decode_native
 from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
-from mvkernels.ops.linear_native import MOST_ROWS, LinearLayers
+from mvkernels.ops.linear_native import LinearLayers, most_rows
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -145,7 +145,8 @@ class _Fused:
         if "paged_kv" in kwargs and not args and self._fits(hidden_states, kwargs):
             if hidden_states.is_cpu and kwargs.get("branch_backend") in ("auto", "native"):
                 linear = self.linear()
-                if hidden_states.dtype is torch.float32 and hidden_states.shape[1] <= MOST_ROWS and linear is not None:
+                fits = hidden_states.dtype is torch.float32 and hidden_states.shape[1] <= most_rows()
+                if linear is not None and fits:
                     return self._run(hidden_states, linear, **kwargs)
             elif kwargs.get("branch_backend") in ("auto", "triton") and triton_reason(hidden_states.device) is None:
                 return self._run_triton(hidden_states, **kwargs)

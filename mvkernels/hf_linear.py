@@ -3,8 +3,10 @@
 A step of decoding multiplies a few rows with every weight, so it is as fast as the weights are read. PyTorch hands
 fp32 products of that shape to MKL, which reads them several times over for 2 to 8 rows. Two ways read them once:
 
-    compiled   a kernel of this library (`ops/linear_native.cpp`) on fp32 weights where they lie, for up to 64 rows;
-               more rows go to PyTorch. Taken where there is a C++ compiler and no other dtype is asked for
+    compiled   a kernel of this library (`ops/linear_native.cpp`) on fp32 weights where they lie, for up to 512 rows (64
+               without AVX-512); more go to PyTorch. Taken where there is a C++ compiler and no other dtype is asked
+               for. Weights of which bf16 has all numbers, as it has of a checkpoint that was published in it, are
+               `narrow`: with up to 8 rows a copy in bf16 is read, half as much, with the same result bit for bit
     packed     oneDNN on weights in its own order, which take as much memory again. Rows are padded to 4, for which it
                has faster kernels than for fewer. Packed when a layer is first called without gradients
 
@@ -23,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mvkernels.ops.linear_native import MOST_ROWS, LinearLayers, linear_reason
+from mvkernels.ops.linear_native import LinearLayers, linear_reason, most_rows
 
 # Projections that get the same input, by their names in transformers' modules.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -33,11 +35,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def pack_linear(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Let the linear layers of a model multiply few rows fast, in place; returns it. Twice only changes the dtype.
+def pack_linear(model: Model, dtype: torch.dtype | None = None, narrow: bool = True) -> Model:
+    """Let the linear layers of a model multiply few rows fast, in place; returns it. Twice only changes how.
 
     Every `torch.nn.Linear` (no subclass) takes part that is on a CPU, in fp32 or bf16. dtype: None for the layer's, or
     that of packed weights and of the product. torch.bfloat16 halves what is read and changes the result: an opt-in.
+    narrow: whether weights that lose nothing in bf16 are also kept in it, for half as much memory as they take.
     Raises ValueError for another dtype, and for bf16 on a CPU without it.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -51,17 +54,26 @@ def pack_linear(model: Model, dtype: torch.dtype | None = None) -> Model:
             group = [getattr(module, name, None) for name in names]
             if all(_fits(one, dtype) for one in group) and len({one.weight.shape[1] for one in group}) == 1:  # type: ignore[union-attr]
                 taken.update(group)  # type: ignore[arg-type]
-                _install(group, dtype)  # type: ignore[arg-type]
+                _install(group, dtype, narrow)  # type: ignore[arg-type]
     for module in model.modules():
         if module not in taken and _fits(module, dtype):
-            _install([module], dtype)  # type: ignore[list-item]
+            _install([module], dtype, narrow)  # type: ignore[list-item]
     return model
 
 
 def packs_without_memory(model: nn.Module) -> bool:
-    """Whether `pack_linear` would use all weights of a model where they lie."""
-    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    """Whether `pack_linear` would use all weights of a model where they lie, but for narrow ones."""
+    weights = _weights(model)
     return all(_lies_well(weight) for weight in weights) and linear_reason() is None
+
+
+def narrow_bytes(model: nn.Module) -> int:
+    """How much memory narrow weights of a model take at most."""
+    return sum(torch.bfloat16.itemsize * weight.numel() for weight in _weights(model) if _lies_well(weight))
+
+
+def _weights(model: nn.Module) -> list[torch.Tensor]:
+    return [module.weight for module in model.modules() if type(module) is nn.Linear]
 
 
 def _lies_well(tensor: torch.Tensor) -> bool:
@@ -90,8 +102,8 @@ def compiled_layers(layers: Sequence[nn.Module]) -> LinearLayers | None:
     return pack._compiled
 
 
-def _install(layers: Sequence[nn.Linear], dtype: torch.dtype | None) -> None:
-    pack = _Pack(layers, dtype)
+def _install(layers: Sequence[nn.Linear], dtype: torch.dtype | None, narrow: bool) -> None:
+    pack = _Pack(layers, dtype, narrow)
     for place, layer in enumerate(layers):
         layer.forward = partial(pack, place)  # type: ignore[method-assign]
 
@@ -116,8 +128,8 @@ class _Pack:
     The product is kept from the first layer's call to the last one's, beside the very tensor it was made of.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype | None) -> None:
-        self.layers, self.dtype = list(layers), dtype
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype | None, narrow: bool) -> None:
+        self.layers, self.dtype, self.narrow = list(layers), dtype, narrow
         self.forget()
 
     def forget(self) -> None:
@@ -130,10 +142,11 @@ class _Pack:
         self._latest: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "dtype": self.dtype}  # a packed tensor can neither be pickled nor copied
+        # A packed tensor can neither be pickled nor copied.
+        return {"layers": self.layers, "dtype": self.dtype, "narrow": self.narrow}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers, self.dtype = state["layers"], state["dtype"]
+        self.layers, self.dtype, self.narrow = state["layers"], state["dtype"], state["narrow"]
         self.forget()
 
     def __call__(self, place: int, x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +166,7 @@ class _Pack:
             ):
                 return nn.functional.linear(x, layer.weight, layer.bias)
             self._follow()
-            if self._compiled is not None and x.numel() > MOST_ROWS * x.shape[-1]:
+            if self._compiled is not None and x.numel() > most_rows() * x.shape[-1]:
                 return nn.functional.linear(x, layer.weight, layer.bias)
             out = self._product(x)
         if len(self.layers) == 1:
@@ -188,7 +201,9 @@ class _Pack:
         self._compiled = self._packed = self._bias = None
         tensors = [tensor for layer in self.layers for tensor in layer._parameters.values() if tensor is not None]
         if self.dtype is None and all(map(_lies_well, tensors)) and linear_reason() is None:
-            self._compiled = LinearLayers([one.weight for one in self.layers], [one.bias for one in self.layers])
+            weights, biases = [one.weight for one in self.layers], [one.bias for one in self.layers]
+            with torch.no_grad():
+                self._compiled = LinearLayers(weights, biases, self.narrow)
         else:
             self._pack()
         ends = torch.tensor([layer.out_features for layer in self.layers]).cumsum(0).tolist()

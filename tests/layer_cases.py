@@ -36,10 +36,10 @@ def plain_model(name: str, **changes: Any) -> Any:
     return model
 
 
-def make_cache(model: Any) -> PagedKVCache:
+def make_cache(model: Any, pages: int = 64) -> PagedKVCache:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    sizes = (64, 4, config.num_hidden_layers, config.num_key_value_heads, head_dim)
+    sizes = (pages, 4, config.num_hidden_layers, config.num_key_value_heads, head_dim)
     return PagedKVCache(*sizes, model.dtype, model.device)
 
 

@@ -154,7 +154,8 @@ def test_end_of_text_in_an_open_block(engine: Engine) -> None:
         [out] = engine.generate("the", config, follow(engine, {"": text + END}, grammar=False))
         assert out.finish_reason == "stop" and out.text == text
         assert len(out.warnings) == 1 and "kept as text" in out.warnings[0]
-    [out] = engine.generate("the", config_for(engine), follow(engine, {"": f"<Parallel>\n<Goal>\n<Outline>\n1: a{END}"}))
+    case = {"": f"<Parallel>\n<Goal>\n<Outline>\n1: a{END}"}
+    [out] = engine.generate("the", config_for(engine), follow(engine, case))
     assert out.text == (
         "<Parallel>\n<Goal>\n<Outline>\n1: a</Outline>\n</Goal>\n<Path>\n1:</Path>"
         "\n<Conclusion>\n</Conclusion>\n</Parallel>"

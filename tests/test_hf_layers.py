@@ -20,6 +20,7 @@ from mvkernels.hf_layers import fuse_layers, unfuse_layers
 from mvkernels.hf_linear import pack_linear
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
+from mvkernels.ops.linear_native import most_rows
 from tests.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, make_cache, plain_model, steps
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
@@ -72,9 +73,10 @@ def test_what_is_not_fused(runs: list[int]) -> None:
     model, plain = fuse_layers(make_model("qwen2")), make_model("qwen2")
     with torch.inference_mode():
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
-        cache, other = make_cache(model), make_cache(model)
-        step, same = (one.plan([(one.new(), 65)]) for one in (cache, other))
-        ids = IDS[:, :65]
+        many = most_rows() + 1
+        cache, other = make_cache(model, many), make_cache(model, many)
+        step, same = (one.plan([(one.new(), many)]) for one in (cache, other))
+        ids = torch.arange(many)[None] % 11
         assert torch.equal(model(ids, paged_kv=(cache, step)).logits, plain(ids, paged_kv=(other, same)).logits)
     for one in (model, plain):
         one(IDS, labels=IDS).loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ pytest.importorskip("transformers", reason="needs the hf extra: transformers is 
 from mvkernels import hf_linear
 from mvkernels.hf_linear import pack_linear, unpack_linear
 from mvkernels.model import Engine, GenerationConfig
-from mvkernels.ops.linear_native import LinearLayers, linear_reason
+from mvkernels.ops.linear_native import LinearLayers, is_bf16, linear_reason
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(not hf_linear._takes(torch.float32), reason="needs PyTorch with oneDNN")
@@ -200,6 +201,63 @@ def test_the_kernel_of_few_rows(inner: int, rows: int) -> None:
         assert close(found.double(), torch.cat(exact, -1), 2e-6)
         alone = torch.cat([layers(row[None], invariant) for row in x])
         assert torch.equal(alone, found) or not (invariant or rows <= 8)
+
+
+@pytest.mark.parametrize("inner", [1, 15, 16, 257])
+@pytest.mark.parametrize("rows", [*range(1, 9), 9, 33])
+def test_narrow_weights_give_the_same_bits(inner: int, rows: int) -> None:
+    """Also beside a layer whose weights are not."""
+    if linear_reason() is not None:
+        pytest.skip(str(linear_reason()))
+    weights = [torch.randn(131, inner).bfloat16().float(), torch.randn(48, inner)]
+    biases = [None, torch.randn(48)]
+    x = torch.randn(rows, inner)
+    wide, narrow = LinearLayers(weights, biases), LinearLayers(weights, biases, narrow=True)
+    assert [part is not None for part in narrow.narrow] == [True, False] and wide.narrow == [None, None]
+    for invariant in (False, True):
+        assert torch.equal(wide(x, invariant), narrow(x, invariant))
+    if rows <= 8:  # it is the copy that is read
+        assert narrow.narrow[0] is not None
+        narrow.narrow[0].zero_()
+        assert not narrow(x)[:, :131].any() and not torch.equal(wide(x), narrow(x))
+
+
+def test_which_weights_are_bf16() -> None:
+    weight = torch.randn(40, 60).bfloat16().float()
+    weight[3, 7], weight[4, 8], weight[5, 9] = -0.0, torch.inf, torch.nan
+    assert is_bf16(weight)
+    for place in ((0, 1), (39, 59)):
+        other = weight.clone()
+        other[place] = 1 + 2**-8
+        assert not is_bf16(other)
+
+
+def test_narrow_weights_follow_theirs(way: str) -> None:
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    expected = logits(model, IDS[:, :4])
+    pack_linear(model)
+    assert close(logits(model, IDS[:, :4]), expected)
+    kept = [pack._compiled.narrow for pack in packs(model) if pack._compiled is not None]
+    assert bool(kept) == (way == "compiled") and all(part is not None for own in kept for part in own)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1 + 2**-9)
+        model.model.layers[0].mlp.down_proj.weight.mul_(-1)
+    changed = logits(model, IDS[:, :4])
+    assert not close(changed, expected, 1e-3) and close(changed, logits(unpack_linear(model), IDS[:, :4]))
+    logits(pack_linear(model, narrow=False), IDS[:, :4])
+    assert all(part is None for pack in packs(model) if pack._compiled for part in pack._compiled.narrow)
+
+
+def test_narrow_weights_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = hf_linear.narrow_bytes(tiny_model())
+    assert size == sum(2 * m.weight.numel() for m in tiny_model().modules() if type(m) is nn.Linear)
+    for memory, strict, fits in ((8 * size, False, True), (8 * size - 8, False, False), (8 * size, True, False)):
+        monkeypatch.setattr("mvkernels.model.memory._machine_memory", lambda memory=memory: memory)
+        engine = Engine(tiny_model(), tiny_tokenizer(), strict=strict, fast_linear=True)
+        layer: Any = engine.model.get_output_embeddings()
+        assert layer.forward.func.narrow is fits
 
 
 def test_the_engine_generates_the_same() -> None:

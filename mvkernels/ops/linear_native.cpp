@@ -3,6 +3,9 @@
 //     up to FEW rows    vectors along the inner dimension: weights and rows are multiplied element by element
 //     more              vectors of rows (of x transposed): one weight times a vector adds to a vector of results
 //
+// A weight may also be there in bf16, where that has all of its numbers. With up to FEW rows it is read in place of the
+// other, as half as much; the products are those of the same numbers in fp32, bit for bit.
+//
 // A row's numbers are added in an order that depends on which of the two it is, and on nothing else: within each, a row
 // has the same bits whoever is beside it, with any number of threads. Several layers with the same input are one call.
 //
@@ -24,16 +27,40 @@ namespace {
 constexpr int LANES = 2 * WIDTH;
 constexpr int FEW = 8;
 constexpr int TILE = REGISTERS / 3;  // weights at a time, by vectors of rows
+// With more rows PyTorch's products are as fast. Where there are few registers they are as fast from 64 on.
+constexpr int MOST = REGISTERS > 8 ? 512 : 64;
 constexpr int64_t BLOCK = 48;        // weights (rows of W) that a thread takes: they stay in its cache for all rows
 
 }  // namespace
 
 extern "C" struct Layer {
     const float *weight, *bias;
-    int64_t outer, column;  // column: the first of y that is its
+    const uint16_t* narrow;  // the weight in bf16, or null
+    int64_t outer, column;   // column: the first of y that is its
 };
 
 namespace {
+
+// `count` numbers, then zeros.
+inline Floats load(const float* from, int64_t count = WIDTH) {
+    Floats x{};
+    std::memcpy(&x, from, count * sizeof *from);
+    return x;
+}
+inline Floats load(const uint16_t* from, int64_t count = WIDTH) {
+    typedef uint16_t Narrow __attribute__((vector_size(VECTOR_BYTES / 2)));
+    typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    Narrow narrow{};
+    std::memcpy(&narrow, from, count * sizeof *from);
+    return (Floats)(__builtin_convertvector(narrow, Bits) << 16);
+}
+
+// Keeps a compiler from reading x again for every product.
+inline void keep(Floats& x) {
+#if defined(__x86_64__)
+    __asm__("" : "+v"(x));
+#endif
+}
 
 // Where results go, from a row and column on; residual: what they are added to, or null.
 struct Target {
@@ -53,40 +80,42 @@ struct Target {
 
 // While some weights are used, those that come next are fetched, each line once and into the second cache: the first
 // one has no room for them beside x.
-inline void fetch(const float* weight) { __builtin_prefetch(weight, 0, 2); }
+inline void fetch(const void* weight) { __builtin_prefetch(weight, 0, 2); }
 
 // COUNT weights on ROWS rows, by vectors along the inner dimension.
-template <int ROWS, int COUNT>
-inline void along(const float* weight, const float* bias, const float* x, int64_t inner, const Target& to) {
+template <int ROWS, int COUNT, typename Weight>
+inline void along(const Weight* weight, const float* bias, const float* x, int64_t inner, const Target& to) {
     Floats sum[COUNT][ROWS] = {};
     int64_t i = 0;
     for (; i + WIDTH <= inner; i += WIDTH) {
         Floats w[COUNT];
         for (int c = 0; c < COUNT; ++c) {
-            w[c] = load_floats(weight + c * inner + i);
+            w[c] = load(weight + c * inner + i);
             fetch(weight + (COUNT + c) * inner + i);
         }
         for (int r = 0; r < ROWS; ++r) {
-            const Floats xs = load_floats(x + r * inner + i);
+            Floats xs = load(x + r * inner + i);
+            keep(xs);
             for (int c = 0; c < COUNT; ++c) sum[c][r] += w[c] * xs;
         }
     }
+    if (i < inner)
+        for (int c = 0; c < COUNT; ++c)
+            for (int r = 0; r < ROWS; ++r)
+                sum[c][r] += load(weight + c * inner + i, inner - i) * load(x + r * inner + i, inner - i);
     for (int c = 0; c < COUNT; ++c)
-        for (int r = 0; r < ROWS; ++r) {
-            float total = (bias ? bias[c] : 0) + sum_of(sum[c][r]);
-            for (int64_t j = i; j < inner; ++j) total += weight[c * inner + j] * x[r * inner + j];
-            to.put(r, c, total);
-        }
+        for (int r = 0; r < ROWS; ++r) to.put(r, c, (bias ? bias[c] : 0) + sum_of(sum[c][r]));
 }
 
-template <int ROWS>
-void few(const Layer& layer, int64_t first, int64_t last, const float* x, int64_t inner, const Target& to) {
+template <int ROWS, typename Weight>
+void few(const Layer& layer, const Weight* weight, int64_t first, int64_t last, const float* x, int64_t inner,
+         const Target& to) {
     constexpr int COUNT = std::min(REGISTERS / ROWS, 8);
     const auto bias = [&](int64_t n) { return layer.bias ? layer.bias + n : nullptr; };
     for (; first + COUNT <= last; first += COUNT)
-        along<ROWS, COUNT>(layer.weight + first * inner, bias(first), x, inner, to.at(0, layer.column + first));
+        along<ROWS, COUNT>(weight + first * inner, bias(first), x, inner, to.at(0, layer.column + first));
     for (; first < last; ++first)
-        along<ROWS, 1>(layer.weight + first * inner, bias(first), x, inner, to.at(0, layer.column + first));
+        along<ROWS, 1>(weight + first * inner, bias(first), x, inner, to.at(0, layer.column + first));
 }
 
 // COUNT weights on up to NV vectors of rows. xt: [inner, NV] Floats.
@@ -123,17 +152,18 @@ void many(const Layer& layer, int64_t first, int64_t last, const Floats* xt, int
         across<NV, 1>(layer.weight + first * inner, bias(first), xt, inner, to.at(0, layer.column + first), rows);
 }
 
-void any_few(int rows, const Layer& layer, int64_t first, int64_t last, const float* x, int64_t inner,
-             const Target& to) {
+template <typename Weight>
+void any_few(int rows, const Layer& layer, const Weight* weight, int64_t first, int64_t last, const float* x,
+             int64_t inner, const Target& to) {
     switch (rows) {
-        case 1: return few<1>(layer, first, last, x, inner, to);
-        case 2: return few<2>(layer, first, last, x, inner, to);
-        case 3: return few<3>(layer, first, last, x, inner, to);
-        case 4: return few<4>(layer, first, last, x, inner, to);
-        case 5: return few<5>(layer, first, last, x, inner, to);
-        case 6: return few<6>(layer, first, last, x, inner, to);
-        case 7: return few<7>(layer, first, last, x, inner, to);
-        default: return few<8>(layer, first, last, x, inner, to);
+        case 1: return few<1>(layer, weight, first, last, x, inner, to);
+        case 2: return few<2>(layer, weight, first, last, x, inner, to);
+        case 3: return few<3>(layer, weight, first, last, x, inner, to);
+        case 4: return few<4>(layer, weight, first, last, x, inner, to);
+        case 5: return few<5>(layer, weight, first, last, x, inner, to);
+        case 6: return few<6>(layer, weight, first, last, x, inner, to);
+        case 7: return few<7>(layer, weight, first, last, x, inner, to);
+        default: return few<8>(layer, weight, first, last, x, inner, to);
     }
 }
 
@@ -142,6 +172,7 @@ void any_few(int rows, const Layer& layer, int64_t first, int64_t last, const fl
 extern "C" {
 
 int32_t few_rows() { return FEW; }
+int32_t most_rows() { return MOST; }
 
 // Numbers of the space that `linear` needs for more than FEW rows.
 int64_t space_numbers(int64_t rows, int64_t inner) { return (rows + LANES - 1) / LANES * LANES * inner + LANES; }
@@ -176,7 +207,10 @@ void linear(const Layer* layers, int32_t num_layers, const float* x, int64_t row
             while (at >= (layer->outer + BLOCK - 1) / BLOCK) at -= (layer->outer + BLOCK - 1) / BLOCK, ++layer;
             const int64_t first = at * BLOCK, last = std::min(first + BLOCK, layer->outer);
             if (!by_rows) {
-                any_few(int(rows), *layer, first, last, x, inner, to);
+                if (layer->narrow)
+                    any_few(int(rows), *layer, layer->narrow, first, last, x, inner, to);
+                else
+                    any_few(int(rows), *layer, layer->weight, first, last, x, inner, to);
                 continue;
             }
             for (int64_t tile = 0; tile < tiles; ++tile) {

@@ -12,29 +12,35 @@ import torch
 from mvkernels.ops.native import native_library, native_reason
 
 SOURCE = Path(__file__).with_name("linear_native.cpp")
-MOST_ROWS = 64  # with more, the products of PyTorch are as fast or faster: they are bound by arithmetic
+_FIRST = 1024  # numbers of a weight that tell nearly always
 
 
 class _Layer(ctypes.Structure):
     """`Layer` of the kernel."""
 
     _fields_ = (
-        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("outer", ctypes.c_int64), ("column", ctypes.c_int64),
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("narrow", ctypes.c_void_p),
+        ("outer", ctypes.c_int64), ("column", ctypes.c_int64),
     )  # fmt: skip
 
 
 class LinearLayers:
     """Layers with the same input: weights [outer, inner] and biases [outer] or None, contiguous fp32 on the CPU.
 
-    They are used where they lie, and must outlive this. outer: the sum of theirs.
+    They are used where they lie, and must outlive this. outer: the sum of theirs. narrow: weights of which bf16 has all
+    numbers are also kept in it; with few rows these are read, in half the time, and give the same bits.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
+    def __init__(
+        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], narrow: bool = False
+    ) -> None:
         self.outer, self.inner = 0, weights[0].shape[1]
+        self.narrow = [weight.bfloat16() if narrow and is_bf16(weight) else None for weight in weights]
         layers = []
-        for weight, bias in zip(weights, biases, strict=True):
-            layers.append(_Layer(weight.data_ptr(), None if bias is None else bias.data_ptr(), len(weight), self.outer))
-            self.outer += len(weight)
+        for tensors in zip(weights, biases, self.narrow, strict=True):
+            places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            layers.append(_Layer(*places, len(tensors[0]), self.outer))
+            self.outer += len(tensors[0])
         self._layers = (_Layer * len(layers))(*layers)
 
     def __call__(self, x: torch.Tensor, invariant: bool = False, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -59,6 +65,18 @@ class LinearLayers:
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+
+@functools.cache
+def most_rows() -> int:
+    """With more, the products of PyTorch are as fast."""
+    return int(_kernel()[0].most_rows())
+
+
+def is_bf16(weight: torch.Tensor) -> bool:
+    """Whether bf16 has every number of an fp32 tensor: those of a checkpoint that was published in it."""
+    bits = weight.view(torch.int32).flatten()
+    return not any(bool((part & 0xFFFF).any()) for part in (bits[:_FIRST], bits))
 
 
 @functools.cache
