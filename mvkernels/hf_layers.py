@@ -27,7 +27,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from mvkernels.decode import MAX_HEAD_DIM, TRITON_DTYPES, native_reason, tree_decode
 from mvkernels.hf import is_patched, patched_backend
-from mvkernels.hf_linear import compiled_layers
+from mvkernels.hf_linear import pack_of
 from mvkernels.hf_norm import is_rms_norm, same_code
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Step
@@ -101,6 +101,8 @@ class _Fused:
         self.qkv = [getattr(attention, name) for name in PROJECTIONS]
         self.gates = [getattr(mlp, name) for name in GATES]
         self.out, self.down = [attention.o_proj], [mlp.down_proj]
+        # Theirs as long as their forwards are, which `_untouched` looks at.
+        self.packs = [pack_of(layers) for layers in (self.qkv, self.out, self.gates, self.down)]
         self.head_norms = _head_norms(attention)
         self.head_dim, self.scaling, self.index = attention.head_dim, attention.scaling, attention.layer_idx
         self.heads, self.kv_heads = (
@@ -138,7 +140,7 @@ class _Fused:
 
     def linear(self) -> list[LinearLayers] | None:
         """The kernels on the layer's weights as they are now; None where it is multiplied in another way."""
-        found = [compiled_layers(layers) for layers in (self.qkv, self.out, self.gates, self.down)]
+        found = [pack and pack.compiled() for pack in self.packs]
         return None if None in found else found  # type: ignore[return-value]
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -89,17 +89,14 @@ def unpack_linear(model: Model) -> Model:
     return model
 
 
-def compiled_layers(layers: Sequence[nn.Module]) -> LinearLayers | None:
-    """The compiled kernel on layers with the same input, on their weights as they are now, side by side in this order.
-
-    None where `pack_linear` has not put just these together, or has them multiplied in another way.
+def pack_of(layers: Sequence[nn.Module]) -> _Pack | None:
+    """What `pack_linear` has made of layers with the same input; None where it has not put just these together, in this
+    order. `compiled` of it is the kernel on their weights as they are then, for as long as their forwards are the same.
     """
     packs = [getattr(layer.__dict__.get("forward"), "func", None) for layer in layers]
     pack = packs[0]
-    if not isinstance(pack, _Pack) or pack.layers != layers or packs.count(pack) != len(packs):
-        return None
-    pack._follow()
-    return pack._compiled
+    alike = isinstance(pack, _Pack) and pack.layers == layers and packs.count(pack) == len(packs)
+    return pack if alike else None
 
 
 def _install(layers: Sequence[nn.Linear], dtype: torch.dtype | None, narrow: bool) -> None:
@@ -181,6 +178,11 @@ class _Pack:
         if seen != self._seen:
             self._make()
             self._seen = seen
+
+    def compiled(self) -> LinearLayers | None:
+        """The compiled kernel on the weights as they are now; None where they are multiplied in another way."""
+        self._follow()
+        return self._compiled
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """All layers' results side by side, [.., sum of their sizes], in x's dtype."""
