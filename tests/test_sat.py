@@ -103,7 +103,7 @@ def test_a_node_has_the_same_tokens_at_any_depth_so_the_critical_path_is_linear(
     for size in range(SIZES[0], SIZES[1] + 1):
         chances = [float(size == n) for n in range(SIZES[0], SIZES[1] + 1)]
         # Only instances whose tree is as deep as can be.
-        formulas = [f for f in islice(generate(0, "test", chances, satisfiable=False), 30) if depth(f) == size]
+        formulas = [f for f in islice(generate(0, "test", chances, satisfiable=0.0), 30) if depth(f) == size]
         layouts = [BranchLayout.from_token_ids(tags.encode("\n" + f.parallel_trace), tags) for f in formulas]
         assert len({layout.critical_path for layout in layouts}) == 1
         paths[size] = layouts[0].critical_path
@@ -124,9 +124,9 @@ def test_the_tokenizer_has_one_token_for_each_index_literal_and_verdict(tags: Ta
 
 
 def test_instances_come_in_pairs_that_differ_by_a_needed_clause() -> None:
-    for unsat, sat in islice(zip(generate(5, satisfiable=False), generate(5, satisfiable=True), strict=True), 10):
+    for unsat, sat in islice(zip(generate(5, satisfiable=0.0), generate(5, satisfiable=1.0), strict=True), 10):
         assert not unsat.satisfiable and sat.satisfiable
-    formula = next(generate(5, satisfiable=False))
+    formula = next(generate(5, satisfiable=0.0))
     rests = [Formula(formula.variables, tuple(c for c in formula.clauses if c != out)) for out in formula.clauses]
     assert any(rest.satisfiable for rest in rests)
 

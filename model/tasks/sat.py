@@ -41,8 +41,11 @@ MAX_VARIABLES = len(ascii_lowercase)
 #: Literals of a clause at most.
 WIDTH = 3
 INDEX_DEPTH = SIZES[1]
-#: Of 3, 4, 5, 6 and 7 variables in training: the larger ones have more to learn from, and rare leaves that hold.
-TRAINING_CHANCES = (1, 1, 2, 3, 3)
+#: Of 3, 4, 5, 6 and 7 variables in training: the larger ones have more to learn from.
+TRAINING_CHANCES = (1, 1, 2, 3, 4)
+#: The share of satisfiable instances in training. A leaf that holds is one among many, the only one at which nothing is
+#: to be found, and the last thing to be learned.
+TRAINING_SATISFIABLE = 0.7
 
 #: A variable from 1 on, negative where it is negated; as in DIMACS.
 Literal: TypeAlias = int
@@ -163,14 +166,13 @@ def generate(
     seed: int | str,
     split: str = "train",
     chances: Sequence[float] = (1, 1, 1, 1, 1),
-    satisfiable: bool | None = None,
+    satisfiable: float = 0.5,
 ) -> Iterator[Formula]:
     """Endless fresh instances of one split, the same for the same seed.
 
-    chances: relative, of 3, 4, 5, 6 and 7 variables. satisfiable: only such instances, or only others; None: half of
-    each. No question of the "test" split can come up in the "train" split, whatever the seeds: the hash of its text
-    decides. Of 3 variables there are few sets of clauses, which both splits have, in other orders. Raises ValueError
-    for another split.
+    chances: relative, of 3, 4, 5, 6 and 7 variables. satisfiable: the share of such instances. No question of the
+    "test" split can come up in the "train" split, whatever the seeds: the hash of its text decides. Of 3 variables
+    there are few sets of clauses, which both splits have, in other orders. Raises ValueError for another split.
     """
     require_split(split)
     rng = random.Random(f"sat {split} {seed}")
@@ -178,7 +180,7 @@ def generate(
     while True:
         (variables,) = rng.choices(range(low, high + 1), chances)
         clauses = _draw(rng, variables)
-        solvable = rng.random() < 0.5 if satisfiable is None else satisfiable
+        solvable = rng.random() < satisfiable
         if solvable:
             clauses.pop()
         rng.shuffle(clauses)
@@ -265,7 +267,7 @@ def _indices() -> tuple[str, ...]:
 TASK = Task(
     name="sat",
     generate=generate,
-    training=lambda seed: generate(seed, chances=TRAINING_CHANCES),
+    training=lambda seed: generate(seed, chances=TRAINING_CHANCES, satisfiable=TRAINING_SATISFIABLE),
     words=(
         *("SAT", "UNSAT", "=SAT", "=UNSAT"),
         *(sign + letter for letter in ascii_lowercase[: SIZES[1]] for sign in "+-"),

@@ -36,7 +36,7 @@ from mvkernels.model.training.run import TRAINING_FILE
 KINDS = ("multiverse", "autoregressive")
 #: The share of a Multiverse model's problems that are written as one chain; of an autoregressive one's it is all. A
 #: chain of sat has three times as many leaves to learn from as blocks of as many tokens.
-CHAINS = {"arithmetic": 0.3, "sat": 0.85}
+CHAINS = {"arithmetic": 0.3, "sat": 0.8}
 #: How each kind is asked.
 ASKED = {"multiverse": ("parallel", "zero"), "autoregressive": ("sequential",)}
 #: A failing clause is found by what it says, anywhere in the question.
@@ -45,7 +45,7 @@ ROPE_THETA = {"arithmetic": 1e3, "sat": 1e5}
 #: with blocks takes several times the tokens of a chain, so it takes more steps to see about as many problems.
 STEPS = {
     "arithmetic": {"multiverse": 2000, "autoregressive": 2000},
-    "sat": {"multiverse": 2600, "autoregressive": 1800},
+    "sat": {"multiverse": 2400, "autoregressive": 1800},
 }
 #: Seeds of problems that no other cell has.
 LATENCY_SEED, BATCH_SEED, GROWTH_SEED = "latency", "batches", "growth"
@@ -174,7 +174,7 @@ class Cells:
         low, high = sat.SIZES
         for size in range(low, high + 1):
             chances = [float(size == one) for one in range(low, high + 1)]
-            problems = sat.generate(f"{GROWTH_SEED} {size}", "test", chances, satisfiable=False)
+            problems = sat.generate(f"{GROWTH_SEED} {size}", "test", chances, satisfiable=0.0)
             questions = generated_questions(TASKS["sat"], self.scale.growth, f"{GROWTH_SEED}-{size}", problems)
             for kind, modes in ASKED.items():
                 name = f"growth-{size}-{model_name('sat', kind, 0)}"
