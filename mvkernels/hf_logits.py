@@ -22,7 +22,8 @@ def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _is_native(logits: torch.Tensor) -> bool:
     fits = logits.device.type == "cpu" and logits.dtype is torch.float32 and logits.stride(1) == 1
     # Of few a compilation would take longer than anything that it could save.
-    return fits and logits.numel() >= layer_native.NUMBERS and layer_native.layer_reason() is None
+    many = layer_native.is_compiled() or logits.numel() >= layer_native.NUMBERS
+    return fits and many and layer_native.layer_reason() is None
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     calls: list[torch.Tensor] = []
     inner = layer_native.likeliest
     monkeypatch.setattr(layer_native, "NUMBERS", 0 if request.param else math.inf)
+    monkeypatch.setattr(layer_native, "is_compiled", lambda: False)
     monkeypatch.setattr(layer_native, "likeliest", lambda logits: calls.append(logits) or inner(logits))
     return Way(request.param, calls)
 

@@ -8,12 +8,13 @@ none has failed; the conclusion of a block SAT or UNSAT:
 
     <Path>
     1.2:+b          path 1 has fixed -a, this one +b
-    +a-b+c          fails, so nothing below needs to be looked at
+    +a-b+c</Path>   fails, so nothing below needs to be looked at
 
-So each node has the same number of tokens, whatever the instance: an index is one token in the tokenizer of this task,
-down to INDEX_DEPTH. The tokens of a refutation grow exponentially with the variables, the critical path linearly: the
-argument for branches in arXiv 2506.09991, section 3. The sequential trace visits the same nodes depth first, one line a
-node (`1.2+b`), a line a leaf, and a line for what a node has come to (`1.2=UNSAT`).
+What closes an outline, a path or a conclusion stands behind its last line: a line of its own would be one more forward
+each, on every path's way. So each node has the same number of tokens, whatever the instance: an index is one token in
+the tokenizer of this task, down to INDEX_DEPTH. The tokens of a refutation grow exponentially with the variables, the
+critical path linearly: the argument for branches in arXiv 2506.09991, section 3. The sequential trace visits the same
+nodes depth first, one line a node (`1.2+b`), a line a leaf, and a line for what a node has come to (`1.2=UNSAT`).
 
 Instances come in pairs: clauses are drawn until no assignment is left, which is an unsatisfiable instance; without the
 last one it is satisfiable. One of the two is taken, so that neither the number of clauses nor their look tells.
@@ -137,14 +138,15 @@ class Formula:
         nodes = [(f"{prefix}{i}", child) for i, child in enumerate(_children(assignment), 1)]
         lines = ["<Parallel>", "<Goal>"]
         for index, child in nodes:
-            lines += ["<Outline>", f"{index}:{_text(child[-1:])}", "</Outline>"]
+            lines += ["<Outline>", f"{index}:{_text(child[-1:])}</Outline>"]
         lines.append("</Goal>")
         found = False
         for index, child in nodes:
             work, satisfied = self._block(child, f"{index}.")
-            lines += ["<Path>", f"{index}:{_text(child[-1:])}", *work, "</Path>"]
+            work[-1] += "</Path>"
+            lines += ["<Path>", f"{index}:{_text(child[-1:])}", *work]
             found |= satisfied
-        return [*lines, "<Conclusion>", _verdict(found), "</Conclusion>", "</Parallel>"], found
+        return [*lines, "<Conclusion>", f"{_verdict(found)}</Conclusion>", "</Parallel>"], found
 
     def _chain(self, assignment: Assignment, prefix: str) -> tuple[list[str], bool]:
         """The same without tags: each node and what it comes to, under its index."""

@@ -159,15 +159,14 @@ class Cells:
     def alone(self, task: str) -> None:
         """Problems one at a time, by both models in turn, so that what the machine does meanwhile hits both alike."""
         questions = generated_questions(TASKS[task], self.scale.alone, LATENCY_SEED)
-        with one_thread():
-            runs = []
-            for kind, modes in ASKED.items():
-                name = model_name(task, kind, 0)
-                plan = self._plan(task, name, modes[0], 1)
-                runs.append(batches(self._engine(name), questions, plan, self.samples(f"alone-{name}")))
-            self.say(f"{task}: {len(questions)} problems one at a time")
-            for _ in zip_longest(*runs):
-                pass
+        runs = []
+        for kind, modes in ASKED.items():
+            name = model_name(task, kind, 0)
+            plan = self._plan(task, name, modes[0], 1)
+            runs.append(batches(self._engine(name), questions, plan, self.samples(f"alone-{name}")))
+        self.say(f"{task}: {len(questions)} problems one at a time")
+        for _ in zip_longest(*runs):
+            pass
 
     def growth(self) -> None:
         """Unsatisfiable instances of each size."""
@@ -191,14 +190,13 @@ class Cells:
             self.say(f"{task}: {size} problems at once")
             problems = generated_questions(TASKS[task], size, BATCH_SEED)
             row: dict[str, float] = {}
-            with one_thread():
-                for kind, modes in ASKED.items():
-                    prompts = [problem.text + MODES[modes[0]].ending + "\n" for problem in problems]
-                    engine = self._engine(model_name(task, kind, 0))
-                    engine.generate(prompts[0], replace(config, max_new_tokens=32))
-                    started = time.perf_counter()
-                    engine.generate(prompts, config)
-                    row[kind] = time.perf_counter() - started
+            for kind, modes in ASKED.items():
+                prompts = [problem.text + MODES[modes[0]].ending + "\n" for problem in problems]
+                engine = self._engine(model_name(task, kind, 0))
+                engine.generate(prompts[0], replace(config, max_new_tokens=32))
+                started = time.perf_counter()
+                engine.generate(prompts, config)
+                row[kind] = time.perf_counter() - started
             done[str(size)] = row
             _write(path, json.dumps(done))
 
@@ -247,7 +245,7 @@ def forget_engines() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """These layers are too small to share among threads."""
+    """For what is asked of several models at the same time; what is timed has all of the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -147,7 +147,7 @@ class Report:
             "latency_fit": None if fitted is None else asdict(fitted),
         }
         text = (
-            f"{len(gains)} problems, one at a time, both models in turn, one thread: {seconds[FIRST]:.3f} s a problem "
+            f"{len(gains)} problems, one at a time, both models in turn: {seconds[FIRST]:.3f} s a problem "
             f"in parallel, {seconds[LAST]:.3f} s autoregressive, {speedup:.2f}x as fast (median of the problems "
             f"{median(gains):.2f}x)."
         )

@@ -87,6 +87,11 @@ def layer_reason() -> str | None:
     return native_reason(SOURCE)
 
 
+def is_compiled() -> bool:
+    """Whether they have been asked for before, so that it costs no time."""
+    return layer_reason.cache_info().currsize > 0
+
+
 @functools.cache
 def _kernels() -> ctypes.CDLL:
     library = native_library(SOURCE)

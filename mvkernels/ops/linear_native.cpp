@@ -27,9 +27,9 @@ namespace {
 constexpr int LANES = 2 * WIDTH;
 constexpr int FEW = 8;
 constexpr int TILE = REGISTERS / 3;  // weights at a time, by vectors of rows
-// With more rows PyTorch's products are as fast. Where there are few registers they are as fast from 64 on.
-constexpr int MOST = REGISTERS > 8 ? 512 : 64;
 constexpr int64_t BLOCK = 48;        // weights (rows of W) that a thread takes: they stay in its cache for all rows
+// With more rows PyTorch's products are as fast; with few registers these are bound by the latency of sums.
+constexpr int MOST = REGISTERS > 8 ? 512 : 64;
 
 }  // namespace
 
@@ -56,8 +56,8 @@ inline Floats load(const uint16_t* from, int64_t count = WIDTH) {
 }
 
 // Keeps a compiler from reading x again for every product.
-inline void keep(Floats& x) {
-#if defined(__x86_64__)
+inline void keep([[maybe_unused]] Floats& x) {
+#if defined(__AVX512F__)
     __asm__("" : "+v"(x));
 #endif
 }
@@ -78,8 +78,8 @@ struct Target {
     }
 };
 
-// While some weights are used, those that come next are fetched, each line once and into the second cache: the first
-// one has no room for them beside x.
+// While some weights are used, those that come next are fetched, each line once (of narrow ones twice) and into the
+// second cache: the first one has no room for them beside x.
 inline void fetch(const void* weight) { __builtin_prefetch(weight, 0, 2); }
 
 // COUNT weights on ROWS rows, by vectors along the inner dimension.
