@@ -367,12 +367,13 @@ def reproduce(
         Path | None, typer.Option(help="Folder for models and samples, to go on from. Default: runs/reproduce.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Models trained and asked at the same time; the cores are shared.")] = 1,
+    task: Annotated[str | None, typer.Option(help="Only this task: arithmetic or sat.")] = None,
 ) -> None:
     """Train from nothing, evaluate, and write the tables and figures; goes on where it was interrupted."""
     with one_line_errors():
         from mvkernels.commands import reproduce as command
 
-        command.run(out, work, quick, jobs)
+        command.run(out, work, quick, jobs, task)
 
 
 @app.command()

@@ -57,30 +57,29 @@ def test_a_second_run_does_nothing(work: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")} == before
 
 
-def test_the_report_has_every_table_and_chart(work: Path, tmp_path: Path) -> None:
-    report = Report(Cells(work, TINY, print), tmp_path / "out")
+@pytest.mark.parametrize("task", ["arithmetic", "sat"])
+def test_the_report_has_every_table_and_chart(work: Path, tmp_path: Path, task: str) -> None:
+    report = Report(Cells(work, TINY, print), task, tmp_path / "out")
     report.write("here")
     assert report.missing == []
-    text = (tmp_path / "out" / "README.md").read_text()
-    for heading in ("Models", "Accuracy: arithmetic", "Accuracy: sat", "Wall-clock: arithmetic", "Wall-clock: sat"):
+    text = (tmp_path / "out" / task / "README.md").read_text()
+    own = "Growth: unsatisfiable instances" if task == "sat" else "Speed-up over batch size"
+    for heading in ("Models", "Accuracy", "Wall-clock", own):
         assert f"\n## {heading}\n" in text
-    assert "## Speed-up over batch size: arithmetic" in text and "## Growth: unsatisfiable instances of sat" in text
-    assert "| parallel, all seeds |" in text and "| multiverse, seed 1, zero | 2 |" in text
-    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert pictures == {
-        *("arithmetic-budgets.png", "arithmetic-latency.png", "sat-budgets.png", "sat-latency.png"),
-        *("batches.png", "sat-growth.png"),
-    }
+    assert text.startswith(f"# Multiverse in miniature: {task}\n") and f"| {task}-multiverse-0 |" in text
+    assert ("| parallel, all seeds |" in text) == ("| multiverse, seed 1, zero | 2 |" in text) == (task != "sat")
+    pictures = {path.name for path in (tmp_path / "out" / task).glob("*.png")}
+    assert pictures == {"budgets.png", "latency.png", "growth.png" if task == "sat" else "batches.png"}
     assert all(f"]({name})" in text for name in pictures)
-    figures = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert figures["wall-clock arithmetic"]["speedup"] > 0
-    assert set(figures["batch sizes"]) == {"1", "2"}
+    figures = json.loads((tmp_path / "out" / task / "results.json").read_text())
+    assert figures["wall-clock"]["speedup"] > 0
+    assert task == "sat" or set(figures["batch sizes"]) == {"1", "2"}
 
 
 def test_what_is_not_run_yet_is_named_and_left_out(tmp_path: Path) -> None:
-    report = Report(Cells(tmp_path / "work", TINY, print), tmp_path / "out")
+    report = Report(Cells(tmp_path / "work", TINY, print), "arithmetic", tmp_path / "out")
     report.write("here")
-    text = (tmp_path / "out" / "README.md").read_text()
+    text = (tmp_path / "out" / "arithmetic" / "README.md").read_text()
     assert "## Not run yet" in text and "`arithmetic-multiverse-0`" in text and "## Accuracy" not in text
 
 
@@ -112,16 +111,18 @@ def test_both_kinds_see_about_as_many_problems() -> None:
 def test_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In processes of their own; what is left for the run behind them is done there."""
     monkeypatch.setattr(reproduce, "_of_model", of_tiny_model)
-    monkeypatch.setattr(reproduce, "QUICK", replace(TINY, seeds={"arithmetic": 1}, batch_sizes=(1,)))
-    reproduce.run(tmp_path / "out", tmp_path / "work", quick=True, jobs=2)
+    monkeypatch.setattr(reproduce, "QUICK", replace(TINY, seeds={"arithmetic": 1, "sat": 1}, batch_sizes=(1,)))
+    reproduce.run(tmp_path / "out", tmp_path / "work", quick=True, jobs=2, task="arithmetic")
     models = tmp_path / "work" / "models"
     assert {path.name for path in models.iterdir()} == {"arithmetic-multiverse-0", "arithmetic-autoregressive-0"}
     processes = {(path / "process").read_text() for path in models.iterdir()}
     assert str(os.getpid()) not in processes
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "arithmetic" not in text.partition("## Not run yet")[2]  # of sat this run has none
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["arithmetic"]
+    assert "## Not run yet" not in (tmp_path / "out" / "arithmetic" / "README.md").read_text()
     with pytest.raises(ValueError, match="--jobs: expected at least 1, got 0"):
         reproduce.run(tmp_path / "out", tmp_path / "work", quick=True, jobs=0)
+    with pytest.raises(ValueError, match="--task: expected arithmetic or sat, got 'chess'"):
+        reproduce.run(tmp_path / "out", tmp_path / "work", quick=True, task="chess")
 
 
 def of_tiny_model(work: Path, quick: bool, task: str, kind: str, seed: int) -> None:

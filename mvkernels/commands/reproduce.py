@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 from mvkernels.commands.env import package_version
-from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, forget_engines, model_name
+from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, Scale, forget_engines, model_name
 from mvkernels.commands.reproduce_report import Report
 
 OUT = Path("benchmarks/results/reproduce")
@@ -22,15 +23,16 @@ WORK = Path("runs/reproduce")
 QUICK_SUFFIX = "-quick"
 
 
-def run(out: Path | None, work: Path | None, quick: bool, jobs: int = 1) -> None:
+def run(out: Path | None, work: Path | None, quick: bool, jobs: int = 1, task: str | None = None) -> None:
     """Does what is not done yet in ``work``, cell by cell, and writes the report on all that is done after each.
 
     jobs: models that are trained, and asked, at the same time, each in a process of its own with its share of the
-    cores; what is timed runs alone afterwards.
+    cores; what is timed runs alone afterwards. task: the only one whose cells are done, None for both; each task has a
+    report of its own.
     """
     if jobs < 1:
         raise ValueError(f"--jobs: expected at least 1, got {jobs}")
-    scale = QUICK if quick else FULL
+    scale = _scale(quick, task)
     suffix = QUICK_SUFFIX if quick else ""
     out = out or OUT.with_name(OUT.name + suffix)
     work = work or WORK.with_name(WORK.name + suffix)
@@ -43,8 +45,20 @@ def run(out: Path | None, work: Path | None, quick: bool, jobs: int = 1) -> None
     where = f"torch {package_version('torch')}, {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
     for name in chain(_side_by_side(cells, quick, jobs) if jobs > 1 else (), cells.run()):
         console.print(f"done: {name}")
-        Report(cells, out).write(where)
-    console.print(f"{out}/README.md")
+        for one in scale.seeds:
+            Report(cells, one, out).write(where)
+    for one in scale.seeds:
+        console.print(f"{out}/{one}/README.md")
+
+
+def _scale(quick: bool, task: str | None) -> Scale:
+    """Raises ValueError for a task that it has not."""
+    scale = QUICK if quick else FULL
+    if task is None:
+        return scale
+    if task not in scale.seeds:
+        raise ValueError(f"--task: expected {' or '.join(scale.seeds)}, got {task!r}")
+    return replace(scale, seeds={task: scale.seeds[task]})
 
 
 def _side_by_side(cells: Cells, quick: bool, jobs: int) -> Iterator[str]:

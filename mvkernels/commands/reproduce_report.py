@@ -28,10 +28,10 @@ QUICK_NOTE = "With `--quick`: the models have hardly learned, and the figures sh
 
 
 class Report:
-    """The report on the cells that are done, in the folder `out`."""
+    """The report on a task's cells that are done, in a folder of its name in `out`."""
 
-    def __init__(self, cells: Cells, out: Path) -> None:
-        self.cells, self.out = cells, out
+    def __init__(self, cells: Cells, task: str, out: Path) -> None:
+        self.cells, self.task, self.out = cells, task, out / task
         self.missing: list[str] = []
         self.figures: dict[str, Any] = {}
 
@@ -39,14 +39,14 @@ class Report:
         """Writes README.md, results.json and the charts. where: on what it was run."""
         self.out.mkdir(parents=True, exist_ok=True)
         parts = [
-            "# Multiverse in miniature",
+            f"# Multiverse in miniature: {self.task}",
             f"Written by `mvkernels reproduce`, from nothing: {where}.",
             *([QUICK_NOTE] if self.cells.scale.shrink else []),
             *self._training(),
+            *self._accuracy(self.task),
+            *self._alone(self.task),
+            *(self._growth() if self.task == "sat" else self._batches()),
         ]
-        for task in self.cells.scale.seeds:
-            parts += [*self._accuracy(task), *self._alone(task)]
-        parts += [*self._batches(), *self._growth()]
         if self.missing:
             parts += ["## Not run yet", ", ".join(f"`{name}`" for name in self.missing)]
         (self.out / "README.md").write_text("\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8")
@@ -57,6 +57,8 @@ class Report:
     def _training(self) -> list[str]:
         rows = []
         for task, kind, seed in self.cells.models():
+            if task != self.task:
+                continue
             name = model_name(task, kind, seed)
             file = self.cells.work / "models" / name / TRAINING_FILE
             if not file.exists():
@@ -116,9 +118,9 @@ class Report:
         for mode in ASKED[FIRST]:
             if self.cells.scale.seeds[task] > 1 and mode in pooled:
                 tests.append(_test_row(f"{mode}, all seeds", pooled[mode], pooled[f"{mode} base"]))
-        self.figures[f"accuracy {task}"] = [asdict(one) for one in summaries]
+        self.figures["accuracy"] = [asdict(one) for one in summaries]
         parts = [
-            f"## Accuracy: {task}",
+            "## Accuracy",
             f"The same {self.cells.scale.problems} unseen problems for every model, greedy, "
             f"{self.cells.scale.batch} at once.",
             markdown_table(summaries),
@@ -137,10 +139,10 @@ class Report:
             return []
         seconds = {kind: fmean(sample.seconds for sample in samples) for kind, samples in runs.items()}
         gains = [b.seconds / a.seconds for a, b in zip(runs[FIRST], runs[LAST], strict=True)]
-        charts.budgets(runs, self.out / f"{task}-budgets.png", f"{task}: accuracy within a budget")
-        fitted = charts.latency(runs, self.out / f"{task}-latency.png", f"{task}: latency over # parallel")
+        charts.budgets(runs, self.out / "budgets.png", f"{task}: accuracy within a budget")
+        fitted = charts.latency(runs, self.out / "latency.png", f"{task}: latency over # parallel")
         speedup = seconds[LAST] / seconds[FIRST]
-        self.figures[f"wall-clock {task}"] = {
+        self.figures["wall-clock"] = {
             "seconds": seconds,
             "speedup": speedup,
             "median_speedup": median(gains),
@@ -153,8 +155,8 @@ class Report:
         )
         if fitted is not None:
             text += f" Latency of a token: {fitted.a:.3f} + {fitted.b:.3f} / # parallel ms (R² = {fitted.r2:.2f})."
-        pictures = "\n".join(f"![{what}]({task}-{what}.png)" for what in ("budgets", "latency"))
-        return [f"## Wall-clock: {task}", markdown_table([summarize(*pair) for pair in runs.items()]), text, pictures]
+        pictures = "\n".join(f"![{what}]({what}.png)" for what in ("budgets", "latency"))
+        return ["## Wall-clock", markdown_table([summarize(*pair) for pair in runs.items()]), text, pictures]
 
     def _batches(self) -> list[str]:
         path = self.cells.work / "batches.json"
@@ -172,7 +174,7 @@ class Report:
             labels = ("problems at once", "seconds autoregressive / seconds in parallel")
             charts.lines(list(found), speedups, self.out / "batches.png", "speed-up over batch size", labels, "x")
         names = ["problems at once", "seconds in parallel", "seconds autoregressive", "speed-up"]
-        return ["## Speed-up over batch size: arithmetic", markdown(names, rows), "![speed-up](batches.png)"]
+        return ["## Speed-up over batch size", markdown(names, rows), "![speed-up](batches.png)"]
 
     # ---- growth
 
@@ -185,7 +187,7 @@ class Report:
                 samples = self._complete(f"growth-{size}-{model_name('sat', kind, 0)}", self.cells.scale.growth)
                 if samples is not None:
                     table[kind][size] = samples
-        parts = ["## Growth: unsatisfiable instances of sat"]
+        parts = ["## Growth: unsatisfiable instances"]
         series: dict[str, list[float]] = {}
         for kind, by_size in table.items():
             if len(by_size) < len(sizes):
@@ -209,8 +211,8 @@ class Report:
         if not series:
             return []
         labels = ("variables", "tokens")
-        charts.lines(sizes, series, self.out / "sat-growth.png", "refutations of random 3-SAT", labels, "y")
-        return [*parts, "![growth](sat-growth.png)"]
+        charts.lines(sizes, series, self.out / "growth.png", "refutations of random 3-SAT", labels, "y")
+        return [*parts, "![growth](growth.png)"]
 
     def _complete(self, name: str, count: int) -> list[Sample] | None:
         """The samples of a cell, or None where it is not done."""
