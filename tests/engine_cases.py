@@ -70,6 +70,13 @@ CASES = {
 }
 
 
+def without_certain(text: str) -> str:
+    """What is sampled of a text, where the grammar is on: the engine writes the rest of each block."""
+    text = re.sub(r"(<Parallel>)\n<Goal>\n<Outline>\n[\d.]+:", r"\1", text)
+    text = re.sub(r"(<Outline>)\n[\d.]+:", r"\1", text).replace("</Outline>\n", "</Outline>")
+    return text.replace("</Conclusion>\n</Parallel>", "</Conclusion>")
+
+
 def script(case: dict[str, str], engine: Engine, grammar: bool = True) -> dict[tuple[int, ...], list[int]]:
     """Paths and texts -> paths and tokens; ~ becomes -1, and an end of text its token.
 
@@ -79,9 +86,7 @@ def script(case: dict[str, str], engine: Engine, grammar: bool = True) -> dict[t
     out = {}
     for path, text in case.items():
         if grammar:
-            text = re.sub(r"(<Parallel>)\n<Goal>\n<Outline>\n[\d.]+:", r"\1", text)
-            text = re.sub(r"(<Outline>)\n[\d.]+:", r"\1", text).replace("</Outline>\n", "</Outline>")
-            text = text.replace("</Conclusion>\n</Parallel>", "</Conclusion>")
+            text = without_certain(text)
         tokens: list[int] = []
         for i, piece in enumerate(text.removesuffix(END).split("~")):
             tokens += ([-1] if i else []) + engine.tags.encode(piece)

@@ -17,7 +17,7 @@ from mvkernels.grammar import TAGS
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.model.loading import load_checkpoint
 from mvkernels.model.tokens import add_tags
-from tests.engine_cases import preempted_before_every_step
+from tests.engine_cases import preempted_before_every_step, without_certain
 from tests.lossless import Recorder, check_lossless, packed_logits, unpatched
 from tests.tiny_model import scripted
 
@@ -111,8 +111,10 @@ def tagged() -> Engine:
 def writer(engine: Engine) -> Callable[..., list[int]]:
     def tokens(*parts: str | int) -> list[int]:
         """Texts, and numbers of tokens that the model chooses."""
-        encode = engine.tags.encode
-        return [token for part in parts for token in (encode(part) if isinstance(part, str) else [-1] * part)]
+        out: list[int] = []
+        for part in parts:
+            out += engine.tags.encode(without_certain(part)) if isinstance(part, str) else [-1] * part
+        return out
 
     return tokens
 
