@@ -74,7 +74,7 @@ class Engine:
                      `unfuse_norms`, `unfuse_layers` undo it. None: where that takes no memory; on a CPU for bf16, and
                      for fp32 without a C++ compiler, the linear layers take as much again as the weights. Either way
                      fp32 weights that lose nothing in bf16 are also kept in it and read from there, unless that takes
-                     more than an eighth of the memory
+                     more than an eighth of the memory, or the engine is strict
     graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
     prefix_cache     whether what requests begin with stays in pages, for those that begin in the same way: a common
                      prompt, the samples of one, the next turn of a chat, a request that is computed again. Such pages

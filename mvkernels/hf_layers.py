@@ -147,8 +147,8 @@ class _Fused:
         if "paged_kv" in kwargs and not args and self._fits(hidden_states, kwargs):
             if hidden_states.is_cpu and kwargs.get("branch_backend") in ("auto", "native"):
                 linear = self.linear()
-                fits = hidden_states.dtype is torch.float32 and hidden_states.shape[1] <= most_rows()
-                if linear is not None and fits:
+                wide = hidden_states.dtype is torch.float32
+                if linear is not None and wide and hidden_states.shape[1] <= most_rows():
                     return self._run(hidden_states, linear, **kwargs)
             elif kwargs.get("branch_backend") in ("auto", "triton") and triton_reason(hidden_states.device) is None:
                 return self._run_triton(hidden_states, **kwargs)

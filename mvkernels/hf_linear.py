@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -51,13 +51,13 @@ def pack_linear(model: Model, dtype: torch.dtype | None = None, narrow: bool = T
     taken: set[nn.Module] = set()
     for module in model.modules():
         for names in TOGETHER:
-            group = [getattr(module, name, None) for name in names]
-            if all(_fits(one, dtype) for one in group) and len({one.weight.shape[1] for one in group}) == 1:  # type: ignore[union-attr]
-                taken.update(group)  # type: ignore[arg-type]
-                _install(group, dtype, narrow)  # type: ignore[arg-type]
+            group = [one for name in names if _fits(one := getattr(module, name, None), dtype)]
+            if len(group) == len(names) and len({one.weight.shape[1] for one in group}) == 1:
+                taken.update(group)
+                _install(group, dtype, narrow)
     for module in model.modules():
         if module not in taken and _fits(module, dtype):
-            _install([module], dtype, narrow)  # type: ignore[list-item]
+            _install([module], dtype, narrow)
     return model
 
 
@@ -105,7 +105,7 @@ def _install(layers: Sequence[nn.Linear], dtype: torch.dtype | None, narrow: boo
         layer.forward = partial(pack, place)  # type: ignore[method-assign]
 
 
-def _fits(module: Any, dtype: torch.dtype | None) -> bool:
+def _fits(module: Any, dtype: torch.dtype | None) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or module.weight.device.type != "cpu":
         return False
     return module.weight.dtype in DTYPES and _takes(dtype or module.weight.dtype)

@@ -32,6 +32,19 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     return Way(request.param, calls)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_few_are_looked_at_by_what_is_compiled_already(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    if (reason := layer_native.layer_reason()) is not None:
+        pytest.skip(reason)
+    assert layer_native.is_compiled()
+    calls: list[torch.Tensor] = []
+    inner = layer_native.likeliest
+    monkeypatch.setattr(layer_native, "is_compiled", lambda: compiled)
+    monkeypatch.setattr(layer_native, "likeliest", lambda logits: calls.append(logits) or inner(logits))
+    assert likeliest(torch.tensor([[1.0, 3.0, 2.0]]))[0].tolist() == [1]
+    assert len(calls) == compiled
+
+
 @pytest.mark.parametrize("size", [1, 15, 63, 64, 65, 255, 256, 257, 511, 512, 1000, 1023, 1024, 1025, 2500])
 def test_it_is_the_first_of_its_equals_at_any_place(way: Way, size: int) -> None:
     logits = torch.randn(40, size, generator=torch.Generator().manual_seed(size)).round()  # many equal ones

@@ -41,8 +41,8 @@ CHAINS = {"arithmetic": 0.3, "sat": 0.8}
 ASKED = {"multiverse": ("parallel", "zero"), "autoregressive": ("sequential",)}
 #: A failing clause is found by what it says, anywhere in the question.
 ROPE_THETA = {"arithmetic": 1e3, "sat": 1e5}
-#: Steps of each task's trainings, which take two cores 12 to 17 minutes. Of sat a trace with blocks takes several
-#: times the tokens of a chain, so it takes more steps to see about as many problems.
+#: Steps of each task's trainings. Of sat a trace with blocks takes several times the tokens of a chain, so it takes
+#: more steps to see about as many problems.
 STEPS = {
     "arithmetic": {"multiverse": 2000, "autoregressive": 2000},
     "sat": {"multiverse": 2400, "autoregressive": 1800},

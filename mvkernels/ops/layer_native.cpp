@@ -145,10 +145,7 @@ void gate(const float* gu, int64_t rows, int64_t dim, float* y, int32_t num_thre
             std::memcpy(to + i, &result, VECTOR_BYTES);
         }
         if (i < dim) {  // the rest in a vector too, so that a number's bits do not depend on dim
-            Floats gs{}, us{};
-            std::memcpy(&gs, g + i, (dim - i) * 4);
-            std::memcpy(&us, u + i, (dim - i) * 4);
-            const Floats result = silu_times(gs, us);
+            const Floats result = silu_times(load_floats(g + i, dim - i), load_floats(u + i, dim - i));
             std::memcpy(to + i, &result, (dim - i) * 4);
         }
     }

@@ -41,13 +41,8 @@ extern "C" struct Layer {
 
 namespace {
 
-// `count` numbers, then zeros.
-inline Floats load(const float* from, int64_t count = WIDTH) {
-    Floats x{};
-    std::memcpy(&x, from, count * sizeof *from);
-    return x;
-}
-inline Floats load(const uint16_t* from, int64_t count = WIDTH) {
+// The same of bf16.
+inline Floats load_floats(const uint16_t* from, int64_t count = WIDTH) {
     typedef uint16_t Narrow __attribute__((vector_size(VECTOR_BYTES / 2)));
     typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
     Narrow narrow{};
@@ -90,19 +85,20 @@ inline void along(const Weight* weight, const float* bias, const float* x, int64
     for (; i + WIDTH <= inner; i += WIDTH) {
         Floats w[COUNT];
         for (int c = 0; c < COUNT; ++c) {
-            w[c] = load(weight + c * inner + i);
+            w[c] = load_floats(weight + c * inner + i);
             fetch(weight + (COUNT + c) * inner + i);
         }
         for (int r = 0; r < ROWS; ++r) {
-            Floats xs = load(x + r * inner + i);
+            Floats xs = load_floats(x + r * inner + i);
             keep(xs);
             for (int c = 0; c < COUNT; ++c) sum[c][r] += w[c] * xs;
         }
     }
-    if (i < inner)
-        for (int c = 0; c < COUNT; ++c)
-            for (int r = 0; r < ROWS; ++r)
-                sum[c][r] += load(weight + c * inner + i, inner - i) * load(x + r * inner + i, inner - i);
+    if (const int64_t rest = inner - i; rest > 0)
+        for (int c = 0; c < COUNT; ++c) {
+            const Floats w = load_floats(weight + c * inner + i, rest);
+            for (int r = 0; r < ROWS; ++r) sum[c][r] += w * load_floats(x + r * inner + i, rest);
+        }
     for (int c = 0; c < COUNT; ++c)
         for (int r = 0; r < ROWS; ++r) to.put(r, c, (bias ? bias[c] : 0) + sum_of(sum[c][r]));
 }

@@ -21,9 +21,10 @@ constexpr float LOG2_E = 1.442695040888963f;
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES), may_alias));
 
-inline Floats load_floats(const float* from) {
-    Floats x;
-    std::memcpy(&x, from, VECTOR_BYTES);
+// `count` numbers, then zeros.
+inline Floats load_floats(const float* from, int64_t count = WIDTH) {
+    Floats x{};
+    std::memcpy(&x, from, count * sizeof *from);
     return x;
 }
 
