@@ -105,13 +105,12 @@ class TagTokens:
         """
         if self.tokenizer is None:
             raise ValueError("TagTokens.encode: expected a TagTokens with a tokenizer, got one made from ids alone")
-        tag_ids = dict(zip(TAGS, self.ids, strict=True))
+        known = {tag: [token] for tag, token in zip(TAGS, self.ids, strict=True)}
         out: list[int] = []
         for piece in split_pieces(text):
-            if piece in tag_ids:
-                out.append(tag_ids[piece])
-            else:
-                out += self.tokenizer.encode(piece, add_special_tokens=False)
+            if piece not in known:  # short ones come again and again
+                known[piece] = self.tokenizer.encode(piece, add_special_tokens=False)
+            out += known[piece]
         return out
 
 

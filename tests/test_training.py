@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainerCallback
 
 from mvkernels import BranchLayout, TagTokens
@@ -18,7 +19,7 @@ from mvkernels.model.tasks.arithmetic import generate
 from mvkernels.model.tokens import read_entry
 from mvkernels.model.training import Recipe, TrainingRun, train
 from mvkernels.model.training.data import PackedProblems
-from mvkernels.model.training.optimizer import orthogonal
+from mvkernels.model.training.optimizer import MuonAdamW, orthogonal
 from mvkernels.model.training.run import TRAINING_FILE, make_tokenizer
 
 TINY = Recipe(
@@ -135,14 +136,40 @@ def test_a_row_is_packed_documents_with_their_own_layouts(tokenizer) -> None:
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)], ids=["square", "wide", "tall"])
 def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    result = orthogonal(matrix)
-    # The same singular vectors, and values that the quintic iteration leaves between 0.3 and 1.3.
-    values = left.T @ result @ right.T
-    assert (values - torch.diag(values.diagonal())).abs().max() < 0.05
-    assert values.diagonal().min() > 0.3
-    assert values.diagonal().max() < 1.3
+    sizes = torch.tensor([1, 1e-3, 50])[:, None, None]
+    matrices = sizes * torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    for matrix, result in zip(matrices, orthogonal(matrices), strict=True):
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        # The same singular vectors, and values that the quintic iteration leaves between 0.3 and 1.3.
+        values = left.T @ result @ right.T
+        assert (values - torch.diag(values.diagonal())).abs().max() < 0.05
+        assert values.diagonal().min() > 0.3
+        assert values.diagonal().max() < 1.3
+
+
+def test_the_optimizer_treats_each_matrix_by_itself() -> None:
+    """However many are of its shape, and also where one has no gradient."""
+
+    def step(*present: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4, 6, bias=False) for _ in range(3)), nn.Linear(6, 6, bias=False))
+        optimizer = MuonAdamW(model, 1e-2, 0.1, 1e-3)
+        for _ in range(2):
+            for place in present:
+                model[place].weight.grad = torch.randn(
+                    model[place].weight.shape, generator=torch.Generator().manual_seed(place)
+                )
+            optimizer.step()
+        return [layer.weight.detach() for layer in model]
+
+    together = step(0, 1, 2, 3)
+    assert len({tuple(weight.flatten().tolist()) for weight in together}) == 4
+    for present in ((0,), (1,), (0, 2), (3,)):
+        found, untouched = step(*present), step()
+        for place in range(4):
+            expected = together[place] if place in present else untouched[place]
+            assert torch.allclose(found[place], expected, atol=1e-4)
+            assert place not in present or not torch.allclose(found[place], untouched[place], atol=1e-3)
 
 
 @pytest.mark.parametrize(

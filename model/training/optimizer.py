@@ -20,16 +20,17 @@ _STEPS = 5
 _EPSILON = 1e-8
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix [rows, columns] with its singular values moved near 1, computed in bf16."""
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """The matrices [n, rows, columns], each with its singular values moved near 1, computed in bf16."""
     a, b, c = _QUINTIC
-    x = matrix / (matrix.norm() + _EPSILON)
-    wide = (x if x.shape[0] <= x.shape[1] else x.T).bfloat16()
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + _EPSILON)).bfloat16()
+    x = x.mT if tall else x
     for _ in range(_STEPS):
-        gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    result: torch.Tensor = wide if x.shape[0] <= x.shape[1] else wide.T
-    return result.to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    result: torch.Tensor = x.mT if tall else x
+    return result.to(matrices.dtype)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -67,22 +68,30 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._muon if group["muon"] else self._adamw
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update(parameter, parameter.grad, group)
+            given = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["muon"]:
+                for alike in _by_shape(given):
+                    self._muon(alike, group)
+            else:
+                for parameter in given:
+                    self._adamw(parameter, group)
         return loss
 
-    def _muon(self, weight: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        state, beta = self.state[weight], group["momentum"]
-        momentum = state.setdefault("momentum", torch.zeros_like(weight))
-        momentum.mul_(beta).add_(grad)
-        direction = orthogonal(grad + beta * momentum)
-        size = 0.2 * max(weight.shape) ** 0.5
-        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * size)
+    def _muon(self, weights: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """One update of weights of one shape, whose products are batched: one by one they are too small for a core."""
+        beta = group["momentum"]
+        grads = torch.stack([weight.grad for weight in weights if weight.grad is not None])
+        momenta = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in weights]
+        momentum = torch.stack(momenta).mul_(beta).add_(grads)
+        directions = orthogonal(grads.add_(momentum, alpha=beta))
+        size = 0.2 * max(grads.shape[1:]) ** 0.5
+        for i, weight in enumerate(weights):
+            momenta[i].copy_(momentum[i])
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(directions[i], alpha=-group["lr"] * size)
 
-    def _adamw(self, weight: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[weight], group["betas"]
+    def _adamw(self, weight: torch.Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2), grad = self.state[weight], group["betas"], weight.grad
+        assert grad is not None
         if not state:
             state.update(step=torch.zeros(()), mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
         state["step"] += 1
@@ -92,3 +101,10 @@ class MuonAdamW(torch.optim.Optimizer):
         root = (state["square"] / (1 - beta2**step)).sqrt_().add_(_EPSILON)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.addcdiv_(state["mean"], root, value=-group["lr"] / (1 - beta1**step))
+
+
+def _by_shape(parameters: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    groups: dict[torch.Size, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.shape, []).append(parameter)
+    return list(groups.values())

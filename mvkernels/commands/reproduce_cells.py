@@ -132,7 +132,7 @@ class Cells:
             sequential_share=chains,
             rope_theta=ROPE_THETA[task],
             steps=STEPS[task][kind],
-            save_every=20,
+            save_every=100,
         )
         return replace(found, **self.scale.shrink) if self.scale.shrink else found
 
