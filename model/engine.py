@@ -18,7 +18,7 @@ from mvkernels.errors import OutOfPages
 from mvkernels.hf import patch_model
 from mvkernels.hf_graph import DecodeGraph
 from mvkernels.hf_layers import fuse_layers
-from mvkernels.hf_linear import narrow_bytes, pack_linear, packs_without_memory
+from mvkernels.hf_linear import narrow_bytes, narrow_rows, pack_linear, packs_without_memory
 from mvkernels.hf_norm import fuse_norms
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.layout import SEMANTICS
@@ -74,7 +74,7 @@ class Engine:
                      `unfuse_norms`, `unfuse_layers` undo it. None: where that takes no memory; on a CPU for bf16, and
                      for fp32 without a C++ compiler, the linear layers take as much again as the weights. Either way
                      fp32 weights that lose nothing in bf16 are also kept in it and read from there, unless that takes
-                     more than an eighth of the memory, or the engine is strict
+                     more than an eighth of the memory, or no step of the engine has few enough rows for it
     graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
     prefix_cache     whether what requests begin with stays in pages, for those that begin in the same way: a common
                      prompt, the samples of one, the next turn of a chat, a request that is computed again. Such pages
@@ -123,7 +123,9 @@ class Engine:
         self.model = patch_model(model, backend=backend)
         free = self.model.device.type == "cuda" or packs_without_memory(self.model)
         if fast_linear or (fast_linear is None and free):
-            narrow = not strict and fits_narrow(narrow_bytes(model))
+            rows = (max_step_tokens or STRICT_ROWS) if strict else 1
+            size = narrow_bytes(model)
+            narrow = size > 0 and fits_narrow(size) and rows <= narrow_rows()
             fuse_layers(fuse_norms(pack_linear(self.model, narrow=narrow)))
         self.tokenizer = tokenizer
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed

@@ -27,14 +27,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from mvkernels.decode import MAX_HEAD_DIM, TRITON_DTYPES, native_reason, tree_decode
 from mvkernels.hf import is_patched, patched_backend
-from mvkernels.hf_linear import pack_of
+from mvkernels.hf_linear import CompiledLayers, pack_of
 from mvkernels.hf_norm import is_rms_norm, same_code
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Step
 from mvkernels.ops.backends import triton_reason
 from mvkernels.ops.decode_native import decode_native
 from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
-from mvkernels.ops.linear_native import LinearLayers, most_rows
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -138,7 +137,7 @@ class _Fused:
                 return False
         return triton_reason(device) is None and self.head_dim % 2 == 0 and self.head_dim <= MAX_HEAD_DIM
 
-    def linear(self) -> list[LinearLayers] | None:
+    def linear(self) -> list[CompiledLayers] | None:
         """The kernels on the layer's weights as they are now; None where it is multiplied in another way."""
         found = [pack and pack.compiled() for pack in self.packs]
         return None if None in found else found  # type: ignore[return-value]
@@ -148,7 +147,8 @@ class _Fused:
             if hidden_states.is_cpu and kwargs.get("branch_backend") in ("auto", "native"):
                 linear = self.linear()
                 wide = hidden_states.dtype is torch.float32
-                if linear is not None and wide and hidden_states.shape[1] <= most_rows():
+                rows = hidden_states.shape[1]
+                if linear is not None and wide and all(rows <= one.most_rows for one in linear):
                     return self._run(hidden_states, linear, **kwargs)
             elif kwargs.get("branch_backend") in ("auto", "triton") and triton_reason(hidden_states.device) is None:
                 return self._run_triton(hidden_states, **kwargs)
@@ -205,7 +205,7 @@ class _Fused:
     def _run(
         self,
         x: torch.Tensor,
-        linear: list[LinearLayers],
+        linear: list[CompiledLayers],
         paged_kv: tuple[PagedKVCache, Step],
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         batch_invariant: bool = False,

@@ -1,12 +1,15 @@
 """Linear layers on a CPU, for inference with few rows: `pack_linear` and its undoing.
 
 A step of decoding multiplies a few rows with every weight, so it is as fast as the weights are read. PyTorch hands
-fp32 products of that shape to MKL, which reads them several times over for 2 to 8 rows. Two ways read them once:
+fp32 products of that shape to MKL, which reads them several times over for 2 to 8 rows. These read them once:
 
     compiled   a kernel of this library (`ops/linear_native.cpp`) on fp32 weights where they lie, for up to 512 rows (64
                without AVX-512); more go to PyTorch. Taken where there is a C++ compiler and no other dtype is asked
                for. Weights of which bf16 has all numbers, as it has of a checkpoint that was published in it, are
                `narrow`: with up to 8 rows a copy in bf16 is read, half as much, with the same result bit for bit
+    tiles      the same on a processor with AMX, where all weights that are multiplied together are narrow: its matrix
+               units multiply the copy with up to 512 rows (`ops/linear_tiles.cpp`). The result is as exact, and a row
+               has the same bits with any number of them
     packed     oneDNN on weights in its own order, which take as much memory again. Rows are padded to 4, for which it
                has faster kernels than for fewer. Packed when a layer is first called without gradients
 
@@ -25,7 +28,8 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import nn
 
-from mvkernels.ops.linear_native import LinearLayers, linear_reason, most_rows
+from mvkernels.ops.linear_native import LinearLayers, few_rows, is_bf16, linear_reason
+from mvkernels.ops.linear_tiles import MOST_ROWS, TileLayers, tiles_reason
 
 # Projections that get the same input, by their names in transformers' modules.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -33,6 +37,7 @@ MIN_ROWS = 4
 DTYPES = (torch.float32, torch.bfloat16)
 
 Model = TypeVar("Model", bound=nn.Module)
+CompiledLayers = LinearLayers | TileLayers
 
 
 def pack_linear(model: Model, dtype: torch.dtype | None = None, narrow: bool = True) -> Model:
@@ -68,8 +73,15 @@ def packs_without_memory(model: nn.Module) -> bool:
 
 
 def narrow_bytes(model: nn.Module) -> int:
-    """How much memory narrow weights of a model take at most."""
+    """How much memory narrow weights of a model take, about."""
     return sum(torch.bfloat16.itemsize * weight.numel() for weight in _weights(model) if _lies_well(weight))
+
+
+def narrow_rows() -> int:
+    """Up to how many rows narrow weights are read here; 0: never."""
+    if linear_reason() is not None:
+        return 0
+    return MOST_ROWS if tiles_reason() is None else few_rows()
 
 
 def _weights(model: nn.Module) -> list[torch.Tensor]:
@@ -131,7 +143,7 @@ class _Pack:
 
     def forget(self) -> None:
         """What was made from the weights."""
-        self._compiled: LinearLayers | None = None
+        self._compiled: CompiledLayers | None = None
         self._packed: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
         self._seen: list[tuple[int, int] | None] = []
@@ -163,7 +175,7 @@ class _Pack:
             ):
                 return nn.functional.linear(x, layer.weight, layer.bias)
             self._follow()
-            if self._compiled is not None and x.numel() > most_rows() * x.shape[-1]:
+            if self._compiled is not None and x.numel() > self._compiled.most_rows * x.shape[-1]:
                 return nn.functional.linear(x, layer.weight, layer.bias)
             out = self._product(x)
         if len(self.layers) == 1:
@@ -179,7 +191,7 @@ class _Pack:
             self._make()
             self._seen = seen
 
-    def compiled(self) -> LinearLayers | None:
+    def compiled(self) -> CompiledLayers | None:
         """The compiled kernel on the weights as they are now; None where they are multiplied in another way."""
         self._follow()
         return self._compiled
@@ -205,7 +217,7 @@ class _Pack:
         if self.dtype is None and all(map(_lies_well, tensors)) and linear_reason() is None:
             weights, biases = [one.weight for one in self.layers], [one.bias for one in self.layers]
             with torch.no_grad():
-                self._compiled = LinearLayers(weights, biases, self.narrow)
+                self._compiled = _compile(weights, biases, self.narrow)
         else:
             self._pack()
         ends = torch.tensor([layer.out_features for layer in self.layers]).cumsum(0).tolist()
@@ -223,6 +235,12 @@ class _Pack:
                     for layer in self.layers
                 ]
                 self._bias = torch.cat(parts).to(dtype)
+
+
+def _compile(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], narrow: bool) -> CompiledLayers:
+    if narrow and tiles_reason() is None and all(is_bf16(one) and bool(one.isfinite().all()) for one in weights):
+        return TileLayers(weights, biases)
+    return LinearLayers(weights, biases, narrow)
 
 
 def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:

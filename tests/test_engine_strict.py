@@ -19,7 +19,9 @@ from mvkernels.model.request_kv import Entry
 from mvkernels.model.runner import Runner
 from mvkernels.model.tasks.arithmetic import generate
 from mvkernels.ops.decode_native import compile_reason
+from mvkernels.ops.linear_tiles import tiles_reason
 from tests.engine_cases import CASES, by_request, check_pages, config_for, follow
+from tests.tiles import as_bf16, takes_tiles, use_software
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(compile_reason() is not None, reason=str(compile_reason()))
@@ -59,17 +61,25 @@ def run(engine: Engine, chosen: Sequence[int]) -> list[Generation]:
 
 
 @pytest.mark.parametrize(
-    ("threads", "packed", "counts"), [(1, False, (3, 6, 10)), (2, True, (3,))], ids=["MKL", "oneDNN, 2 threads"]
+    ("threads", "products", "counts"),
+    [(1, "fused", (3, 6, 10)), (2, "packed", (3,)), (2, "tiles", (3,))],
+    ids=["fused", "packed, 2 threads", "matrix units, 2 threads"],
 )
-def test_alone_and_among_others(threads: int, packed: bool, counts: tuple[int, ...]) -> None:
+def test_alone_and_among_others(
+    threads: int, products: str, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also with pages so short that requests are preempted, and with steps of few tokens that cut prompts elsewhere."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        if products == "tiles" and tiles_reason() is not None:
+            use_software(monkeypatch)
         engine, small = tiny(wide=True), tiny(wide=True, num_pages=90)
-        if packed:
-            pack_linear(engine.model)
-            pack_linear(small.model)
+        for one in (engine, small):
+            if products == "tiles":
+                as_bf16(one.model)
+            if products == "packed":  # anew: its layers are not fused
+                pack_linear(one.model)
         alone: dict[int, object] = {}
         order = random.Random(threads)
         for count in counts:
@@ -79,6 +89,7 @@ def test_alone_and_among_others(threads: int, packed: bool, counts: tuple[int, .
                 for i, out in zip(chosen, run(one, chosen), strict=True):
                     assert bits(out) == alone[i], f"{NAMES[i]} among {count}"
         assert small.preemptions > 0 or max(counts) < 6
+        assert takes_tiles(engine.model) == (products == "tiles")
     finally:
         torch.set_num_threads(before)
 

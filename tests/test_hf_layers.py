@@ -17,11 +17,12 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from mvkernels import BackendError, PagedKVCache, hf_layers, patch_model
 from mvkernels.hf_layers import fuse_layers, unfuse_layers
-from mvkernels.hf_linear import pack_linear
+from mvkernels.hf_linear import pack_linear, unpack_linear
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
-from mvkernels.ops.linear_native import most_rows
+from mvkernels.ops.linear_tiles import tiles_reason
 from tests.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, make_cache, plain_model, steps
+from tests.tiles import as_bf16, takes_tiles, use_software
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(layer_reason() is not None, reason=str(layer_reason()))
@@ -49,6 +50,18 @@ def test_the_logits_are_those_of_the_layers(name: str, runs: list[int]) -> None:
     assert all(map(torch.equal, steps(model), expected))
 
 
+def test_layers_on_matrix_units(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row has the same bits with others beside it, however many."""
+    if tiles_reason() is not None:
+        use_software(monkeypatch)
+    model = pack_linear(patch_model(as_bf16(plain_model("llama"))))
+    expected = steps(unpack_linear(model))
+    assert_same(steps(fuse_layers(pack_linear(model))), expected)
+    assert len(runs) == 8 and takes_tiles(model)
+    some, more = (steps(model, batch_invariant=True, spare=spare) for spare in (0, 20))
+    assert all(map(torch.equal, some, more))
+
+
 def test_spare_rows_and_batch_invariance(runs: list[int]) -> None:
     """A row has the same bits with others and spare ones beside it; those see nothing."""
     model = make_model("llama")
@@ -73,7 +86,7 @@ def test_what_is_not_fused(runs: list[int]) -> None:
     model, plain = fuse_layers(make_model("qwen2")), make_model("qwen2")
     with torch.inference_mode():
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
-        many = most_rows() + 1
+        many = 513
         cache, other = make_cache(model, many), make_cache(model, many)
         step, same = (one.plan([(one.new(), many)]) for one in (cache, other))
         ids = torch.arange(many)[None] % 11

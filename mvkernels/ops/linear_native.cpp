@@ -173,10 +173,9 @@ int32_t most_rows() { return MOST; }
 // Numbers of the space that `linear` needs for more than FEW rows.
 int64_t space_numbers(int64_t rows, int64_t inner) { return (rows + LANES - 1) / LANES * LANES * inner + LANES; }
 
-// across_rows: 1 for vectors of rows whatever their number.
 void linear(const Layer* layers, int32_t num_layers, const float* x, int64_t rows, int64_t inner, float* y,
-            int64_t stride, const float* residual, float* space, int32_t across_rows, int32_t num_threads) {
-    const bool by_rows = across_rows || rows > FEW;
+            int64_t stride, const float* residual, float* space, int32_t num_threads) {
+    const bool by_rows = rows > FEW;
     float* const xt = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(space) + VECTOR_BYTES - 1) / VECTOR_BYTES * VECTOR_BYTES);
     int64_t blocks = 0;
     for (int32_t l = 0; l < num_layers; ++l) blocks += (layers[l].outer + BLOCK - 1) / BLOCK;

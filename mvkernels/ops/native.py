@@ -28,22 +28,23 @@ def native_reason(source: Path) -> str | None:
     return _load(source)[1]
 
 
-def native_library(source: Path) -> ctypes.CDLL:
-    """The library of a source. Raises RuntimeError with the reason where there is none."""
-    library, reason = _load(source)
+def native_library(source: Path, *flags: str) -> ctypes.CDLL:
+    """The library of a source. flags: further ones of the compiler. Raises RuntimeError with the reason where there is
+    none."""
+    library, reason = _load(source, flags)
     if library is None:
         raise RuntimeError(f"{source.name}: {reason}")
     return library
 
 
 @functools.cache
-def _load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
+def _load(source: Path, flags: tuple[str, ...] = ()) -> tuple[ctypes.CDLL | None, str | None]:
     name = os.environ.get("CXX") or "g++"
     compiler = shutil.which(name)
     if compiler is None:
         return None, f"expected the C++ compiler {name}, which is not installed"
     try:
-        return ctypes.CDLL(str(_compiled(source, compiler))), None
+        return ctypes.CDLL(str(_compiled(source, compiler, flags))), None
     except subprocess.CalledProcessError as error:
         said = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
         return None, f"{name} failed: {said[0] if said else f'exit status {error.returncode}'}"
@@ -51,9 +52,9 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _compiled(source: Path, compiler: str) -> Path:
+def _compiled(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:
     """The library's file, compiled unless it is there. Several processes may compile at once: each renames its own."""
-    flags, libraries = (*FLAGS, _tuned()), _openmp()
+    flags, libraries = (*FLAGS, _tuned(), *flags), _openmp()
     version = _output(compiler, "--version").splitlines()[0]
     key = "\0".join((source.read_text(), HEADER.read_text(), *flags, *libraries, version, _features()))
     folder = _folder()
