@@ -6,13 +6,16 @@ tensors to the kernels of this library: norm, projections, rotation and append, 
 residual; norm, projections, gate, projection onto the residual.
 
 It does so in steps over the paged cache (`paged_kv=`, see `patch_model`) without gradients: on a CPU in fp32 with up to
-512 rows (64 without AVX-512), in nine calls; on a GPU in Triton, in some fifteen launches. Otherwise, under autocast or
+512 rows (64 without AVX-512), in one call; on a GPU in Triton, in some fifteen launches. Otherwise, under autocast or
 torch.compile, and where a part of the layer was hooked or replaced, the layer is what it was.
 """
 
 from __future__ import annotations
 
 import inspect
+import operator
+import threading
+import weakref
 from typing import Any, TypeVar
 
 import torch
@@ -27,13 +30,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from mvkernels.decode import MAX_HEAD_DIM, TRITON_DTYPES, native_reason, tree_decode
 from mvkernels.hf import is_patched, patched_backend
-from mvkernels.hf_linear import CompiledLayers, pack_of
+from mvkernels.hf_linear import pack_of
 from mvkernels.hf_norm import is_rms_norm, same_code
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Step
 from mvkernels.ops.backends import triton_reason
-from mvkernels.ops.decode_native import decode_native
-from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
+from mvkernels.ops.decoder_native import DecoderLayer, DecoderStep, Heads, Workspace
+from mvkernels.ops.layer_native import layer_reason
+from mvkernels.ops.product import Product
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,9 +54,10 @@ def fuse_layers(model: Model) -> Model:
     nor a GPU that Triton knows, it changes nothing.
     """
     unfuse_layers(model)
+    frame = _Frame()
     for module in model.modules():
         if _is_llama_layer(module):
-            fused = _Fused(module)
+            fused = _Fused(module, frame)
             if fused.has_kernels() or fused.has_triton(model):
                 module.forward = fused
     return model
@@ -90,11 +95,35 @@ def _same(module: Any, kind: type[nn.Module]) -> bool:
     return module is not None and same_code(inspect.unwrap(type(module).forward), inspect.unwrap(kind.forward))
 
 
-class _Fused:
-    """A decoder layer's forward."""
+class _Frame(threading.local):
+    """What the layers of a model have found out in this forward, so that each need not look at it again: that their
+    kernels fit this step, these tables of rotations and this kind of x. Every thread has its own.
+    """
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+        self._kind: tuple[Any, ...] = ()
+        self._known: tuple[weakref.ref[Any], ...] = ()
+        self.native: DecoderStep | None = None
+
+    def __reduce__(self) -> tuple[type[_Frame], tuple[()]]:
+        return _Frame, ()  # a copy finds out for itself
+
+    def knows(self, kind: tuple[Any, ...], *found: Any) -> bool:
+        """Whether `remember` was last told of just these objects, which still exist, and of this kind."""
+        return kind == self._kind and all(map(operator.is_, (one() for one in self._known), found))
+
+    def remember(self, kind: tuple[Any, ...], *found: Any) -> None:
+        self._kind, self._known, self.native = kind, tuple(map(weakref.ref, found)), None
+
+
+class _Fused:
+    """A decoder layer's forward. frame: shared by the layers of a model."""
+
+    def __init__(self, layer: Any, frame: _Frame) -> None:
+        self.layer, self.frame = layer, frame
+        self.native: DecoderLayer | None = None
+        self.made_of: list[Any] = []
         attention, mlp = layer.self_attn, layer.mlp
         self.norms = [getattr(layer, name) for name in NORMS]
         self.qkv = [getattr(attention, name) for name in PROJECTIONS]
@@ -137,53 +166,74 @@ class _Fused:
                 return False
         return triton_reason(device) is None and self.head_dim % 2 == 0 and self.head_dim <= MAX_HEAD_DIM
 
-    def linear(self) -> list[CompiledLayers] | None:
+    def linear(self) -> list[Product] | None:
         """The kernels on the layer's weights as they are now; None where it is multiplied in another way."""
         found = [pack and pack.compiled() for pack in self.packs]
         return None if None in found else found  # type: ignore[return-value]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "native": None, "made_of": []}  # addresses, which mean nothing in a copy
+
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if "paged_kv" in kwargs and not args and self._fits(hidden_states, kwargs):
             if hidden_states.is_cpu and kwargs.get("branch_backend") in ("auto", "native"):
-                linear = self.linear()
-                wide = hidden_states.dtype is torch.float32
-                rows = hidden_states.shape[1]
-                if linear is not None and wide and all(rows <= one.most_rows for one in linear):
-                    return self._run(hidden_states, linear, **kwargs)
+                native = self._native() if hidden_states.dtype is torch.float32 else None
+                if native is not None and hidden_states.shape[1] <= native.most_rows:
+                    return self._run(hidden_states, native, **kwargs)
             elif kwargs.get("branch_backend") in ("auto", "triton") and triton_reason(hidden_states.device) is None:
                 return self._run_triton(hidden_states, **kwargs)
         plain: torch.Tensor = type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
         return plain
 
+    def _native(self) -> DecoderLayer | None:
+        """The layer for the CPU's kernels, with the weights as they are now; None where these do not multiply it."""
+        linear = self.linear()
+        if linear is None:
+            return None
+        norms = [(norm._parameters["weight"], norm.variance_epsilon) for norm in (*self.norms, *self.head_norms)]
+        made_of = [*linear, *((weight.data_ptr(), eps) for weight, eps in norms)]
+        if made_of != self.made_of:
+            of_heads = (norms[2][0], norms[3][0], norms[2][1]) if self.head_norms else None
+            sizes = Heads(self.heads, self.kv_heads, self.head_dim, self.scaling)
+            self.native, self.made_of = DecoderLayer(linear, norms[:2], sizes, of_heads), made_of
+        return self.native
+
     def _fits(self, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether the kernels do what the layer would, to the letter of `attention_forward`."""
         cache, step = kwargs["paged_kv"]
         return (
-            x.dtype in TRITON_DTYPES
-            and x.is_contiguous()
-            and x.shape[0] == 1
-            and self._rotates(kwargs["position_embeddings"], x)
-            and step.total_rows <= x.shape[1]
+            x.is_contiguous()
             and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
             and not torch.compiler.is_compiling()
-            and self._serves(cache, step, x)
+            and step.state.closed is None
+            and self._knows(x, cache, step, kwargs)
+            and self.index < cache.num_layers
+            and cache.head_dim == self.head_dim
+            and cache.num_kv_heads == self.kv_heads
             and (self.window is None or step.longest_context <= self.window)
             and not (self.dropout and self.layer.training)
             and self._untouched(x)
         )
 
-    def _serves(self, cache: PagedKVCache, step: Step, x: torch.Tensor) -> bool:
-        """Whether the step is one of the cache's, and the cache of this layer's kind."""
-        return (
-            step.state.closed is None
+    def _knows(self, x: torch.Tensor, cache: PagedKVCache, step: Step, kwargs: dict[str, Any]) -> bool:
+        """Whether the step is one of the cache's, and both and the tables of rotations of the kind of x."""
+        tables = kwargs["position_embeddings"]
+        kind = x.dtype, x.shape, self.head_dim, kwargs.get("batch_invariant", False)
+        if self.frame.knows(kind, cache, step, *tables):
+            return True
+        fits = (
+            x.dtype in TRITON_DTYPES
+            and x.shape[0] == 1
+            and self._rotates(tables, x)
+            and step.total_rows <= x.shape[1]
             and step.entries[0][0].cache is cache
-            and self.index < cache.num_layers
             and cache.dtype is x.dtype
             and cache.device == x.device
-            and cache.head_dim == self.head_dim
-            and cache.num_kv_heads == self.kv_heads
         )
+        if fits:
+            self.frame.remember(kind, cache, step, *tables)
+        return fits
 
     def _rotates(self, tables: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> bool:
         """Whether these are the cosines and sines of all numbers of a head."""
@@ -199,13 +249,14 @@ class _Fused:
             return False
         if [where.get(name) for where, name in self.places] != self.found:
             return False
+        dtype, device = x.dtype, x.device
         weights = [norm._parameters["weight"] for norm in (*self.norms, *self.head_norms)]
-        return all(weight.dtype is x.dtype and weight.device == x.device for weight in weights)
+        return all(weight.dtype is dtype and weight.device == device and weight.is_contiguous() for weight in weights)
 
     def _run(
         self,
         x: torch.Tensor,
-        linear: list[CompiledLayers],
+        native: DecoderLayer,
         paged_kv: tuple[PagedKVCache, Step],
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         batch_invariant: bool = False,
@@ -213,19 +264,13 @@ class _Fused:
     ) -> torch.Tensor:
         """x [1, T, hidden] -> alike. T may exceed the step's rows: the others attend to nothing."""
         cache, step = paged_kv
-        qkv_of, out_of, gates_of, down_of = linear
-        before, after = self.norms
-        rows, k, v = x.shape[1], cache.k[self.index], cache.v[self.index]
-        x = x[0]
-        cos, sin = position_embeddings
-        qkv = qkv_of(rms_norm(x, before.weight, before.variance_epsilon))
-        q = rotate_append(qkv, self.heads, cos, sin, step.slots, k, v, self._norms_of_heads())
-        attended = decode_native(q, k, v, step.views, self.scaling, batch_invariant, with_lse=False)[0].flatten(1)
-        if rows > step.total_rows:
-            attended = nn.functional.pad(attended, (0, 0, 0, rows - step.total_rows))
-        x = out_of(attended, residual=x)
-        x = down_of(gate(gates_of(rms_norm(x, after.weight, after.variance_epsilon))), residual=x)
-        return x[None]
+        rows, frame = x.shape[1], self.frame
+        if frame.native is None or frame.native.sizes != native.sizes(rows):
+            frame.native = DecoderStep(
+                native, frame.workspace, position_embeddings, step.slots, step.views, cache.page_size, rows,
+                batch_invariant,
+            )  # fmt: skip
+        return native(x, frame.native, cache.k[self.index], cache.v[self.index])
 
     def _run_triton(
         self,

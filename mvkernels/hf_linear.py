@@ -30,6 +30,7 @@ from torch import nn
 
 from mvkernels.ops.linear_native import LinearLayers, few_rows, is_bf16, linear_reason
 from mvkernels.ops.linear_tiles import MOST_ROWS, TileLayers, tiles_reason
+from mvkernels.ops.product import Product
 
 # Projections that get the same input, by their names in transformers' modules.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -37,7 +38,6 @@ MIN_ROWS = 4
 DTYPES = (torch.float32, torch.bfloat16)
 
 Model = TypeVar("Model", bound=nn.Module)
-CompiledLayers = LinearLayers | TileLayers
 
 
 def pack_linear(model: Model, dtype: torch.dtype | None = None, narrow: bool = True) -> Model:
@@ -143,7 +143,7 @@ class _Pack:
 
     def forget(self) -> None:
         """What was made from the weights."""
-        self._compiled: CompiledLayers | None = None
+        self._compiled: Product | None = None
         self._packed: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
         self._seen: list[tuple[int, int] | None] = []
@@ -191,7 +191,7 @@ class _Pack:
             self._make()
             self._seen = seen
 
-    def compiled(self) -> CompiledLayers | None:
+    def compiled(self) -> Product | None:
         """The compiled kernel on the weights as they are now; None where they are multiplied in another way."""
         self._follow()
         return self._compiled
@@ -237,7 +237,7 @@ class _Pack:
                 self._bias = torch.cat(parts).to(dtype)
 
 
-def _compile(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], narrow: bool) -> CompiledLayers:
+def _compile(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], narrow: bool) -> Product:
     if narrow and tiles_reason() is None and all(is_bf16(one) and bool(one.isfinite().all()) for one in weights):
         return TileLayers(weights, biases)
     return LinearLayers(weights, biases, narrow)

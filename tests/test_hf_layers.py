@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -20,7 +22,8 @@ from mvkernels.hf_layers import fuse_layers, unfuse_layers
 from mvkernels.hf_linear import pack_linear, unpack_linear
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
-from mvkernels.ops.linear_tiles import tiles_reason
+from mvkernels.ops.linear_native import LinearLayers
+from mvkernels.ops.linear_tiles import TileLayers, tiles_reason
 from tests.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, make_cache, plain_model, steps
 from tests.tiles import as_bf16, takes_tiles, use_software
 from tests.tiny_model import tiny_model, tiny_tokenizer
@@ -60,6 +63,55 @@ def test_layers_on_matrix_units(runs: list[int], monkeypatch: pytest.MonkeyPatch
     assert len(runs) == 8 and takes_tiles(model)
     some, more = (steps(model, batch_invariant=True, spare=spare) for spare in (0, 20))
     assert all(map(torch.equal, some, more))
+
+
+def test_layers_that_are_multiplied_in_different_ways(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer on matrix units, the other not: what a step shares does not suit both."""
+    if tiles_reason() is not None:
+        use_software(monkeypatch)
+    model = make_model("llama", intermediate_size=200)
+    as_bf16(model.model.layers[1])
+    expected = steps(unpack_linear(model))
+    assert_same(steps(fuse_layers(pack_linear(model))), expected)
+    assert len(runs) == 8
+    kinds = [type(layer.mlp.down_proj.forward.func.compiled()) for layer in model.model.layers]
+    assert kinds == [LinearLayers, TileLayers]
+
+
+def test_threads_that_make_steps_at_once() -> None:
+    """Each over a cache of its own, with one model, layer by layer in turn: nothing of a step is the other's."""
+    model = fuse_layers(make_model("llama"))
+    expected = steps(model)
+    barrier = threading.Barrier(2, timeout=60)
+    workspaces: dict[int, set[int]] = {}
+
+    def wait(layer: Any, *_: Any) -> None:
+        workspaces.setdefault(threading.get_ident(), set()).add(id(layer.forward.frame.workspace))
+        barrier.wait()
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        for found in [pool.submit(steps, model) for _ in range(2)]:
+            assert all(map(torch.equal, found.result(), expected))
+    one, other = workspaces.values()
+    assert len(one) == len(other) == 1 and one != other
+
+
+def test_a_step_is_looked_at_anew_in_each_forward(runs: list[int]) -> None:
+    """What the first layer has found holds for no other dtype, step or cache."""
+    model = fuse_layers(make_model("llama"))
+    cache = make_cache(model)
+    step = cache.plan([(cache.new(), 2)])
+    with torch.inference_mode():
+        found = [model(IDS[:, :2], paged_kv=(cache, step)).logits for _ in range(2)]
+        assert torch.equal(*found) and len(runs) == 4
+        with torch.autocast("cpu", torch.bfloat16):
+            model(IDS[:, :2], paged_kv=(cache, step))
+        assert len(runs) == 4
+    with pytest.raises(Exception, match="expected"), torch.inference_mode():
+        model(IDS[:, :2], paged_kv=(make_cache(model), step))
+    assert len(runs) == 4
 
 
 def test_spare_rows_and_batch_invariance(runs: list[int]) -> None:

@@ -134,6 +134,11 @@ def compile_reason() -> str | None:
     return native_reason(SOURCE)
 
 
+def function() -> int:
+    """Where the kernel is, for others that call it: `void tree_decode(plan, element, q, k, v, out, lse, scale)`."""
+    return ctypes.cast(_kernel()[0].tree_decode, ctypes.c_void_p).value or 0
+
+
 def decode_native(
     q: torch.Tensor,
     k_cache: torch.Tensor,

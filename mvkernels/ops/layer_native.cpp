@@ -5,6 +5,7 @@
 //                     of a head as in transformers); k and v into pages
 //     gate            y = silu(g) u = g u / (1 + e^-g)
 //     likeliest       the first of the largest numbers of a row, of logits; where it has NaN, the first NaN
+//     decoder_layer   a whole layer: these, and the kernels for products and attention that it is handed
 //
 // A number depends on its own row alone and on its place there, so that a row has the same bits whoever is beside it,
 // with any number of threads.
@@ -20,6 +21,7 @@ namespace {
 constexpr int MAX_DIM = 256;  // of a head
 constexpr int SUMS = 4;  // that are added to by turns, so that none waits for the one before
 constexpr int64_t PIECE = 1024;
+constexpr int64_t NUMBERS = 1 << 15;  // fewer take one thread less time than others need to wake up
 
 void norm(const float* x, const float* weight, float eps, int64_t dim, float* y) {
     Floats sums[SUMS] = {};
@@ -159,5 +161,56 @@ void likeliest(const float* x, int64_t rows, int64_t stride, int64_t dim, int64_
         index[row] = likeliest_of(x + row * stride, dim);
         value[row] = x[row * stride + index[row]];
     }
+}
+
+// A product of `product.py`, with what it multiplies.
+struct Product {
+    void (*run)(const void* what, const float* x, int64_t rows, float* y, const float* residual, void* space,
+                int32_t num_threads);
+    const void* what;
+};
+
+struct DecoderLayer {
+    Product qkv, out, gates, down;
+    void (*attend)(const void* plan, int32_t element, const void* q, const void* k, const void* v, void* out, float* lse,
+                   float scale);
+    const float *before, *after, *q_norm, *k_norm;
+    float before_eps, after_eps, head_eps, scale;
+    int64_t hidden, heads, kv_heads, dim, inner;
+};
+
+// rows: of x. planned: those of the step, which come first; the others attend to nothing. Buffers [rows, ..].
+struct DecoderStep {
+    const float *cos, *sin;
+    const int64_t* slots;
+    const void* plan;
+    int64_t rows, planned;
+    float *normed, *projected, *q, *attended, *mixed, *opened, *gated;
+    void* space;
+    int32_t num_threads;
+};
+
+// x, y [rows, hidden]; caches of the layer as in `rotate_append`.
+void decoder_layer(const DecoderLayer* layer, const DecoderStep* step, const float* x, float* k_cache, float* v_cache,
+                   float* y) {
+    const int64_t rows = step->rows, stride = (layer->heads + 2 * layer->kv_heads) * layer->dim;
+    const auto threads = [&](int64_t numbers) { return numbers >= NUMBERS ? step->num_threads : 1; };
+    const auto multiply = [&](const Product& product, const float* from, float* to, const float* residual) {
+        product.run(product.what, from, rows, to, residual, step->space, step->num_threads);
+    };
+    rms_norm(x, layer->before, layer->before_eps, rows, layer->hidden, step->normed, threads(rows * layer->hidden));
+    multiply(layer->qkv, step->normed, step->projected, nullptr);
+    rotate_append(step->projected, step->planned, stride, layer->heads, layer->kv_heads, layer->dim, step->cos, step->sin,
+                  layer->q_norm, layer->k_norm, layer->head_eps, step->slots, step->q, k_cache, v_cache,
+                  threads(rows * stride));
+    layer->attend(step->plan, 0, step->q, k_cache, v_cache, step->attended, nullptr, layer->scale);
+    const int64_t width = layer->heads * layer->dim;
+    std::memset(step->attended + step->planned * width, 0, (rows - step->planned) * width * sizeof(float));
+    multiply(layer->out, step->attended, step->mixed, x);
+    rms_norm(step->mixed, layer->after, layer->after_eps, rows, layer->hidden, step->normed,
+             threads(rows * layer->hidden));
+    multiply(layer->gates, step->normed, step->opened, nullptr);
+    gate(step->opened, rows, layer->inner, step->gated, threads(2 * rows * layer->inner));
+    multiply(layer->down, step->gated, y, step->mixed);
 }
 }

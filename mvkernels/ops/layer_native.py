@@ -22,7 +22,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     dim, numbers = len(weight), x.numel()
-    _kernels().rms_norm(
+    kernels().rms_norm(
         x.data_ptr(), weight.data_ptr(), eps, numbers // dim, dim, out.data_ptr(), _threads(numbers)
     )  # fmt: skip
     return out
@@ -48,7 +48,7 @@ def rotate_append(
     kv_heads, dim = k_cache.shape[2:]
     q = qkv.new_empty(rows, heads, dim)
     weights = (None, None, 0.0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr(), norms[2])
-    _kernels().rotate_append(
+    kernels().rotate_append(
         qkv.data_ptr(), rows, qkv.shape[-1], heads, kv_heads, dim, cos.data_ptr(), sin.data_ptr(), *weights,
         slots.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), _threads(qkv.numel()),
     )  # fmt: skip
@@ -59,7 +59,7 @@ def gate(gu: torch.Tensor) -> torch.Tensor:
     """silu(g) u for gu [N, 2 dim], g and u side by side, contiguous -> [N, dim]."""
     rows, dim = len(gu), gu.shape[1] // 2
     out = gu.new_empty(rows, dim)
-    _kernels().gate(gu.data_ptr(), rows, dim, out.data_ptr(), _threads(gu.numel()))
+    kernels().gate(gu.data_ptr(), rows, dim, out.data_ptr(), _threads(gu.numel()))
     return out
 
 
@@ -71,7 +71,7 @@ def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, size = logits.shape
     index = torch.empty(rows, dtype=torch.int64)
     value = logits.new_empty(rows)
-    _kernels().likeliest(
+    kernels().likeliest(
         logits.data_ptr(), rows, logits.stride(0), size, index.data_ptr(), value.data_ptr(), _threads(logits.numel())
     )  # fmt: skip
     return index, value
@@ -93,7 +93,8 @@ def is_compiled() -> bool:
 
 
 @functools.cache
-def _kernels() -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
+    """The library."""
     library = native_library(SOURCE)
     pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, long, long, pointer, short]
@@ -102,6 +103,7 @@ def _kernels() -> ctypes.CDLL:
     ]  # fmt: skip
     library.gate.argtypes = [pointer, long, long, pointer, short]
     library.likeliest.argtypes = [pointer, *[long] * 3, pointer, pointer, short]
-    for kernel in (library.rms_norm, library.rotate_append, library.gate, library.likeliest):
+    library.decoder_layer.argtypes = [pointer] * 6
+    for kernel in (library.rms_norm, library.rotate_append, library.gate, library.likeliest, library.decoder_layer):
         kernel.restype = None
     return library

@@ -167,19 +167,29 @@ void any_few(int rows, const Layer& layer, const Weight* weight, int64_t first, 
 
 extern "C" {
 
+// What is multiplied together.
+struct Layers {
+    const Layer* layers;
+    int64_t num_layers, inner, outer;
+};
+
 int32_t few_rows() { return FEW; }
 int32_t most_rows() { return MOST; }
 
-// Numbers of the space that `linear` needs for more than FEW rows.
-int64_t space_numbers(int64_t rows, int64_t inner) { return (rows + LANES - 1) / LANES * LANES * inner + LANES; }
+// Memory that `product` needs besides.
+int64_t space_bytes(const Layers* what, int64_t rows) {
+    return rows > FEW ? ((rows + LANES - 1) / LANES * LANES * what->inner + LANES) * sizeof(float) : 0;
+}
 
-void linear(const Layer* layers, int32_t num_layers, const float* x, int64_t rows, int64_t inner, float* y,
-            int64_t stride, const float* residual, float* space, int32_t num_threads) {
+void product(const Layers* what, const float* x, int64_t rows, float* y, const float* residual, void* space,
+             int32_t num_threads) {
+    const int64_t inner = what->inner;
+    const Layer* const layers = what->layers;
     const bool by_rows = rows > FEW;
     float* const xt = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(space) + VECTOR_BYTES - 1) / VECTOR_BYTES * VECTOR_BYTES);
     int64_t blocks = 0;
-    for (int32_t l = 0; l < num_layers; ++l) blocks += (layers[l].outer + BLOCK - 1) / BLOCK;
-    const Target to{y, residual, stride};
+    for (int64_t l = 0; l < what->num_layers; ++l) blocks += (layers[l].outer + BLOCK - 1) / BLOCK;
+    const Target to{y, residual, what->outer};
     const int64_t tiles = (rows + LANES - 1) / LANES;
     // Tiles of rows, transposed: [inner, lanes], as many lanes as whole vectors need.
     const auto lanes_of = [&](int64_t tile) { return rows - tile * LANES <= WIDTH ? WIDTH : LANES; };

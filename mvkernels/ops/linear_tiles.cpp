@@ -212,14 +212,25 @@ inline void put(const float* sums, int rows, int64_t column, const Output& to) {
 
 extern "C" {
 
-// Numbers of the space that `linear` needs, of 2 bytes each.
-int64_t space_numbers(int64_t rows, int64_t inner) {
+// What is multiplied together.
+struct Layers {
+    const uint16_t* weight;
+    const float* bias;
+    int64_t outer, inner;
+};
+
+// Memory that `product` needs besides, at an address that is a multiple of 64.
+int64_t space_bytes(const Layers* what, int64_t rows) {
     const int64_t tiles = (rows + MOST - 1) / MOST, each = tiles ? (rows + tiles - 1) / tiles : 0;
-    return PARTS * tiles * each * ((inner + STEP - 1) / STEP * STEP);
+    return PARTS * tiles * each * ((what->inner + STEP - 1) / STEP * STEP) * sizeof(uint16_t);
 }
 
-void linear(const uint16_t* weight, const float* bias, int64_t outer, const float* x, int64_t rows, int64_t inner,
-            float* y, const float* residual, uint16_t* parts, int32_t num_threads) {
+void product(const Layers* what, const float* x, int64_t rows, float* y, const float* residual, void* space,
+             int32_t num_threads) {
+    const uint16_t* const weight = what->weight;
+    const float* const bias = what->bias;
+    const int64_t outer = what->outer, inner = what->inner;
+    uint16_t* const parts = static_cast<uint16_t*>(space);
     const int64_t steps = (inner + STEP - 1) / STEP, tiles = (outer + OUTPUTS - 1) / OUTPUTS;
     // Tiles of as many rows each, so that none is nearly empty.
     const int64_t blocks = (rows + MOST - 1) / MOST, each = (rows + blocks - 1) / blocks;
