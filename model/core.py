@@ -322,14 +322,15 @@ class Core:
         for part in asked:
             if not part.numbers:
                 continue
+            call = self._calls[part.request]
+            own = call.sampler is sample
             try:
-                part.views = part.request.views(part.numbers)
+                part.views = part.request.views(part.numbers, again=own)
             except Exception as error:
                 self._fail(part.request, error)
                 continue
             self._suspects.discard(part.request)
-            call = self._calls[part.request]
-            groups.setdefault(None if call.sampler is sample else call, []).append(part)
+            groups.setdefault(None if own else call, []).append(part)
         work = list(groups.items())
         while work:
             caller, group = work.pop()

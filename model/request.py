@@ -78,6 +78,7 @@ class Request:
         self.warnings: list[str] = []
         self.finish_reason: str | None = None
         self.steps = 0
+        self._views: dict[int, BranchView] = {}
         self._touched: list[int] = [0]  # branches with new tokens, whose budgets were not looked at yet
         self._started = monotonic()
         self._begin(self._replay(task.ids))
@@ -203,14 +204,17 @@ class Request:
         """They are not, and are to be handed out again."""
         self.kv.unsent()
 
-    def views(self, numbers: Sequence[int]) -> list[BranchView]:
-        """What a sampler sees of these branches, whose logits are good, in the order in which `take` comes for them."""
+    def views(self, numbers: Sequence[int], again: bool = False) -> list[BranchView]:
+        """What a sampler sees of these branches, whose logits are good, in the order in which `take` comes for them.
+
+        again: whether the views of the step before may come again, changed, as the sampler keeps none.
+        """
         self.kv.confirm()
         interp = self.interpreter
         allowed = interp.allowed(numbers) if self.masks is not None else []
-        return [self._view(number, allowed[i] if allowed else None) for i, number in enumerate(numbers)]
+        return [self._view(number, allowed[i] if allowed else None, again) for i, number in enumerate(numbers)]
 
-    def _view(self, number: int, allowed: int | None) -> BranchView:
+    def _view(self, number: int, allowed: int | None, again: bool) -> BranchView:
         b, interp = self.branches[number], self.interpreter
         banned: tuple[int, ...] = ()
         mask: tuple[torch.Tensor | None, bytes | None] = None, None
@@ -218,7 +222,12 @@ class Request:
             mask = self.masks.row(allowed, self.task.eos)
         elif self.writer is not None:
             banned = tuple(self.writer.tags.id(kind) for kind in interp.banned(number))
-        return BranchView(
+        view = self._views.get(number) if again else None
+        if view is not None:
+            view.drawn, view.position, view.state = b.drawn, interp.position(number), interp.state(number).value
+            view.banned, (view.allowed, view.allowed_bytes), view.seen = banned, mask, b.seen
+            return view
+        view = BranchView(
             request=self.task.index,
             path=interp.path(number),
             drawn=b.drawn,
@@ -232,6 +241,9 @@ class Request:
             seen=b.seen,
             allowed_bytes=mask[1],
         )
+        if again:
+            self._views[number] = view
+        return view
 
     def take(self, number: int, token: int, logprob: TokenLogprob | None = None) -> None:
         """The sampler chose `token` on a branch; logprob: of it, where the config asks. Nothing comes of it where the

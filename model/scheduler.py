@@ -44,11 +44,12 @@ _PROMPT_SHARE = 8
 
 @dataclass
 class _Step(Generic[R]):
-    """A step while it is put together. tokens: how many more fit. pages: that it takes so far. chosen: of each request
-    its entries and new pages.
+    """A step while it is put together. tokens: how many more fit. free: pages that it may take. pages: that it takes so
+    far. chosen: of each request its entries and new pages.
     """
 
     tokens: int
+    free: int
     pages: int = 0
     chosen: dict[R, tuple[list[Entry], int]] = field(default_factory=dict)
 
@@ -146,7 +147,7 @@ class Scheduler(Generic[R]):
         A request that is alone and has no page for any of its tokens ends with "out_of_pages".
         """
         self._admit()
-        step: _Step[R] = _Step(self.max_step_tokens)
+        step: _Step[R] = _Step(self.max_step_tokens, self._free_pages())
         decoding = [request for request in self._running if request not in self._behind]
         behind = [request for request in self._running if request in self._behind]
         kept = 0  # for those, however many decode
@@ -198,12 +199,15 @@ class Scheduler(Generic[R]):
         kv = request.kv
         while request in self._admitted:  # it may have been preempted meanwhile, or have ended
             try:
-                entries = request.entries(step.tokens, self.max_step_width, self._free_pages() - step.pages)
+                entries = request.entries(step.tokens, self.max_step_width, step.free - step.pages)
                 if kv.short and self._make_room(kv.short, 1):
                     kv.unsent()
+                    step.free = self._free_pages()
                     continue
             except Exception as error:
-                return self._failed(request, error)
+                self._failed(request, error)
+                step.free = self._free_pages()
+                return None
             if not kv.starved or (entries and len(self._running) == 1):
                 return step.add(request, entries, kv.new_pages) if entries else kv.unsent()
             kv.unsent()
@@ -212,4 +216,5 @@ class Scheduler(Generic[R]):
                 return request.finish("out_of_pages")
             step.drop(youngest)
             self.preempt(youngest)
+            step.free = self._free_pages()
         return None
