@@ -175,7 +175,7 @@ class _Fused:
         return {**self.__dict__, "native": None, "made_of": []}  # addresses, which mean nothing in a copy
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if "paged_kv" in kwargs and not args and self._fits(hidden_states, kwargs):
+        if kwargs.get("paged_kv") is not None and not args and self._fits(hidden_states, kwargs):
             if hidden_states.is_cpu and kwargs.get("branch_backend") in ("auto", "native"):
                 native = self._native() if hidden_states.dtype is torch.float32 else None
                 if native is not None and hidden_states.shape[1] <= native.most_rows:
@@ -195,7 +195,11 @@ class _Fused:
         if made_of != self.made_of:
             of_heads = (norms[2][0], norms[3][0], norms[2][1]) if self.head_norms else None
             sizes = Heads(self.heads, self.kv_heads, self.head_dim, self.scaling)
-            self.native, self.made_of = DecoderLayer(linear, norms[:2], sizes, of_heads), made_of
+            whole = all(len(weight) == linear[0].inner for weight, _ in norms[:2])
+            whole = whole and all(len(weight) == self.head_dim for weight, _ in norms[2:])
+            suits = whole and sizes.suit(linear)
+            self.native = DecoderLayer(linear, norms[:2], sizes, of_heads) if suits else None
+            self.made_of = made_of
         return self.native
 
     def _fits(self, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
@@ -219,7 +223,7 @@ class _Fused:
     def _knows(self, x: torch.Tensor, cache: PagedKVCache, step: Step, kwargs: dict[str, Any]) -> bool:
         """Whether the step is one of the cache's, and both and the tables of rotations of the kind of x."""
         tables = kwargs["position_embeddings"]
-        kind = x.dtype, x.shape, self.head_dim, kwargs.get("batch_invariant", False)
+        kind = x.dtype, x.device, x.shape, self.head_dim, kwargs.get("batch_invariant", False)
         if self.frame.knows(kind, cache, step, *tables):
             return True
         fits = (
@@ -251,6 +255,8 @@ class _Fused:
             return False
         dtype, device = x.dtype, x.device
         weights = [norm._parameters["weight"] for norm in (*self.norms, *self.head_norms)]
+        if self.head_norms and self.head_norms[0].variance_epsilon != self.head_norms[1].variance_epsilon:
+            return False
         return all(weight.dtype is dtype and weight.device == device and weight.is_contiguous() for weight in weights)
 
     def _run(
@@ -266,6 +272,7 @@ class _Fused:
         cache, step = paged_kv
         rows, frame = x.shape[1], self.frame
         if frame.native is None or frame.native.sizes != native.sizes(rows):
+            frame.native = None  # its memory may be given to the next one
             frame.native = DecoderStep(
                 native, frame.workspace, position_embeddings, step.slots, step.views, cache.page_size, rows,
                 batch_invariant,

@@ -220,7 +220,7 @@ class _Pack:
                 self._compiled = _compile(weights, biases, self.narrow)
         else:
             self._pack()
-        ends = torch.tensor([layer.out_features for layer in self.layers]).cumsum(0).tolist()
+        ends = torch.tensor([len(layer.weight) for layer in self.layers]).cumsum(0).tolist()
         self._bounds = list(zip([0, *ends], ends, strict=False))
 
     def _pack(self) -> None:
@@ -231,7 +231,7 @@ class _Pack:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(whole, None)
             if any(layer.bias is not None for layer in self.layers):
                 parts = [
-                    layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+                    layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
                     for layer in self.layers
                 ]
                 self._bias = torch.cat(parts).to(dtype)

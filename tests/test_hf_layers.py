@@ -114,6 +114,56 @@ def test_a_step_is_looked_at_anew_in_each_forward(runs: list[int]) -> None:
     assert len(runs) == 4
 
 
+def test_a_layer_on_another_device_is_looked_at_by_itself() -> None:
+    model = fuse_layers(make_model("llama"))
+    first, second = (layer.forward for layer in model.model.layers)
+    cache = PagedKVCache(8, 4, 2, 2, 12, device="meta")
+    tables = tuple(torch.empty(1, 2, 12, device="meta") for _ in range(2))
+    kwargs = {"paged_kv": (cache, cache.plan([(cache.new(), 2)])), "position_embeddings": tables}
+    with torch.inference_mode():
+        assert first._knows(torch.empty(1, 2, 48, device="meta"), *kwargs["paged_kv"], kwargs)
+        assert not second._fits(torch.randn(1, 2, 48), kwargs)
+
+
+def test_sizes_and_epsilons_that_change(runs: list[int]) -> None:
+    """Fewer heads, and another epsilon for keys than for queries: the layer is what it was. A narrower MLP is not."""
+    model = fuse_layers(make_model("qwen2"))
+    mlp, attention = model.model.layers[0].mlp, model.model.layers[1].self_attn
+    with torch.no_grad():
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight = nn.Parameter(linear.weight[:20].clone())
+        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, :20].clone())
+        attention.q_proj.weight = nn.Parameter(attention.q_proj.weight[:24].clone())
+        attention.q_proj.bias = nn.Parameter(attention.q_proj.bias[:24].clone())
+        attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, :24].clone())
+    found = steps(model)
+    assert len(runs) == 4
+    assert_same(found, steps(unpack_linear(unfuse_layers(model))))
+    model = make_model("qwen3")
+    for layer in model.model.layers:
+        layer.self_attn.k_norm.variance_epsilon = 1.0
+    assert_same(steps(fuse_layers(model)), steps(unfuse_layers(model)))
+
+
+def test_another_default_dtype(runs: list[int]) -> None:
+    """What the kernels add up in is fp32 all the same."""
+    model = fuse_layers(make_model("llama"))
+    expected = steps(model)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = steps(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected)) and len(runs) == 16
+
+
+def test_no_paged_cache_said_aloud() -> None:
+    model = make_model("llama")
+    with torch.inference_mode():
+        expected = model(IDS[:, :3], paged_kv=None).logits
+        assert torch.equal(fuse_layers(model)(IDS[:, :3], paged_kv=None).logits, expected)
+
+
 def test_spare_rows_and_batch_invariance(runs: list[int]) -> None:
     """A row has the same bits with others and spare ones beside it; those see nothing."""
     model = make_model("llama")

@@ -85,7 +85,8 @@ class NativePlan(AdvancingPlan):
         if dim not in self._bound:
             cut, heads = self.cut, self.cut.group * self.cut.kv_heads
             if dim not in self._spaces:
-                self._spaces[dim] = torch.empty(self.num_partials * heads * (dim + 1))
+                size = self.num_partials * heads * (dim + 1)
+                self._spaces[dim] = torch.empty(size, dtype=torch.float32, device="cpu")
             arrays = (self.items, self.pages, self.counts, self.rows, self.merge_rows, self.merge_ends, self.merge_ids)
             addresses = [array.ctypes.data for array in arrays]
             first = self._spaces[dim].data_ptr()
@@ -154,7 +155,7 @@ def decode_native(
     plan = plan_items(views, heads // kv_heads, kv_heads, batch_invariant)
     q = q.contiguous()
     out = torch.empty_like(q)
-    lse = torch.empty(heads, rows) if with_lse else None
+    lse = torch.empty(heads, rows, dtype=torch.float32, device="cpu") if with_lse else None
     bound = plan.bound(rows, page_size, dim)
     addresses = (x.data_ptr() for x in (q, k_cache, v_cache, out))
     _kernel()[0].tree_decode(

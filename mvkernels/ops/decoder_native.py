@@ -1,8 +1,8 @@
 """A whole decoder layer over the paged cache on the CPU, in one call: `decoder_layer` of `layer_native.cpp`.
 
 It is handed the kernels for products and for attention as functions, whichever they are for this layer and step. What
-comes between them lies in a workspace, the same for all layers: it stays in the processor's caches, and the system is
-asked for no memory.
+comes between them lies in a workspace, the same for all layers and steps: it stays in the processor's caches, and the
+system is asked for no memory but the layer's output.
 """
 
 from __future__ import annotations
@@ -58,11 +58,21 @@ class Heads:
     dim: int
     scale: float
 
+    def suit(self, products: Sequence[Product]) -> bool:
+        """Whether a layer's products (qkv, out, gates, down) fit together and to these heads."""
+        qkv, out, gates, down = products
+        return (
+            qkv.outer == (self.heads + 2 * self.kv_heads) * self.dim
+            and out.inner == self.heads * self.dim
+            and gates.outer == 2 * down.inner
+            and qkv.inner == out.outer == gates.inner == down.outer
+        )
+
 
 class DecoderLayer:
     """One layer's weights. products: qkv, out, gates, down. norms: (weight [hidden], epsilon) before attention and
     before the feed-forward part; head_norms: weights [dim] of queries and keys, and their epsilon, or None. They are
-    used where they lie, and must outlive this.
+    used where they lie, and must outlive this. The heads suit the products.
     """
 
     def __init__(
@@ -84,7 +94,7 @@ class DecoderLayer:
             self.hidden, heads.heads, heads.kv_heads, heads.dim, self.inner,
         )  # fmt: skip
         self._function = layer_native.kernels().decoder_layer
-        self._sizes: tuple[int, tuple[int, ...]] = (0, ())
+        self._sizes: tuple[int, tuple[int, ...]] = (-1, ())
 
     def sizes(self, rows: int) -> tuple[int, ...]:
         """Numbers of each buffer of the workspace, in their order, and of the products' own memory."""
@@ -114,14 +124,14 @@ class Workspace:
     """Memory that one step after the other uses. One for each thread that makes steps."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def of(self, sizes: Sequence[int]) -> list[int]:
         """Addresses of so many numbers each, of cache lines of their own. Those given out before are no more."""
         lines = [-(-size // _LINE) for size in sizes]
-        total = sum(lines) * _LINE
+        total = (sum(lines) + 1) * _LINE  # and what it takes to begin at a line
         if not total <= len(self._memory) <= 4 * total:
-            self._memory = torch.empty(total + _LINE, dtype=torch.float32, device="cpu")
+            self._memory = torch.empty(total, dtype=torch.float32, device="cpu")
         place = -(-self._memory.data_ptr() // (4 * _LINE)) * 4 * _LINE
         found = []
         for count in lines:
@@ -132,7 +142,7 @@ class Workspace:
 
 class DecoderStep:
     """What the layers of a step share: its rotations cos and sin [rows, dim], and which keys are seen. rows of x: those
-    of the step first; others are written nowhere and attend to nothing. The tensors must outlive this.
+    of the step first, at least one; others are written nowhere and attend to nothing. The tensors must outlive this.
     """
 
     def __init__(
@@ -147,13 +157,13 @@ class DecoderStep:
         batch_invariant: bool = False,
     ) -> None:
         heads = layer.heads
-        plan = decode_native.plan_items(views, heads.heads // heads.kv_heads, heads.kv_heads, batch_invariant)
-        # Held, as the kernel has its address.
-        self._plan = plan.bound(views.total_rows, page_size, heads.dim)
+        # Held, as the kernel has their addresses.
+        self._plan = decode_native.plan_items(views, heads.heads // heads.kv_heads, heads.kv_heads, batch_invariant)
+        self._bound = self._plan.bound(views.total_rows, page_size, heads.dim)
         self.sizes = layer.sizes(rows)
         cos, sin = rotations
         self._struct = _Step(
-            cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), ctypes.addressof(self._plan), rows, len(slots),
+            cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), ctypes.addressof(self._bound), rows, len(slots),
             *workspace.of(self.sizes), torch.get_num_threads(),
         )  # fmt: skip
         self.reference = ctypes.byref(self._struct)

@@ -21,7 +21,8 @@ namespace {
 constexpr int MAX_DIM = 256;  // of a head
 constexpr int SUMS = 4;  // that are added to by turns, so that none waits for the one before
 constexpr int64_t PIECE = 1024;
-constexpr int64_t NUMBERS = 1 << 15;  // fewer take one thread less time than others need to wake up
+// Fewer numbers take one thread less time than others need to wake up.
+constexpr int64_t NUMBERS = 1 << 15;
 
 void norm(const float* x, const float* weight, float eps, int64_t dim, float* y) {
     Floats sums[SUMS] = {};

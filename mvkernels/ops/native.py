@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 
 HEADER = Path(__file__).with_name("native.h")
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+# -Bsymbolic-functions: a library calls its own functions, whatever else in the process has their names.
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-Wl,-Bsymbolic-functions")
 SECONDS = 120  # that a compilation may take
 
 

@@ -2,8 +2,9 @@
 
 A kernel's library has a struct that says what is multiplied, and two functions of it:
 
-    int64_t space_bytes(what, rows)                                         memory that `product` needs besides
-    void product(what, x, rows, y, residual, space, num_threads)            y = residual + x W^T + b
+    int64_t space_bytes(what, rows)                                     memory that `product` needs besides, at an
+                                                                        address that is a multiple of 64
+    void product(what, x, rows, y, residual, space, num_threads)        y = residual + x W^T + b, of at least one row
 
 so that another kernel can be handed the function and the struct (`decoder_native`).
 """
