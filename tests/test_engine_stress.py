@@ -120,22 +120,22 @@ class Fault:
         return self.function(*args, **kwargs)
 
 
-CALLS = ["new", "fork", "merge", "plan", "append", "rotate_append", "commit", "rollback", "free", "evict"]
+CALLS = ["new", "fork", "merge", "plan", "append", "_run", "commit", "rollback", "free", "evict"]
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_fault_at_any_call_of_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """It comes once: requests that share the step get on in its second run; one that is alone with it ends.
 
-    Fused layers append by `rotate_append`, others by `append`.
+    Fused layers append within `_run`, others by `append`.
     """
     expected = run_all(engine)
     small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=80)
     owner: object = PagedKVCache
     if name == "append":
         unfuse_layers(small.model)
-    elif name == "rotate_append":
-        owner = hf_layers
+    elif name == "_run":
+        owner = hf_layers._Fused
         if layer_reason() is not None:
             pytest.skip(str(layer_reason()))
     run_all(small)
