@@ -325,7 +325,7 @@ class Core:
             call = self._calls[part.request]
             own = call.sampler is sample
             try:
-                part.views = part.request.views(part.numbers, again=own)
+                part.views = part.request.views(part.numbers, own)
             except Exception as error:
                 self._fail(part.request, error)
                 continue
