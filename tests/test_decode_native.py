@@ -165,6 +165,21 @@ def test_other_vector_widths(tuned, lanes, monkeypatch, tmp_path):
         decode_native._kernel.cache_clear()
 
 
+def test_another_default_dtype():
+    """What the kernel writes to is fp32 all the same."""
+    w = make_world(page_size=16, head_dim=16, tokens=3000)
+    step = w.write(family(w, 1000, *range(9)))
+    q = queries(w, 9, 4)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        _, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="native", return_lse=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    [plan] = [value for value in step.views._cache.values() if isinstance(value, decode_native.NativePlan)]
+    [space] = plan._spaces.values()
+    assert len(space) and space.dtype == lse.dtype == torch.float32
+
+
 def test_infinities_and_nan_reach_the_rows_that_see_them_and_no_others():
     w = make_world(page_size=4, kv_heads=1)
     first, second = w.new(), w.new()

@@ -1,6 +1,7 @@
 """What stands between and behind the products of a decoder, on the CPU: see `layer_native.cpp`, compiled where it runs.
 
-All tensors are fp32 on the CPU, without gradients.
+All tensors are fp32 on the CPU, without gradients. `rotate_append` and `gate` are parts of a whole layer (see
+`decoder_native`) by themselves, as tests call them.
 """
 
 from __future__ import annotations
