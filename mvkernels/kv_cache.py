@@ -305,8 +305,13 @@ class PagedKVCache:
             raise OutOfPages(f"advance: expected tokens in reserve, got a step that used all {step.index}")
         if tensors:
             step.advance_tensors()
+        size = self.page_size
         for planned in step.planned:  # those of the next step from here on
-            planned.pages = self._grow(planned)
+            node = planned.node
+            if 0 < node.length < len(node.pages) * size:  # nearly always: no page is begun
+                node.length += 1
+            else:
+                planned.pages = self._grow(planned)
             planned.base += 1
         step.state.closed = "advanced"
         self._open = next_step(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -110,9 +110,15 @@ class Step:
             raise ValueError(
                 "expected a step with one token for each branch that was planned with reserve=, got another"
             )
-        self.cursor.add_(1)
-        self.positions.add_(1)
-        self.slots.copy_(self.ahead.index_select(0, self.cursor)[0])
+        if self.cursor.is_cpu:  # the same in numpy, whose operations start several times as fast
+            for tensor in (self.cursor, self.positions):
+                array = tensor.numpy()
+                array += 1
+            self.slots.numpy()[:] = self.ahead.numpy()[self.cursor.item()]
+        else:
+            self.cursor.add_(1)
+            self.positions.add_(1)
+            self.slots.copy_(self.ahead.index_select(0, self.cursor)[0])
         self.views.advance_tables(self.cursor)
 
     def require_open(self) -> None:
@@ -168,7 +174,20 @@ def make_step(
 
 def next_step(step: Step) -> Step:
     """The step after one whose tensors and plans have advanced: these, and the same branches with one token each."""
-    return replace(step, state=StepState(), views=step.views.advanced(), index=step.index + 1)
+    return Step(
+        total_rows=step.total_rows,
+        entries=step.entries,
+        row_offsets=step.row_offsets,
+        positions=step.positions,
+        slots=step.slots,
+        views=step.views.advanced(),
+        planned=step.planned,
+        state=StepState(),
+        ahead=step.ahead,
+        cursor=step.cursor,
+        index=step.index + 1,
+        spare=step.spare,
+    )
 
 
 def _slots_ahead(

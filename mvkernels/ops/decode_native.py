@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class _Plan(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NativePlan(AdvancingPlan):
     """The kernel's work for a step; the fields of its `Plan`, int32.
 
@@ -105,12 +105,14 @@ class NativePlan(AdvancingPlan):
         return self._bound[dim]
 
     def advanced(self, views: StepViews) -> NativePlan | None:
-        """The plan of the next step, in which each entry has one token more; None where it has to be made anew."""
+        """This, with one token more of each entry: the step that it was of has passed. None where it has to be made
+        anew.
+        """
         if self.cut.invariant or not len(self.own):
             return None
-        counts = self.counts.copy()
-        counts[self.own + self.tokens // views.page_size] += 1
-        return replace(self, counts=counts, tokens=self.tokens + 1, _bound={})
+        self.counts[self.own + self.tokens // views.page_size] += 1  # each in a page of its own
+        self.tokens += 1
+        return self
 
 
 @functools.cache

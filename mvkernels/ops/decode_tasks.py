@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -135,7 +135,10 @@ class AdvancingTables(ABC):
 
 
 class AdvancingPlan(ABC):
-    """What the host derived from a step, and can turn into that of the next with less work than making it anew."""
+    """What the host derived from a step, and can turn into that of the next with less work than making it anew.
+
+    advanced: the plan of the next step, which may be the same object: the step that it was of is closed then.
+    """
 
     @abstractmethod
     def advanced(self, views: StepViews) -> AdvancingPlan | None: ...
@@ -183,7 +186,9 @@ class StepViews:
     def advanced(self) -> StepViews:
         """The views of the next step. Tables that have advanced on the device stay, plans of the host advance."""
         kept: dict[Hashable, Any] = {k: value for k, value in self._cache.items() if isinstance(value, AdvancingTables)}
-        following = replace(self, index=self.index + 1, _cache=kept)
+        following = StepViews(
+            self.planned, self.page_size, self.total_rows, self.reserve, self.index + 1, self.device_pages, kept
+        )
         for key, value in self._cache.items():
             if isinstance(value, AdvancingPlan) and (plan := value.advanced(following)) is not None:
                 kept[key] = plan
