@@ -112,7 +112,7 @@ class Branches:
             if b.parent is not None and self._branches[b.parent].state is State.WAITING:
                 reached[b.parent] = max(reached[b.parent], reached[number])
         for b in self._branches:
-            b.openings = None  # those that fit a path's budget
+            b.choices = None  # those that fit a path's budget
         trunk = self._branches[0]
         trunk.end, trunk.end_reason = budget.end, budget.end_reason
         for b, position in zip(self._branches[1:], reached[1:], strict=True):
@@ -166,4 +166,4 @@ class Branches:
         tokens, b.rest = self.prices.closing(b)
         self.reserved += tokens - b.reserve
         b.reserve = tokens
-        b.openings = None
+        b.choices = None

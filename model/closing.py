@@ -20,7 +20,7 @@ newline behind `</Goal>` and one behind each `</Path>`, and none at the beginnin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -63,6 +63,30 @@ AHEAD_KINDS = {
 _OUTER_KINDS = {State.TRUNK: (), State.THINK: (Kind.THINK_END,), State.PATH: (Kind.PATH_END,)}
 
 
+@dataclass(slots=True, frozen=True)
+class Choices:
+    """What may be sampled on a branch, as sets of bits.
+
+    always: whatever room there is. openings: (bit, tokens, positions) of each tag that opens something if there is so
+    much room, itself included; all: with these. most_tokens: that one of them takes beyond itself; most_positions.
+    """
+
+    always: int
+    openings: tuple[tuple[int, int, int], ...]
+    all: int
+    most_tokens: int
+    most_positions: int
+
+    @classmethod
+    def of(cls, always: int, openings: Iterable[tuple[int, int, int]]) -> Choices:
+        openings = tuple(openings)
+        everything, most_tokens, most_positions = always, 0, 0
+        for bit, tokens, positions in openings:
+            everything |= bit
+            most_tokens, most_positions = max(most_tokens, tokens - 1), max(most_positions, positions)
+        return cls(always, openings, everything, most_tokens, most_positions)
+
+
 @dataclass(slots=True)
 class BranchState:
     """One branch.
@@ -72,7 +96,7 @@ class BranchState:
     opened: tokens and positions that opening and closing a path for each of these takes. left: paths that run.
     position: that of its next token. end: the first one that it may not take; end_reason: which budget says so.
     reserve, rest: tokens, and positions, that closing it takes. ended: position behind its </Path>.
-    reason: why it is being closed, or None. openings: see `Interpreter.allowed`; None where they are not known.
+    reason: why it is being closed, or None. choices: see `Interpreter.allowed`; None where they are not known.
     """
 
     path: tuple[int, ...]
@@ -92,7 +116,7 @@ class BranchState:
     rest: int = 0
     ended: int = 0
     reason: str | None = None
-    openings: tuple[tuple[int, int, int], ...] | None = None
+    choices: Choices | None = None
 
 
 def ahead_kinds(b: BranchState) -> tuple[Kind, ...]:

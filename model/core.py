@@ -250,14 +250,14 @@ class Core:
                 if not error.committed:
                     batches += self._halves(batch, error)
                     continue
-                asked, logits, bad = self._asked(batch), error.logits, error.logits.bad_rows
+                asked, logits, bad = self._asked(batch)[0], error.logits, error.logits.bad_rows
             except Exception as error:
                 batches += self._halves(batch, error)
                 continue
             for request, _ in batch:
                 request.sent()
-                self.scheduler.sent(request)
                 self._touched[request] = self._calls[request]
+            self.scheduler.sent(request for request, _ in batch)
             self._sample(self._without(asked, bad) if bad else asked, logits)
 
     def _halves(self, batch: _Batch, error: Exception) -> list[_Batch]:
@@ -277,31 +277,33 @@ class Core:
 
     def _forward(self, batch: _Batch) -> tuple[list[Asked], StepLogits]:
         """Runs some requests' part of a step. Returns which branches want a token, and their logits, row by row."""
-        asked = self._asked(batch)
+        asked, rows = self._asked(batch)
         entries: list[Entry] = []
         ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        for (request, own), part in zip(batch, asked, strict=True):
-            wanted = {*part.numbers}
-            for entry in own:
-                tokens, places = request.new_tokens(entry)
-                ids += tokens
-                positions += places
-                if entry.branch in wanted:
-                    rows.append(len(entries))
-                entries.append(entry)
-        careful = batch[0][0] in self._suspects
-        return asked, self.runner.run(entries, ids, positions if self._own_positions else None, rows, careful)
-
-    def _asked(self, batch: _Batch) -> list[Asked]:
-        found = []
-        row = 0
         for request, own in batch:
-            numbers = [entry.branch for entry in own if request.wants_token(entry.branch)]
-            found.append(Asked(request, numbers, row))
-            row += len(numbers)
-        return found
+            entries += own
+            for entry in own:
+                ids += request.new_tokens(entry)
+        positions = None
+        if self._own_positions:
+            positions = [place for request, own in batch for entry in own for place in request.positions(entry)]
+        careful = batch[0][0] in self._suspects
+        return asked, self.runner.run(entries, ids, positions, rows, careful)
+
+    def _asked(self, batch: _Batch) -> tuple[list[Asked], list[int]]:
+        """Which branches want a token, and where their entries stand among all of the step."""
+        found: list[Asked] = []
+        rows: list[int] = []
+        place = 0
+        for request, own in batch:
+            numbers, first = [], len(rows)
+            for entry in own:
+                if request.wants_token(entry.branch):
+                    numbers.append(entry.branch)
+                    rows.append(place)
+                place += 1
+            found.append(Asked(request, numbers, first))
+        return found, rows
 
     def _without(self, asked: list[Asked], bad: list[int]) -> list[Asked]:
         """Who has bad logits of a step that is committed is computed again, alone; whom that leaves."""
@@ -318,19 +320,23 @@ class Core:
 
     def _sample(self, asked: list[Asked], logits: StepLogits) -> None:
         """Next tokens for the branches that were asked for; each caller's sampler sees its own rows only."""
-        groups: dict[Call | None, list[Asked]] = {}
+        calls, groups = self._calls, dict[Call | None, list[Asked]]()
         for part in asked:
             if not part.numbers:
                 continue
-            call = self._calls[part.request]
+            call = calls[part.request]
             own = call.sampler is sample
             try:
                 part.views = part.request.views(part.numbers, own)
             except Exception as error:
                 self._fail(part.request, error)
                 continue
-            self._suspects.discard(part.request)
-            groups.setdefault(None if own else call, []).append(part)
+            group = groups.get(None if own else call)
+            if group is None:
+                group = groups[None if own else call] = []
+            group.append(part)
+        if self._suspects:
+            self._suspects.difference_update([part.request for part in asked if part.views])
         work = list(groups.items())
         while work:
             caller, group = work.pop()
@@ -346,12 +352,12 @@ class Core:
                     self._fail(group[0].request, error)
                 continue
             for request, number, token, logprob in chosen:
-                if request in self._calls:
+                if request in calls:
                     try:
                         request.take(number, token, logprob)
                     except Exception as error:
                         self._fail(request, error)
-            self._end_those_that_have(part.request for part in group)
+            self._end_those_that_have([part.request for part in group])
 
     # ---- ends
 

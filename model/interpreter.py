@@ -53,12 +53,12 @@ Grammar: DESIGN.md, section 1.1; Multiverse, arXiv 2506.09991, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from mvkernels.grammar import FIRST_TAG, Kind, tag_name
 from mvkernels.model.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
 from mvkernels.model.branches import SILENT, Branches, Budget
-from mvkernels.model.closing import FREE, TAKES_TEXT, UNMERGED, BranchState, State, ahead_kinds
+from mvkernels.model.closing import FREE, TAKES_TEXT, UNMERGED, BranchState, Choices, State, ahead_kinds
 
 __all__ = ["END", "Budget", "Interpreter", "State"]
 
@@ -104,27 +104,27 @@ class Interpreter(Branches):
 
     # ---- what may come
 
-    def allowed(self, branches: Iterable[int]) -> list[int]:
+    def allowed(self, branches: Sequence[int]) -> list[int]:
         """What may be sampled next on each of these running branches, as a set of bits (see END).
 
         One after the other: what one of them may open takes room from those behind it.
         """
-        branches = list(branches)
         spare = self.spare() - len(branches)  # one token each
         out = []
         for number in branches:
             b = self._branches[number]
-            kinds = _ALLOWED[b.state]
-            if b.state not in TAKES_TEXT and b.spaces < _MAX_SPACES:
-                kinds |= 1 << Kind.SPACE
-            if b.state is State.GOAL and b.outlines:
-                kinds |= 1 << Kind.GOAL_END
-            most = 0
-            if b.openings is None:
-                b.openings = self._openings(b)
-            for bit, tokens, positions in b.openings:
+            choices = b.choices
+            if choices is None:
+                choices = b.choices = self._choices(b)
+            room = b.end - b.position - b.rest
+            if choices.most_tokens <= spare and choices.most_positions <= room:  # nearly always
+                out.append(choices.all)
+                spare -= choices.most_tokens
+                continue
+            kinds, most = choices.always, 0
+            for bit, tokens, positions in choices.openings:
                 # A goal's first outline is set aside for: it may come however little is left for all branches together.
-                if tokens <= max(spare + 1, 0) and positions <= self.room(number):
+                if (tokens - 1 <= spare or tokens <= 0) and positions <= room:
                     kinds |= bit
                     most = max(most, tokens - 1)
             spare -= most
@@ -139,12 +139,15 @@ class Interpreter(Branches):
         b = self._branches[branch]
         return ahead_kinds(b) if self.grammar and b.reason is None else ()
 
-    def _openings(self, b: BranchState) -> tuple[tuple[int, int, int], ...]:
-        """(bit, tokens, positions) of each tag that may open something here if there is so much room. They stay the
-        same while text comes, which is nearly always.
-        """
-        openers = (kind for kind in self._openers(b) if self._fits_paths(b, kind))
-        return tuple((1 << kind, *self._opening_price(b, kind)) for kind in openers)
+    def _choices(self, b: BranchState) -> Choices:
+        """They stay the same while text comes, which is nearly always."""
+        kinds = _ALLOWED[b.state]
+        if b.state not in TAKES_TEXT and b.spaces < _MAX_SPACES:
+            kinds |= 1 << Kind.SPACE
+        if b.state is State.GOAL and b.outlines:
+            kinds |= 1 << Kind.GOAL_END
+        openers = [kind for kind in self._openers(b) if self._fits_paths(b, kind)]
+        return Choices.of(kinds, [(1 << kind, *self._opening_price(b, kind)) for kind in openers])
 
     def _openers(self, b: BranchState) -> tuple[Kind, ...]:
         """The tags that would open something here, within the limits of depth and width."""
@@ -178,6 +181,21 @@ class Interpreter(Branches):
         return self.prices.empty_path((*b.path, index))[1] <= self.budget.path_tokens
 
     # ---- what comes
+
+    def text(self, branch: int) -> bool:
+        """What `feed` does with a sampled token of text where text may come and no budget ends behind it: then nothing
+        follows from it. Elsewhere False, and nothing has changed.
+        """
+        b = self._branches[branch]
+        position, last = b.position + 1, b.items[-1]
+        spare = self.budget.tokens - self.total_tokens - self.reserved
+        if b.state not in TAKES_TEXT or b.end - b.rest <= position or spare < 2 or not isinstance(last, int):
+            return False
+        b.items[-1], b.position = last + 1, position
+        self.total_tokens += 1
+        if position > self.critical_path:
+            self.critical_path = position
+        return True
 
     def feed(self, branch: int, kind: Kind, given: bool = False, count: int = 1) -> list[Action]:
         """One token of `kind` has come on `branch`, sampled or forced. Raises ValueError where none may come.

@@ -18,9 +18,9 @@ class SeenTokens:
         self._row: torch.Tensor | None = None  # [V] bool, made where the logits are when they first come
         self._pending = list(tokens)  # not in the row yet
 
-    def add(self, token: int) -> None:
-        """The branch sees one more token."""
-        self._pending.append(token)
+    def add(self, *tokens: int) -> None:
+        """The branch sees more tokens."""
+        self._pending += tokens
 
     def fork(self) -> SeenTokens:
         """A set of its own for a path that begins here."""

@@ -10,7 +10,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,14 @@ from mvkernels.model.writer import TagWriter
 # Tokens before a branch's first that its text may depend on (see TextStream).
 _TEXT_CONTEXT = 4
 _TAG_BYTES = re.compile(rb"[\x04-\x0f]")
+
+
+class _Known(NamedTuple):
+    """What a sampler saw of a branch the last time, and what the kinds that may come and the state were then."""
+
+    kinds: int | None
+    state: State
+    view: BranchView
 
 
 class Request:
@@ -78,7 +86,9 @@ class Request:
         self.warnings: list[str] = []
         self.finish_reason: str | None = None
         self.steps = 0
-        self._views: dict[int, BranchView] = {}
+        # Tokens that are no text, or that may be more than that.
+        self._special = task.eos if writer is None else task.eos.union(writer.tags.ids)
+        self._views: dict[int, _Known] = {}
         self._touched: list[int] = [0]  # branches with new tokens, whose budgets were not looked at yet
         self._started = monotonic()
         self._begin(self._replay(task.ids))
@@ -111,7 +121,7 @@ class Request:
         interp = self.interpreter
         if self.writer is None:
             interp.feed(0, Kind.TEXT, given=True, count=len(ids))
-            self._record(self.branches[0], ids, sampled=False)
+            self._read(self.branches[0], ids)
             return []
         kinds, trailing = self.writer.tags.kinds(ids), self.writer.prices.trailing_kinds
         number, first = 0, 0
@@ -126,7 +136,7 @@ class Request:
                 found = _TAG_BYTES.search(kinds, first)
                 kind, end = Kind.TEXT, found.start() if found else len(ids)
             actions = interp.feed(number, kind, given=True, count=end - first)
-            self._record(self.branches[number], ids[first:end], sampled=False)
+            self._read(self.branches[number], ids[first:end])
             if trails:
                 due = [action for action in due if not (isinstance(action, Force) and action.kinds == trailing)]
             elif not all(isinstance(action, Force) for action in actions):
@@ -190,10 +200,13 @@ class Request:
             max_tokens, max_branches, max_pages, lambda number: number == first or not interp.is_running(number)
         )
 
-    def new_tokens(self, entry: Entry) -> tuple[list[int], list[int]]:
-        """The tokens of an entry, and their positions."""
-        b, last = self.branches[entry.branch], entry.first + entry.count
-        return b.tokens[entry.first : last], b.positions[entry.first : last]
+    def new_tokens(self, entry: Entry) -> list[int]:
+        """The tokens of an entry."""
+        return self.branches[entry.branch].tokens[entry.first : entry.first + entry.count]
+
+    def positions(self, entry: Entry) -> list[int]:
+        """Where they stand."""
+        return self.branches[entry.branch].positions[entry.first : entry.first + entry.count]
 
     def sent(self) -> None:
         """The tokens of the latest `entries` are in the cache now."""
@@ -211,23 +224,29 @@ class Request:
         """
         self.kv.confirm()
         interp = self.interpreter
-        allowed = interp.allowed(numbers) if self.masks is not None else []
-        return [self._view(number, allowed[i] if allowed else None, again) for i, number in enumerate(numbers)]
+        choices: Sequence[int | None] = interp.allowed(numbers) if self.masks is not None else [None] * len(numbers)
+        if not again:
+            return [self._view(number, kinds) for number, kinds in zip(numbers, choices, strict=True)]
+        views = []
+        for number, kinds in zip(numbers, choices, strict=True):
+            known, state = self._views.get(number), interp.state(number)
+            if known is None or known.kinds != kinds or known.state is not state:
+                known = self._views[number] = _Known(kinds, state, self._view(number, kinds))
+            else:
+                known.view.drawn, known.view.position = self.branches[number].drawn, interp.position(number)
+            views.append(known.view)
+        return views
 
-    def _view(self, number: int, allowed: int | None, again: bool) -> BranchView:
+    def _view(self, number: int, kinds: int | None) -> BranchView:
+        """kinds: that may come, as `Interpreter.allowed` has them; None: all, but for those that limits forbid."""
         b, interp = self.branches[number], self.interpreter
         banned: tuple[int, ...] = ()
-        mask: tuple[torch.Tensor | None, bytes | None] = None, None
-        if allowed is not None and self.masks is not None:
-            mask = self.masks.row(allowed, self.task.eos)
+        allowed: tuple[torch.Tensor | None, bytes | None] = None, None
+        if kinds is not None and self.masks is not None:
+            allowed = self.masks.row(kinds, self.task.eos)
         elif self.writer is not None:
             banned = tuple(self.writer.tags.id(kind) for kind in interp.banned(number))
-        view = self._views.get(number) if again else None
-        if view is not None:
-            view.drawn, view.position, view.state = b.drawn, interp.position(number), interp.state(number).value
-            view.banned, (view.allowed, view.allowed_bytes), view.seen = banned, mask, b.seen
-            return view
-        view = BranchView(
+        return BranchView(
             request=self.task.index,
             path=interp.path(number),
             drawn=b.drawn,
@@ -235,33 +254,32 @@ class Request:
             state=interp.state(number).value,
             config=self.config,
             banned=banned,
-            allowed=mask[0],
+            allowed=allowed[0],
             key=b.key,
             read_context=lambda: self.transcript.context(number),
             seen=b.seen,
-            allowed_bytes=mask[1],
+            allowed_bytes=allowed[1],
         )
-        if again:
-            self._views[number] = view
-        return view
 
     def take(self, number: int, token: int, logprob: TokenLogprob | None = None) -> None:
         """The sampler chose `token` on a branch; logprob: of it, where the config asks. Nothing comes of it where the
         branch has been closed meanwhile.
         """
-        if self.finish_reason is not None or not self.interpreter.is_running(number):
+        interp = self.interpreter
+        if self.finish_reason is not None or not interp.is_running(number):
             return
         b = self.branches[number]
         b.drawn += 1
-        kind = self._kind(token)
-        actions, piece = self._push(b, token, kind, sampled=True, logprob=logprob)
+        actions, piece = self._push(b, token, sampled=True, logprob=logprob)
+        if actions is None and not self.task.stop:
+            return
         self._touched.append(number)
         if actions:
             self._run(actions)
-        if self.finish_reason is None and self.interpreter.is_running(number):
+        if self.finish_reason is None and interp.is_running(number):
             ended = self._stopped(b, token, piece)
             if ended is not None:
-                self._run(self.interpreter.close(number, ended))
+                self._run(interp.close(number, ended))
         self._settle()
 
     def finish(self, reason: str, error: str | None = None) -> None:
@@ -288,42 +306,41 @@ class Request:
         return self.writer.tags.kind(token)
 
     def _push(
-        self, b: BranchRecord, token: int, kind: Kind, sampled: bool, logprob: TokenLogprob | None = None
-    ) -> tuple[list[Action], str]:
-        """A generated token comes on `b`; returns what the interpreter asks for, and its text."""
+        self, b: BranchRecord, token: int, sampled: bool, logprob: TokenLogprob | None = None
+    ) -> tuple[list[Action] | None, str]:
+        """A generated token comes on `b`; returns what the interpreter asks for, and its text. None: nothing, and no
+        budget ends here, as nearly always.
+        """
+        number, interp = b.number, self.interpreter
         if b.text is None:
-            b.text = TextStream(self.tokenizer, self.transcript.context(b.number)[-_TEXT_CONTEXT:], self.task.eos)
-        piece = b.text.push(token)
+            b.text = TextStream(self.tokenizer, self.transcript.context(number)[-_TEXT_CONTEXT:], self.task.eos)
+        piece, position = b.text.push(token), interp.position(number)
         if self.tells_tokens:
-            position, path = self.interpreter.position(b.number), self.interpreter.path(b.number)
+            path = interp.path(number)
             self.events.append(
-                TokenEvent(self.task.index, path, token, piece, position, not sampled, b.number, *(logprob or ()))
+                TokenEvent(self.task.index, path, token, piece, position, not sampled, number, *(logprob or ()))
             )
-        actions = self.interpreter.feed(b.number, kind)
-        self._record(b, (token,), sampled, piece, logprob)
+        plain = token not in self._special and interp.text(number)
+        actions = None if plain else interp.feed(number, self._kind(token))
+        self.kv.extend(number, token)  # it lengthens b.tokens
+        b.add(position, sampled, self.steps, piece, logprob)
+        if b.seen is not None:
+            b.seen.add(token)
         return actions, piece
 
-    def _record(
-        self,
-        b: BranchRecord,
-        tokens: Sequence[int],
-        sampled: bool,
-        piece: str = "",
-        logprob: TokenLogprob | None = None,
-    ) -> None:
-        """Tokens that the interpreter has read on `b` just now."""
-        b.add(len(tokens), self.interpreter.position(b.number), sampled, self.steps, piece, logprob)
-        for token in tokens:
-            self.kv.extend(b.number, token)  # it lengthens b.tokens
-            if b.seen is not None:
-                b.seen.add(token)
+    def _read(self, b: BranchRecord, tokens: Sequence[int]) -> None:
+        """Tokens of the prompt that the interpreter has read on `b` just now."""
+        self.kv.extend(b.number, *tokens)
+        b.add_given(len(tokens), self.interpreter.position(b.number))
+        if b.seen is not None:
+            b.seen.add(*tokens)
 
     def _write(self, b: BranchRecord, tokens: Iterable[int]) -> list[Action]:
         """The engine's own tokens; returns what the last of them asks for."""
         actions: list[Action] = []
         for token in tokens:
-            more, _ = self._push(b, token, self._kind(token), sampled=False)
-            actions += more
+            more, _ = self._push(b, token, sampled=False)
+            actions += more or ()
         b.heard = ""
         self._touched.append(b.number)
         return actions

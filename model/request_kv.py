@@ -50,7 +50,8 @@ class RequestKV:
 
     unsent_tokens   tokens that are not handed out
     most_pages      pages of the whole structure. num_pages: those that are in the cache
-    new_pages       that the latest `entries` take. short: how many more they would have taken, had there been any
+    step_tokens     that the latest `entries` hand out
+    new_pages       that these take. short: how many more they would have taken, had there been any
     starved         whether they left a branch out for want of pages
     """
 
@@ -58,7 +59,8 @@ class RequestKV:
         self, cache: PagedKVCache, prefixes: PrefixCache | None = None, positions: Positions | None = None
     ) -> None:
         self.cache = cache
-        self.unsent_tokens = self.most_pages = self.num_pages = self.new_pages = self.short = 0
+        self.unsent_tokens = self.most_pages = self.num_pages = 0
+        self.step_tokens = self.new_pages = self.short = 0
         self.starved = False
         self._trunk = Line(0, reached=True)
         self._prefix = None
@@ -68,9 +70,10 @@ class RequestKV:
         self._lines: dict[int, Line] = {0: self._trunk}
         self._ready: dict[Line, None] = {}  # reached, with tokens; whoever waits longest comes first
         self._due: list[Line] = []  # reached, and to fork or to join before the next step
-        self._step: list[Line] | None = None  # what has an entry in the step that is made
+        # What has an entry in the step that is made, with its `given` and `filled` of before.
+        self._step: list[tuple[Line, int, int]] | None = None
         self._queue: deque[Line] = deque()
-        # What `unsent` restores: cursors one by one, and the rest as it was.
+        # What else `unsent` restores: cursors one by one, and the rest as it was.
         self._undo: list[tuple[Any, str, Any]] = []
         self._before: tuple[dict[Line, None], list[Line], int, int] = ({}, [], 0, 0)
 
@@ -80,14 +83,15 @@ class RequestKV:
         """The branch's own tokens so far; `extend` lengthens this list."""
         return self._lines[branch].tokens
 
-    def extend(self, branch: int, token: int) -> None:
-        """One more token on a branch that no open block stands behind."""
+    def extend(self, branch: int, *tokens: int) -> None:
+        """More tokens on a branch that no open block stands behind."""
         line = self._growing(branch)
-        if (len(line.tokens) - (line.blocks[-1].at if line.blocks else 0)) % self.cache.page_size == 0:
-            self.most_pages += 1
-        line.tokens.append(token)
-        self.unsent_tokens += 1
-        if line.reached and line.passed == len(line.blocks):
+        size, blocks = self.cache.page_size, line.blocks
+        first = len(line.tokens) - (blocks[-1].at if blocks else 0)
+        self.most_pages += -(-(first + len(tokens)) // size) - -(-first // size)
+        line.tokens += tokens
+        self.unsent_tokens += len(tokens)
+        if line.reached and line.passed == len(blocks):
             self._ready[line] = None
 
     def fork(self, branch: int, children: Sequence[int]) -> None:
@@ -122,7 +126,8 @@ class RequestKV:
 
     def has_all(self, branch: int) -> bool:
         """Whether the branch's last token was handed out, and nothing stands behind it."""
-        return self._lines[branch].through
+        line = self._lines[branch]  # as `line.through`, without another call
+        return line.reached and line.given == len(line.tokens) and line.passed == len(line.blocks)
 
     # ---- steps
 
@@ -141,8 +146,9 @@ class RequestKV:
         self._between_steps()
         if self._trunk.handle is None:
             self._enter()
-        self._before = dict(self._ready), list(self._due), self.unsent_tokens, self.num_pages
-        self._step, self.starved, self.short, self.new_pages = [], False, 0, 0
+        self._before = self._ready, self._due, self.unsent_tokens, self.num_pages
+        self._ready = self._ready.copy()
+        self._step, self.starved, self.short = [], False, 0
         try:
             return self._entries(max_tokens, max_branches, max_pages, may)
         except BaseException:
@@ -156,49 +162,48 @@ class RequestKV:
         due, self._due = self._due, []
         for line in due:
             self._settle(line)
-        queue = self._queue = deque(self._ready)
-        size, undo = self.cache.page_size, self._undo
+        ready, step, size = self._ready, self._step, self.cache.page_size
+        queue = self._queue = deque(ready)
         out: list[Entry] = []
-        while queue and tokens > 0 and (branches is None or len(out) < branches):
+        left, taken = tokens, 0
+        while queue and left and (branches is None or len(out) < branches):
             line = queue.popleft()
             if may is not None and not may(line.number):
                 continue
-            limit, first = line.limit, line.given
-            count = min(limit - first, tokens)
-            room = -line.filled % size
-            new = 0
+            first, filled = line.given, line.filled
+            forks = line.passed < len(line.blocks)
+            limit = line.limit if forks else len(line.tokens)
+            count = min(limit - first, left)
+            room = -filled % size
             if count > room:
                 new = -(-(count - room) // size)
-                if pages is not None and new > pages:
-                    self.short += new - pages
-                    new, count = pages, room + pages * size
+                if pages is not None and new > pages - taken:
+                    self.short += new - (pages - taken)
+                    new = pages - taken
+                    count = room + new * size
                     if not count:
                         self.starved = True
                         continue
-            if pages is not None:
-                pages -= new
+                taken += new
             assert line.handle is not None
-            undo.append((line, "given", first))
-            undo.append((line, "filled", line.filled))
             out.append(Entry(line.number, line.handle, first, count))
-            self._step.append(line)
+            step.append((line, first, filled))
             line.in_step = True
-            line.given += count
-            line.filled += count
-            tokens -= count
-            self.unsent_tokens -= count
-            self.num_pages += new
-            self.new_pages += new
-            del self._ready[line]
-            if line.given < limit:
-                self._ready[line] = None  # behind those that had no turn
-            else:
+            line.given, line.filled = first + count, filled + count
+            left -= count
+            del ready[line]
+            if first + count < limit:
+                ready[line] = None  # behind those that had no turn
+            elif forks or (line.home is not None and line.home.merged):
                 self._settle(line)
+        self.step_tokens, self.new_pages = tokens - left, taken
+        self.unsent_tokens -= tokens - left
+        self.num_pages += taken
         return out
 
     def sent(self) -> None:
         """The step was committed."""
-        for line in self._step or ():
+        for line, _, _ in self._step or ():
             line.in_step = False
         self._step = None
         self._undo.clear()
@@ -207,6 +212,8 @@ class RequestKV:
         """The step was not committed: its tokens are to be handed out again. Without a step it changes nothing."""
         if self._step is None:
             return
+        for line, given, filled in self._step:  # each once, and what it passed in this step it passed before
+            line.given, line.filled = given, filled
         for item, name, value in reversed(self._undo):
             setattr(item, name, value)
         self._ready, self._due, self.unsent_tokens, self.num_pages = self._before
@@ -288,7 +295,8 @@ class RequestKV:
             raise RuntimeError("expected the step before to be sent or taken back, got one that is made still")
 
     def _growing(self, branch: int) -> Line:
-        self._between_steps()
+        if self._step is not None:
+            self._between_steps()
         line = self._lines[branch]
         if (line.blocks and not line.blocks[-1].merged) or (line.home is not None and line.home.merged):
             raise ValueError(f"expected a branch that may grow, got {branch}, which has ended or waits for its paths")

@@ -14,7 +14,7 @@ Requests depend on one another in nothing but the tokens of a step and pages: a 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -45,23 +45,23 @@ _PROMPT_SHARE = 8
 @dataclass
 class _Step(Generic[R]):
     """A step while it is put together. tokens: how many more fit. free: pages that it may take. pages: that it takes so
-    far. chosen: of each request its entries and new pages.
+    far. chosen: of each request its entries, their new pages and tokens.
     """
 
     tokens: int
     free: int
     pages: int = 0
-    chosen: dict[R, tuple[list[Entry], int]] = field(default_factory=dict)
+    chosen: dict[R, tuple[list[Entry], int, int]] = field(default_factory=dict)
 
-    def add(self, request: R, entries: list[Entry], pages: int) -> None:
-        self.chosen[request] = entries, pages
+    def add(self, request: R, entries: list[Entry], pages: int, tokens: int) -> None:
+        self.chosen[request] = entries, pages, tokens
         self.pages += pages
-        self.tokens -= sum(entry.count for entry in entries)
+        self.tokens -= tokens
 
     def drop(self, request: R) -> None:
-        entries, pages = self.chosen.pop(request, ((), 0))
+        _, pages, tokens = self.chosen.pop(request, ((), 0, 0))
         self.pages -= pages
-        self.tokens += sum(entry.count for entry in entries)
+        self.tokens += tokens
 
 
 class Scheduler(Generic[R]):
@@ -136,10 +136,10 @@ class Scheduler(Generic[R]):
         self.preemptions += 1
         return None
 
-    def sent(self, request: R) -> None:
-        """What `schedule` chose of it is in the cache."""
-        if not request.kv.unsent_tokens:
-            self._behind.discard(request)
+    def sent(self, requests: Iterable[R]) -> None:
+        """What `schedule` chose of them is in the cache."""
+        if self._behind:
+            self._behind.difference_update([request for request in requests if not request.kv.unsent_tokens])
 
     def schedule(self) -> list[tuple[R, list[Entry]]]:
         """What goes into the next step: of some requests some entries. They are to be `sent` or taken back.
@@ -148,10 +148,11 @@ class Scheduler(Generic[R]):
         """
         self._admit()
         step: _Step[R] = _Step(self.max_step_tokens, self._free_pages())
-        decoding = [request for request in self._running if request not in self._behind]
-        behind = [request for request in self._running if request in self._behind]
-        kept = 0  # for those, however many decode
-        if behind:
+        decoding, behind = list(self._running), list[R]()
+        kept = 0  # for those who are behind, however many decode
+        if self._behind:
+            decoding = [request for request in self._running if request not in self._behind]
+            behind = [request for request in self._running if request in self._behind]
             kept = min(max(self.max_step_tokens // _PROMPT_SHARE, 1), sum(r.kv.unsent_tokens for r in behind))
             step.tokens -= kept
         first = self._turn % max(len(decoding), 1)  # where they do not all fit into one step, they take turns
@@ -164,7 +165,7 @@ class Scheduler(Generic[R]):
         for request in behind:
             if step.tokens > 0:
                 self._choose(request, step)
-        return [(request, entries) for request, (entries, _) in step.chosen.items()]
+        return [(request, entries) for request, (entries, _, _) in step.chosen.items()]
 
     def _admit(self) -> None:
         for request in tuple(self._waiting):
@@ -209,7 +210,7 @@ class Scheduler(Generic[R]):
                 step.free = self._free_pages()
                 return None
             if not kv.starved or (entries and len(self._running) == 1):
-                return step.add(request, entries, kv.new_pages) if entries else kv.unsent()
+                return step.add(request, entries, kv.new_pages, kv.step_tokens) if entries else kv.unsent()
             kv.unsent()
             youngest = self._running[-1]
             if youngest is request and len(self._running) == 1:

@@ -38,22 +38,21 @@ class BranchRecord:
     heard: str = ""
     drawn: int = 0
 
-    def add(
-        self, count: int, end: int, sampled: bool, step: int, piece: str = "", logprob: TokenLogprob | None = None
-    ) -> None:
-        """What is known of the branch's next tokens, which stand before the position `end`."""
-        if count == 1:  # nearly always
-            self.positions.append(end - 1)
-            self.sampled.append(sampled)
-            self.pieces.append(piece)
-            self.steps.append(step)
-            self.logprobs.append(logprob)
-        else:
-            self.positions += range(end - count, end)
-            self.sampled += [sampled] * count
-            self.pieces += [piece] * count
-            self.steps += [step] * count
-            self.logprobs += [logprob] * count
+    def add(self, position: int, sampled: bool, step: int, piece: str, logprob: TokenLogprob | None) -> None:
+        """What is known of the branch's next token."""
+        self.positions.append(position)
+        self.sampled.append(sampled)
+        self.pieces.append(piece)
+        self.steps.append(step)
+        self.logprobs.append(logprob)
+
+    def add_given(self, count: int, end: int) -> None:
+        """The same of tokens of the prompt, which stand before the position `end`."""
+        self.positions += range(end - count, end)
+        self.sampled += [False] * count
+        self.pieces += [""] * count
+        self.steps += [0] * count
+        self.logprobs += [None] * count
 
 
 class Transcript:

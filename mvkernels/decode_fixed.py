@@ -86,7 +86,7 @@ class FixedStep:
         """An open step, over this memory: what `PagedKVCache.append` and `tree_decode` take for it."""
         views = self._buffers.padded(step.views, self._key)
         held = replace(step, total_rows=self.rows, positions=self.positions, slots=self.slots, views=views)
-        return replace(held, ahead=None, cursor=None, spare=True)
+        return replace(held, ahead=None, cursor=None, on_host=None, spare=True)
 
     def check(self, step: Step) -> None:
         """Raises BackendError unless what has decoded `step`, one of `self.step`, found all its tables here."""

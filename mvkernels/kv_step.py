@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -60,6 +60,29 @@ class StepState:
     closed: str | None = None
 
 
+class HostTensors:
+    """The tensors of a step on a CPU, and the bytes of those to come. Behind a forward the code of torch and of numpy
+    is in none of the processor's caches any more: an addition there takes as long as the bookkeeping of ten branches.
+    So the positions are written down beforehand, as the slots are, and copied by Python itself.
+    """
+
+    def __init__(self, positions: torch.Tensor, slots: torch.Tensor, cursor: torch.Tensor, ahead: torch.Tensor) -> None:
+        steps = np.arange(len(ahead), dtype=np.int64)
+        places = positions.numpy() + steps.astype(np.int32)[:, None]
+        pairs = (positions, places), (slots, ahead.numpy()), (cursor, steps)
+        self._pairs = [(_bytes(now.numpy()), _bytes(all_of_them)) for now, all_of_them in pairs]
+
+    def advance(self, index: int) -> None:
+        """They become those of a step so many behind the one that was planned."""
+        for now, ahead in self._pairs:
+            size = len(now)
+            now[:] = ahead[index * size : (index + 1) * size]
+
+
+def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
+    return array.data.cast("B")
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """New tokens of some branches, one row each; the rows of an entry are consecutive.
@@ -75,6 +98,7 @@ class Step:
                       cannot be used: an entry adds several tokens, or sees some that another one adds
     cursor [1]        int64, the row of `ahead` that is this step's; `index` is the same number on the host
     spare             whether some rows are written nowhere: their slots are -1
+    on_host           what `advance_tensors` writes on a CPU
     """
 
     total_rows: int
@@ -89,6 +113,7 @@ class Step:
     cursor: torch.Tensor | None = field(default=None, repr=False)
     index: int = 0
     spare: bool = False
+    on_host: HostTensors | None = field(default=None, repr=False)
 
     @cached_property
     def longest_context(self) -> int:
@@ -110,11 +135,8 @@ class Step:
             raise ValueError(
                 "expected a step with one token for each branch that was planned with reserve=, got another"
             )
-        if self.cursor.is_cpu:  # the same in numpy, whose operations start several times as fast
-            for tensor in (self.cursor, self.positions):
-                array = tensor.numpy()
-                array += 1
-            self.slots.numpy()[:] = self.ahead.numpy()[self.cursor.item()]
+        if self.on_host is not None:
+            self.on_host.advance(self.index + 1)
         else:
             self.cursor.add_(1)
             self.positions.add_(1)
@@ -155,20 +177,27 @@ def make_step(
             positions.append(p.start + token)
             slots.append(page * page_size + offset)
     row = len(positions)
-    ahead = None
+    tensors = (
+        torch.tensor(positions, dtype=torch.int32).to(device),
+        torch.tensor(slots, dtype=torch.int64).to(device),
+    )
+    ahead = cursor = on_host = None
     if whole.reserve:
         ahead = torch.from_numpy(_slots_ahead(planned, whole.runs, reserve, page_size)).to(device)
+        cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        on_host = HostTensors(*tensors, cursor, ahead) if ahead.is_cpu else None
     return Step(
         total_rows=row,
         entries=entries,
         row_offsets=tuple(row_offsets),
-        positions=torch.tensor(positions, dtype=torch.int32).to(device),
-        slots=torch.tensor(slots, dtype=torch.int64).to(device),
+        positions=tensors[0],
+        slots=tensors[1],
         views=StepViews(tuple(views), page_size, row, whole.reserve, device_pages=whole.device_pages),
         planned=tuple(planned),
         state=StepState(),
         ahead=ahead,
-        cursor=None if ahead is None else torch.zeros(1, dtype=torch.int64, device=device),
+        cursor=cursor,
+        on_host=on_host,
     )
 
 
@@ -187,6 +216,7 @@ def next_step(step: Step) -> Step:
         cursor=step.cursor,
         index=step.index + 1,
         spare=step.spare,
+        on_host=step.on_host,
     )
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from mvkernels import BranchLayout
 from mvkernels.grammar import FIRST_TAG, Kind, parse
 from mvkernels.model.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
-from mvkernels.model.closing import Prices, State
+from mvkernels.model.closing import TAKES_TEXT, UNLIMITED, Prices, State
 from mvkernels.model.interpreter import END, Budget, Interpreter
 from tests.trees import TEST_TAGS
 
@@ -198,6 +200,49 @@ def test_whatever_comes_keeps_the_budgets(
     """A sampler without masks: the table says what becomes of it."""
     world = play(seed, World(Interpreter(max_depth, max_width, grammar, cost), budget), masked=False)
     check_budgets(world)
+
+
+class Doubled(World):
+    """Looks beside every token at what the short ways of the interpreter would have done."""
+
+    def take(self, branch: int, kind: Kind | None) -> None:
+        if kind is None or kind >= FIRST_TAG:
+            return super().take(branch, kind)
+        short, before = deepcopy(self.interp), deepcopy(self.interp)
+        state, goes_on = self.interp.state(branch), isinstance(self.interp.items(branch)[-1], int)
+        took = short.text(branch)
+        actions = before.feed(branch, kind)
+        if took:
+            assert state in TAKES_TEXT and not actions and self.everything(short) == self.everything(before)
+            assert before.hit(branch) is None
+        else:
+            assert state not in TAKES_TEXT or not goes_on or before.hit(branch) is not None
+            assert self.everything(short) == self.everything(self.interp)
+        super().take(branch, kind)
+
+    @staticmethod
+    def everything(interp: Interpreter) -> list[object]:
+        return [interp._branches, interp.total_tokens, interp.critical_path, interp.reserved]
+
+    def running(self) -> list[int]:
+        """What may come is the same where nothing is remembered, and where each opening is looked at by itself."""
+        found = super().running()
+        allowed, fresh = self.interp.allowed(found), deepcopy(self.interp)
+        for b in fresh._branches:
+            b.choices = None
+        assert fresh.allowed(found) == allowed
+        for b in fresh._branches:
+            b.choices = b.choices and replace(b.choices, most_tokens=UNLIMITED)
+        assert fresh.allowed(found) == allowed
+        return found
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 10**9), BUDGETS, PRICES, st.integers(0, 3), st.integers(1, 4), st.booleans())
+def test_short_ways_lead_to_the_same(
+    seed: int, budget: Budget, cost: Prices, max_depth: int, max_width: int, masked: bool
+) -> None:
+    play(seed, Doubled(Interpreter(max_depth, max_width, masked, cost), budget), masked)
 
 
 def test_random_runs_get_somewhere() -> None:

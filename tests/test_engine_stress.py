@@ -208,7 +208,8 @@ def test_a_fault_that_stays_is_found_with_its_request(
         if kind == "exception" and (ids == marked).any():
             raise RuntimeError("spoiled")
         if kind == "NaN":
-            kept = kwargs.get("logits_to_keep", torch.arange(len(ids))).tolist()
+            kept = kwargs.get("logits_to_keep", 0)
+            kept = range(len(ids)) if isinstance(kept, int) else kept.tolist()  # 0: of all tokens
             output.logits[:, [row for row, last in enumerate(kept) if ids[last] == marked]] = torch.nan
         return output
 

@@ -67,7 +67,7 @@ class World:
             self.cache.commit(self.cache.plan([(entry.handle, entry.count) for entry in entries]))
         for request, own in work:
             request.kv.sent()
-            self.scheduler.sent(request)
+            self.scheduler.sent([request])
             for entry in own:
                 if request.kv.has_all(entry.branch):
                     request.kv.extend(entry.branch, 0)

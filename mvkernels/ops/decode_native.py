@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +79,7 @@ class NativePlan(AdvancingPlan):
     cut: Cut
     _bound: dict[int, _Plan] = field(default_factory=dict, repr=False)
     _spaces: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    _advance: Callable[[], None] | None = field(default=None, repr=False)
 
     def bound(self, total_rows: int, page_size: int, dim: int) -> _Plan:
         """The kernel's `Plan`, with memory for the partial results: the same for all layers, and the steps to come."""
@@ -110,8 +111,10 @@ class NativePlan(AdvancingPlan):
         """
         if self.cut.invariant or not len(self.own):
             return None
-        self.counts[self.own + self.tokens // views.page_size] += 1  # each in a page of its own
-        self.tokens += 1
+        if self._advance is None:
+            addresses = (array.ctypes.data for array in (self.counts, self.own, self.tokens))
+            self._advance = functools.partial(_kernel()[0].advance, *addresses, len(self.own), views.page_size)
+        self._advance()
         return self
 
 
@@ -128,6 +131,8 @@ def _kernel() -> tuple[ctypes.CDLL, int]:
         pointers[0], long, long, long, *(pointers[0], long, long) * 2, *pointers[:2], ctypes.c_int32
     ]  # fmt: skip
     library.append.restype = None
+    library.advance.argtypes = [*pointers[:3], ctypes.c_int32, ctypes.c_int32]
+    library.advance.restype = None
     return library, int(library.max_lanes())
 
 

@@ -10,7 +10,6 @@ several new tokens it is causal. A branch that adds one token attends to the who
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,21 +126,21 @@ def join_runs(runs: Sequence[KeyRun], name: Literal["pages", "counts"]) -> Int32
 Share = Callable[[Sequence[int], Sequence[KeyRun]], bool]
 
 
-class AdvancingTables(ABC):
+class AdvancingTables:
     """Tables on a device that turn into those of the next step by work on the device alone."""
 
-    @abstractmethod
-    def advance(self, cursor: torch.Tensor) -> None: ...
+    def advance(self, cursor: torch.Tensor) -> None:
+        raise NotImplementedError
 
 
-class AdvancingPlan(ABC):
+class AdvancingPlan:
     """What the host derived from a step, and can turn into that of the next with less work than making it anew.
 
     advanced: the plan of the next step, which may be the same object: the step that it was of is closed then.
     """
 
-    @abstractmethod
-    def advanced(self, views: StepViews) -> AdvancingPlan | None: ...
+    def advanced(self, views: StepViews) -> AdvancingPlan | None:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +180,8 @@ class StepViews:
         """Device tables that count tokens count one more for each entry; cursor [1] int64: how many steps on."""
         for value in self._cache.values():
             if isinstance(value, AdvancingTables):
-                value.advance(cursor)
+                with torch.inference_mode():  # whatever mode they were made in
+                    value.advance(cursor)
 
     def advanced(self) -> StepViews:
         """The views of the next step. Tables that have advanced on the device stay, plans of the host advance."""
