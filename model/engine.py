@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from mvkernels.errors import OutOfPages
@@ -134,7 +135,7 @@ class Engine:
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self._core: Core | None = None
         self._training = False
-        self._weights: tuple[tuple[int, int], ...] = ()  # with which the prefixes were computed
+        self._weights: list[tuple[Any, int, int]] = []  # with which the prefixes were computed
         try:
             self.tags: TagTokens | None = TagTokens.from_tokenizer(tokenizer)
         except ValueError as error:
@@ -292,7 +293,11 @@ class Engine:
     def _wake(self) -> None:
         self._training = self.model.training
         self.model.train(False)
-        weights = tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters())
+        # Not only where they lie: others may come to lie there when these have gone.
+        weights = [
+            (StorageWeakRef(p.untyped_storage()), p.data_ptr(), -1 if p.is_inference() else p._version)  # type: ignore[no-untyped-call]
+            for p in self.model.parameters()
+        ]
         if self._weights != weights and self._core is not None and self._core.prefixes is not None:
             self._core.prefixes.clear()
         self._weights = weights

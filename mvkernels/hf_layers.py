@@ -6,8 +6,9 @@ tensors to the kernels of this library: norm, projections, rotation and append, 
 residual; norm, projections, gate, projection onto the residual.
 
 It does so in steps over the paged cache (`paged_kv=`, see `patch_model`) without gradients: on a CPU in fp32 with up to
-512 rows (64 without AVX-512), in one call; on a GPU in Triton, in some fifteen launches. Otherwise, under autocast or
-torch.compile, and where a part of the layer was hooked or replaced, the layer is what it was.
+512 rows (64 without AVX-512), in one call, or all layers of a model in one (`hf_stack`); on a GPU in Triton, in some
+fifteen launches. Otherwise, under autocast or torch.compile, and where a part of the layer was hooked or replaced, the
+layer is what it was.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules import module as module_hooks
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
@@ -32,6 +32,7 @@ from mvkernels.decode import MAX_HEAD_DIM, TRITON_DTYPES, native_reason, tree_de
 from mvkernels.hf import is_patched, patched_backend
 from mvkernels.hf_linear import pack_of
 from mvkernels.hf_norm import is_rms_norm, same_code
+from mvkernels.hf_stack import FusedStack, Parts, stack_layers
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Step
 from mvkernels.ops.backends import triton_reason
@@ -54,19 +55,25 @@ def fuse_layers(model: Model) -> Model:
     nor a GPU that Triton knows, it changes nothing.
     """
     unfuse_layers(model)
-    frame = _Frame()
+    frame = Frame()
+    compiled = []
     for module in model.modules():
         if _is_llama_layer(module):
-            fused = _Fused(module, frame)
-            if fused.has_kernels() or fused.has_triton(model):
+            fused = FusedLayer(module, frame)
+            has_kernels = fused.has_kernels()
+            if has_kernels or fused.has_triton(model):
                 module.forward = fused
+            if has_kernels:
+                compiled.append(fused)
+    if compiled:
+        stack_layers(model, compiled)
     return model
 
 
 def unfuse_layers(model: Model) -> Model:
     """Restore the layers that `fuse_layers` changed; returns the model."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), _Fused):
+        if isinstance(module.__dict__.get("forward"), FusedLayer | FusedStack):
             del module.__dict__["forward"]
     return model
 
@@ -95,7 +102,7 @@ def _same(module: Any, kind: type[nn.Module]) -> bool:
     return module is not None and same_code(inspect.unwrap(type(module).forward), inspect.unwrap(kind.forward))
 
 
-class _Frame(threading.local):
+class Frame(threading.local):
     """What the layers of a model have found out in this forward, so that each need not look at it again: that their
     kernels fit this step, these tables of rotations and this kind of x. Every thread has its own.
     """
@@ -106,8 +113,8 @@ class _Frame(threading.local):
         self._known: tuple[weakref.ref[Any], ...] = ()
         self.native: DecoderStep | None = None
 
-    def __reduce__(self) -> tuple[type[_Frame], tuple[()]]:
-        return _Frame, ()  # a copy finds out for itself
+    def __reduce__(self) -> tuple[type[Frame], tuple[()]]:
+        return Frame, ()  # a copy finds out for itself
 
     def knows(self, kind: tuple[Any, ...], *found: Any) -> bool:
         """Whether `remember` was last told of just these objects, which still exist, and of this kind."""
@@ -117,10 +124,10 @@ class _Frame(threading.local):
         self._kind, self._known, self.native = kind, tuple(map(weakref.ref, found)), None
 
 
-class _Fused:
+class FusedLayer:
     """A decoder layer's forward. frame: shared by the layers of a model."""
 
-    def __init__(self, layer: Any, frame: _Frame) -> None:
+    def __init__(self, layer: Any, frame: Frame) -> None:
         self.layer, self.frame = layer, frame
         self.native: DecoderLayer | None = None
         self.made_of: list[Any] = []
@@ -140,15 +147,7 @@ class _Fused:
         config = attention.config
         self.window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
         self.dropout = attention.attention_dropout
-        # Where each part hangs, and its own forward where it has one; and what was there.
-        parts = [
-            (parent._modules, name, part)
-            for parent in (layer, attention, mlp)
-            for name, part in parent.named_children()
-        ]
-        self.places = [(where, name) for where, name, _ in parts] + [(part.__dict__, "forward") for _, _, part in parts]
-        self.found = [where.get(name) for where, name in self.places]
-        self.hooks = [hooks for _, _, part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self.parts = Parts([layer, attention, mlp])
 
     def has_kernels(self) -> bool:
         """Whether the kernels for the CPU know such sizes, and multiply such layers."""
@@ -177,7 +176,7 @@ class _Fused:
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("paged_kv") is not None and not args and self._fits(hidden_states, kwargs):
             if hidden_states.is_cpu and kwargs.get("branch_backend") in ("auto", "native"):
-                native = self._native() if hidden_states.dtype is torch.float32 else None
+                native = self.native_layer() if hidden_states.dtype is torch.float32 else None
                 if native is not None and hidden_states.shape[1] <= native.most_rows:
                     return self._run(hidden_states, native, **kwargs)
             elif kwargs.get("branch_backend") in ("auto", "triton") and triton_reason(hidden_states.device) is None:
@@ -185,7 +184,7 @@ class _Fused:
         plain: torch.Tensor = type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
         return plain
 
-    def _native(self) -> DecoderLayer | None:
+    def native_layer(self) -> DecoderLayer | None:
         """The layer for the CPU's kernels, with the weights as they are now; None where these do not multiply it."""
         linear = self.linear()
         if linear is None:
@@ -197,7 +196,9 @@ class _Fused:
             sizes = Heads(self.heads, self.kv_heads, self.head_dim, self.scaling)
             whole = all(len(weight) == linear[0].inner for weight, _ in norms[:2])
             whole = whole and all(len(weight) == self.head_dim for weight, _ in norms[2:])
-            suits = whole and sizes.suit(linear)
+            plain = all(w.is_cpu and w.dtype is torch.float32 and w.is_contiguous() for w, _ in norms)
+            one_epsilon = len({eps for _, eps in norms[2:]}) < 2  # of queries and keys
+            suits = whole and plain and one_epsilon and sizes.suit(linear)
             self.native = DecoderLayer(linear, norms[:2], sizes, of_heads) if suits else None
             self.made_of = made_of
         return self.native
@@ -229,7 +230,7 @@ class _Fused:
         fits = (
             x.dtype in TRITON_DTYPES
             and x.shape[0] == 1
-            and self._rotates(tables, x)
+            and self.rotates(tables, x)
             and step.total_rows <= x.shape[1]
             and step.entries[0][0].cache is cache
             and cache.dtype is x.dtype
@@ -239,7 +240,7 @@ class _Fused:
             self.frame.remember(kind, cache, step, *tables)
         return fits
 
-    def _rotates(self, tables: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> bool:
+    def rotates(self, tables: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> bool:
         """Whether these are the cosines and sines of all numbers of a head."""
         shape = (1, x.shape[1], self.head_dim)
         return all(
@@ -249,9 +250,7 @@ class _Fused:
 
     def _untouched(self, x: torch.Tensor) -> bool:
         """Whether the parts are those that were fused, without hooks, which would want to be called."""
-        if any(self.hooks) or module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
-            return False
-        if [where.get(name) for where, name in self.places] != self.found:
+        if not self.parts.untouched():
             return False
         dtype, device = x.dtype, x.device
         weights = [norm._parameters["weight"] for norm in (*self.norms, *self.head_norms)]

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -131,6 +131,21 @@ def _takes(dtype: torch.dtype) -> bool:
     return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+class _Made(NamedTuple):
+    """What is made of the weights of some layers: a kernel's product, or what oneDNN multiplies.
+
+    bounds: each layer's part of the result. seen: the weights as they were; aliases: of them, so that no other tensor
+    comes to lie where they do.
+    """
+
+    compiled: Product | None
+    packed: torch.Tensor | None
+    bias: torch.Tensor | None
+    bounds: list[tuple[int, int]]
+    seen: list[tuple[int, int] | None]
+    aliases: list[torch.Tensor]
+
+
 class _Pack:
     """Linear layers with the same input as one product. Called with a layer's place among them, it gives its part.
 
@@ -139,15 +154,8 @@ class _Pack:
 
     def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype | None, narrow: bool) -> None:
         self.layers, self.dtype, self.narrow = list(layers), dtype, narrow
-        self.forget()
-
-    def forget(self) -> None:
-        """What was made from the weights."""
-        self._compiled: Product | None = None
-        self._packed: torch.Tensor | None = None
-        self._bias: torch.Tensor | None = None
-        self._seen: list[tuple[int, int] | None] = []
-        self._bounds: list[tuple[int, int]] = []
+        # In one piece each, as several threads may call the layers.
+        self._made: _Made | None = None
         self._latest: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,12 +163,11 @@ class _Pack:
         return {"layers": self.layers, "dtype": self.dtype, "narrow": self.narrow}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers, self.dtype, self.narrow = state["layers"], state["dtype"], state["narrow"]
-        self.forget()
+        _Pack.__init__(self, **state)
 
     def __call__(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        latest = self._latest
-        if place and latest is not None and latest[0] is x:
+        made, latest = self._made, self._latest
+        if place and made is not None and latest is not None and latest[0] is x:
             out = latest[1]
         else:
             layer = self.layers[place]
@@ -174,67 +181,68 @@ class _Pack:
                 or torch.is_autocast_enabled("cpu")
             ):
                 return nn.functional.linear(x, layer.weight, layer.bias)
-            self._follow()
-            if self._compiled is not None and x.numel() > self._compiled.most_rows * x.shape[-1]:
+            made = self.made()
+            if made.compiled is not None and x.numel() > made.compiled.most_rows * x.shape[-1]:
                 return nn.functional.linear(x, layer.weight, layer.bias)
-            out = self._product(x)
+            out = self._product(made, x)
         if len(self.layers) == 1:
             return out
         self._latest = None if place == len(self.layers) - 1 else (x, out)
-        first, last = self._bounds[place]
+        first, last = made.bounds[place]
         return out[..., first:last]
 
-    def _follow(self) -> None:
-        """What is derived from the weights is made, and made again when they have changed."""
+    def made(self) -> _Made:
+        """Of the weights as they are now."""
         seen = [_state(weight) for layer in self.layers for weight in layer._parameters.values()]
-        if seen != self._seen:
-            self._make()
-            self._seen = seen
+        made = self._made
+        if made is None or made.seen != seen:
+            made = self._made = self._make(seen)
+        return made
 
     def compiled(self) -> Product | None:
         """The compiled kernel on the weights as they are now; None where they are multiplied in another way."""
-        self._follow()
-        return self._compiled
+        return self.made().compiled
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
+    def _product(self, made: _Made, x: torch.Tensor) -> torch.Tensor:
         """All layers' results side by side, [.., sum of their sizes], in x's dtype."""
-        if self._compiled is not None:
-            return self._compiled(x)
+        if made.compiled is not None:
+            return made.compiled(x)
         rows, dtype = x.shape[-2] if x.dim() > 1 else 1, x.dtype
         few = rows < MIN_ROWS and x.dim() > 1 and x.numel() == rows * x.shape[-1]
         if few:
             x = nn.functional.pad(x, (0, 0, 0, MIN_ROWS - rows))
         if self.dtype is not None:
             x = x.to(self.dtype)
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, made.packed, made.bias, "none", [], "")
         out = out.to(dtype)
         return out[..., :rows, :] if few else out
 
-    def _make(self) -> None:
-        """What is derived from the weights."""
-        self._compiled = self._packed = self._bias = None
+    def _make(self, seen: list[tuple[int, int] | None]) -> _Made:
         tensors = [tensor for layer in self.layers for tensor in layer._parameters.values() if tensor is not None]
-        if self.dtype is None and all(map(_lies_well, tensors)) and linear_reason() is None:
-            weights, biases = [one.weight for one in self.layers], [one.bias for one in self.layers]
-            with torch.no_grad():
-                self._compiled = _compile(weights, biases, self.narrow)
-        else:
-            self._pack()
         ends = torch.tensor([len(layer.weight) for layer in self.layers]).cumsum(0).tolist()
-        self._bounds = list(zip([0, *ends], ends, strict=False))
-
-    def _pack(self) -> None:
-        dtype = self.dtype or self.layers[0].weight.dtype
+        compiled = packed = bias = None
         with torch.no_grad():
-            weights = [layer.weight.detach() for layer in self.layers]
-            whole = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).contiguous()
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(whole, None)
-            if any(layer.bias is not None for layer in self.layers):
-                parts = [
-                    layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
-                    for layer in self.layers
-                ]
-                self._bias = torch.cat(parts).to(dtype)
+            if self.dtype is None and all(map(_lies_well, tensors)) and linear_reason() is None:
+                weights, biases = [one.weight for one in self.layers], [one.bias for one in self.layers]
+                compiled = _compile(weights, biases, self.narrow)
+            else:
+                packed, bias = self._pack()
+            aliases = [tensor.detach() for tensor in tensors]
+        return _Made(compiled, packed, bias, list(zip([0, *ends], ends, strict=False)), seen, aliases)
+
+    def _pack(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights in oneDNN's order, and biases side by side."""
+        dtype = self.dtype or self.layers[0].weight.dtype
+        weights = [layer.weight.detach() for layer in self.layers]
+        whole = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).contiguous()
+        packed = torch.ops.mkldnn._reorder_linear_weight(whole, None)
+        if all(layer.bias is None for layer in self.layers):
+            return packed, None
+        biases = [
+            layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
+            for layer in self.layers
+        ]
+        return packed, torch.cat(biases).to(dtype)
 
 
 def _compile(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], narrow: bool) -> Product:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from mvkernels import PagedKVCache, hf_layers
+from mvkernels import PagedKVCache, hf_layers, hf_stack
 
 CONFIGS = {
     "llama": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
@@ -68,16 +68,31 @@ def steps(model: Any, **more: Any) -> list[torch.Tensor]:
 
 def fused(model: nn.Module) -> int:
     """How many layers are."""
-    return sum(isinstance(module.__dict__.get("forward"), hf_layers._Fused) for module in model.modules())
+    return sum(isinstance(module.__dict__.get("forward"), hf_layers.FusedLayer) for module in model.modules())
+
+
+def stacked(model: nn.Module) -> int:
+    """How many base models run all their layers in one call."""
+    return sum(isinstance(module.__dict__.get("forward"), hf_stack.FusedStack) for module in model.modules())
 
 
 def count_runs(monkeypatch: pytest.MonkeyPatch, way: str) -> list[int]:
-    """A list that gets the number of rows of each layer that runs fused. way: the method that does it."""
+    """A list that gets the number of rows of each layer that runs fused, be it with all others. way: the method that
+    runs one by itself.
+    """
     seen: list[int] = []
-    run = getattr(hf_layers._Fused, way)
-    monkeypatch.setattr(
-        hf_layers._Fused, way, lambda self, x, *a, **k: seen.append(x.shape[1]) or run(self, x, *a, **k)
-    )
+    run, run_all = getattr(hf_layers.FusedLayer, way), hf_stack.FusedStack.run
+
+    def counted(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(x.shape[1])
+        return run(self, x, *args, **kwargs)
+
+    def counted_all(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.extend([x.shape[1]] * len(self.layers))
+        return run_all(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(hf_layers.FusedLayer, way, counted)
+    monkeypatch.setattr(hf_stack.FusedStack, "run", counted_all)
     return seen
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mvkernels import PagedKVCache, hf_layers
+from mvkernels import PagedKVCache, hf_stack
 from mvkernels.hf_layers import unfuse_layers
 from mvkernels.model import Engine, Generation
 from mvkernels.model.evaluation.stress import Summary, any_tokens, main, same_text, serve
@@ -120,22 +120,22 @@ class Fault:
         return self.function(*args, **kwargs)
 
 
-CALLS = ["new", "fork", "merge", "plan", "append", "_run", "commit", "rollback", "free", "evict"]
+CALLS = ["new", "fork", "merge", "plan", "append", "run", "commit", "rollback", "free", "evict"]
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_fault_at_any_call_of_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """It comes once: requests that share the step get on in its second run; one that is alone with it ends.
 
-    Fused layers append within `_run`, others by `append`.
+    Fused layers append within `run`, others by `append`.
     """
     expected = run_all(engine)
     small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=80)
     owner: object = PagedKVCache
     if name == "append":
         unfuse_layers(small.model)
-    elif name == "_run":
-        owner = hf_layers._Fused
+    elif name == "run":
+        owner = hf_stack.FusedStack
         if layer_reason() is not None:
             pytest.skip(str(layer_reason()))
     run_all(small)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -78,7 +80,12 @@ def test_layers_with_the_same_input_are_one_product(monkeypatch: pytest.MonkeyPa
     assert sorted(len(pack.layers) for pack in packs(model)) == [1, 1, 1, 1, 1, 2, 2, 3, 3]
     calls: list[int] = []
     product = hf_linear._Pack._product
-    monkeypatch.setattr(hf_linear._Pack, "_product", lambda self, x: calls.append(len(self.layers)) or product(self, x))
+
+    def counted(self: Any, *args: Any) -> torch.Tensor:
+        calls.append(len(self.layers))
+        return product(self, *args)
+
+    monkeypatch.setattr(hf_linear._Pack, "_product", counted)
     logits(model)
     assert sorted(calls) == [1, 1, 1, 1, 1, 2, 2, 3, 3]
     assert all(pack._latest is None for pack in packs(model))  # nothing of the step is kept
@@ -108,6 +115,35 @@ def test_weights_that_change_are_packed_again() -> None:
     other = tiny_model(seed=1)
     model.load_state_dict(other.state_dict(), assign=True)
     assert close(logits(model), logits(other))
+
+
+def test_weights_that_lie_where_others_have_lain(way: str) -> None:
+    """They are large enough for memory of their own, which goes back to the system and comes again."""
+    sizes = (2**17 + 16, 64)
+    layer = pack_linear(as_bf16(nn.Linear(*sizes[::-1], bias=False)).requires_grad_(False))
+    x = torch.rand(3, 64)
+    with torch.no_grad():
+        for value in (1.0, 3.0):
+            layer(x)
+            for _ in range(2):  # the first is given up with the second
+                layer.weight.data = torch.full(sizes, value)
+            assert close(layer(x), (value * x.sum(1, keepdim=True)).expand(-1, sizes[0]))
+
+
+def test_threads_that_call_a_layer_for_the_first_time(way: str) -> None:
+    x = torch.randn(3, 64)
+    barrier = threading.Barrier(4, timeout=60)
+
+    def run(layer: nn.Module) -> torch.Tensor:
+        barrier.wait()
+        with torch.inference_mode():
+            return layer(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            layer = pack_linear(as_bf16(nn.Linear(64, 96)))
+            expected = nn.functional.linear(x, layer.weight, layer.bias)
+            assert all(close(found, expected) for found in pool.map(run, [layer] * 4))
 
 
 def test_training_is_what_it_was() -> None:
@@ -173,7 +209,7 @@ def test_bf16_weights_are_an_opt_in() -> None:
     model = tiny_model()
     expected = logits(model)
     found = logits(pack_linear(model, torch.bfloat16))
-    assert all(pack._compiled is None for pack in packs(model))
+    assert all(pack.compiled() is None for pack in packs(model))
     assert found.dtype == torch.float32 and close(found, expected, 0.1) and not close(found, expected, 1e-4)
     assert close(logits(pack_linear(model)), expected)
 
@@ -182,7 +218,7 @@ def test_which_way_is_taken(way: str) -> None:
     model = pack_linear(tiny_model())
     logits(model)
     for pack in packs(model):
-        assert (pack._compiled is not None, pack._packed is not None) == (way != "packed", way == "packed")
+        assert (pack.made().compiled is not None, pack.made().packed is not None) == (way != "packed", way == "packed")
 
 
 def test_layers_that_are_not_contiguous_are_packed() -> None:
@@ -192,7 +228,7 @@ def test_layers_that_are_not_contiguous_are_packed() -> None:
     with torch.no_grad():
         expected = layer(x)
         assert close(pack_linear(layer)(x), expected)
-    assert next(iter(packs(layer)))._compiled is None
+    assert next(iter(packs(layer))).compiled() is None
 
 
 @pytest.mark.parametrize("inner", [1, 15, 16, 100, 257])
@@ -259,7 +295,7 @@ def test_narrow_weights_follow_theirs(way: str) -> None:
     expected = logits(model, IDS[:, :4])
     pack_linear(model)
     assert close(logits(model, IDS[:, :4]), expected)
-    made = [pack._compiled for pack in packs(model)]
+    made = [pack.compiled() for pack in packs(model)]
     assert {type(one) for one in made} == {{"tiles": TileLayers, "compiled": LinearLayers}.get(way, type(None))}
     assert all(part is not None for one in made for part in getattr(one, "narrow", ()))
     with torch.no_grad():
@@ -268,7 +304,7 @@ def test_narrow_weights_follow_theirs(way: str) -> None:
     changed = logits(model, IDS[:, :4])
     assert not close(changed, expected, 1e-3) and close(changed, logits(unpack_linear(model), IDS[:, :4]))
     logits(pack_linear(model, narrow=False), IDS[:, :4])
-    assert all(part is None for pack in packs(model) if pack._compiled for part in pack._compiled.narrow)
+    assert all(part is None for pack in packs(model) if pack.compiled() for part in pack.compiled().narrow)
 
 
 def test_narrow_weights_where_there_is_room(way: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -332,6 +332,18 @@ def test_weights_that_change_make_prefixes_void() -> None:
     assert_same(out, other.generate([prompt], PLAIN)[0])
 
 
+def test_weights_that_lie_where_others_have_lain() -> None:
+    """As in `test_hf_linear`: the second of two replacements comes to lie where the first weights did."""
+    engine = make()
+    engine.model.extra = torch.nn.Parameter(torch.zeros(2**17 + 16, 64), requires_grad=False)
+    prompt = tokens(23)
+    for _ in range(3):
+        engine.generate([prompt], PLAIN)
+        assert engine.prefix_hits == 0
+        for _ in range(2):
+            engine.model.extra.data = torch.zeros(2**17 + 16, 64)
+
+
 def test_prefixes_are_cleared_on_request() -> None:
     engine = make()
     prompt = tokens(23)

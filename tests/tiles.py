@@ -46,4 +46,4 @@ def as_bf16(model: Any) -> Any:
 def takes_tiles(model: nn.Module) -> bool:
     """Whether all linear layers of a model that were called run on matrix units."""
     packs = {module.forward.func for module in model.modules() if isinstance(module, nn.Linear)}
-    return all(isinstance(pack._compiled, linear_tiles.TileLayers) for pack in packs)
+    return all(isinstance(pack.compiled(), linear_tiles.TileLayers) for pack in packs)

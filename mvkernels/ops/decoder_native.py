@@ -94,6 +94,8 @@ class DecoderLayer:
             self.hidden, heads.heads, heads.kv_heads, heads.dim, self.inner,
         )  # fmt: skip
         self._function = layer_native.kernels().decoder_layer
+        #: Layers of which it is the same can share a `DecoderStep`.
+        self.shape = heads, *((type(one), one.inner, one.outer) for one in self.products)
         self._sizes: tuple[int, tuple[int, ...]] = (-1, ())
 
     def sizes(self, rows: int) -> tuple[int, ...]:
@@ -118,6 +120,29 @@ class DecoderLayer:
             out.data_ptr(),
         )  # fmt: skip
         return out
+
+
+def structs(layers: Sequence[DecoderLayer]) -> ctypes.Array[ctypes.c_void_p]:
+    """Where the layers are, for `run_layers`; they must outlive it."""
+    return (_POINTER * len(layers))(*(ctypes.addressof(layer.struct) for layer in layers))
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """Where some tensors are."""
+    return (_POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def run_layers(
+    layers: ctypes.Array[ctypes.c_void_p],
+    step: DecoderStep,
+    x: torch.Tensor,
+    k_caches: ctypes.Array[ctypes.c_void_p],
+    v_caches: ctypes.Array[ctypes.c_void_p],
+) -> None:
+    """x [rows, hidden] fp32 becomes what the last of the layers gives, all of one `shape`; new keys and values go into
+    the layers' caches. All contiguous, no gradients.
+    """
+    layer_native.kernels().decoder_layers(layers, len(layers), step.reference, x.data_ptr(), k_caches, v_caches)
 
 
 class Workspace:

@@ -5,7 +5,8 @@
 //                     of a head as in transformers); k and v into pages
 //     gate            y = silu(g) u = g u / (1 + e^-g)
 //     likeliest       the first of the largest numbers of a row, of logits; where it has NaN, the first NaN
-//     decoder_layer   a whole layer: these, and the kernels for products and attention that it is handed
+//     decoder_layer   a whole layer: these, and the kernels for products and attention that it is handed;
+//                     decoder_layers: one after the other
 //
 // A number depends on its own row alone and on its place there, so that a row has the same bits whoever is beside it,
 // with any number of threads.
@@ -213,5 +214,11 @@ void decoder_layer(const DecoderLayer* layer, const DecoderStep* step, const flo
     multiply(layer->gates, step->normed, step->opened, nullptr);
     gate(step->opened, rows, layer->inner, step->gated, threads(2 * rows * layer->inner));
     multiply(layer->down, step->gated, y, step->mixed);
+}
+
+// One layer after the other, in place: a layer does not look at x any more when it writes y.
+void decoder_layers(const DecoderLayer* const* layers, int64_t count, const DecoderStep* step, float* x,
+                    float* const* k_caches, float* const* v_caches) {
+    for (int64_t i = 0; i < count; ++i) decoder_layer(layers[i], step, x, k_caches[i], v_caches[i], x);
 }
 }

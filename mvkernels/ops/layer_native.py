@@ -105,6 +105,8 @@ def kernels() -> ctypes.CDLL:
     library.gate.argtypes = [pointer, long, long, pointer, short]
     library.likeliest.argtypes = [pointer, *[long] * 3, pointer, pointer, short]
     library.decoder_layer.argtypes = [pointer] * 6
-    for kernel in (library.rms_norm, library.rotate_append, library.gate, library.likeliest, library.decoder_layer):
+    library.decoder_layers.argtypes = [pointer, ctypes.c_int64, *[pointer] * 4]
+    layers = library.decoder_layer, library.decoder_layers
+    for kernel in (library.rms_norm, library.rotate_append, library.gate, library.likeliest, *layers):
         kernel.restype = None
     return library
