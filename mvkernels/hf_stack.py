@@ -1,8 +1,8 @@
 """All decoder layers of a transformers model in one call, for decoding on a CPU.
 
 Between two fused layers (`hf_layers`) transformers' loop, PyTorch's modules and the look at whether everything is still
-as it was take a tenth of a millisecond, in which no weight is read: a quarter of a step of a small model. So the
-forward of the base model looks once for all layers, and hands them to `decoder_layers` of `layer_native.cpp`.
+as it was take time in which no weight is read, and a step of a small model lasts hardly longer than that reading. So
+the forward of the base model looks once for all layers, and hands them to `decoder_layers` of `layer_native.cpp`.
 
 It does so under the conditions under which each layer would run by itself, where nobody listens between the layers.
 Otherwise the base model's forward is what it was.

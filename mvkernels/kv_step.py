@@ -61,9 +61,10 @@ class StepState:
 
 
 class HostTensors:
-    """The tensors of a step on a CPU, and the bytes of those to come. Behind a forward the code of torch and of numpy
-    is in none of the processor's caches any more: an addition there takes as long as the bookkeeping of ten branches.
-    So the positions are written down beforehand, as the slots are, and copied by Python itself.
+    """The tensors of a step on a CPU, and the bytes of those to come. Behind a forward, which has read all weights, the
+    code of torch and of numpy is in none of the processor's caches any more, and an addition there takes as long as the
+    bookkeeping of several branches. So the positions are written down beforehand, as the slots are, and copied by Python
+    itself.
     """
 
     def __init__(self, positions: torch.Tensor, slots: torch.Tensor, cursor: torch.Tensor, ahead: torch.Tensor) -> None:
