@@ -320,7 +320,8 @@ class Core:
 
     def _sample(self, asked: list[Asked], logits: StepLogits) -> None:
         """Next tokens for the branches that were asked for; each caller's sampler sees its own rows only."""
-        calls, groups = self._calls, dict[Call | None, list[Asked]]()
+        calls = self._calls
+        groups: dict[Call | None, list[Asked]] = {}
         for part in asked:
             if not part.numbers:
                 continue

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from mvkernels.errors import OutOfPages
@@ -21,6 +20,7 @@ from mvkernels.hf_graph import DecodeGraph
 from mvkernels.hf_layers import fuse_layers
 from mvkernels.hf_linear import narrow_bytes, narrow_rows, pack_linear, packs_without_memory
 from mvkernels.hf_norm import fuse_norms
+from mvkernels.hf_parts import Snapshot
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.layout import SEMANTICS
 from mvkernels.model.config import GenerationConfig
@@ -135,7 +135,7 @@ class Engine:
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self._core: Core | None = None
         self._training = False
-        self._weights: list[tuple[Any, int, int]] = []  # with which the prefixes were computed
+        self._weights: Snapshot | None = None  # with which the prefixes were computed
         try:
             self.tags: TagTokens | None = TagTokens.from_tokenizer(tokenizer)
         except ValueError as error:
@@ -293,14 +293,12 @@ class Engine:
     def _wake(self) -> None:
         self._training = self.model.training
         self.model.train(False)
-        # Not only where they lie: others may come to lie there when these have gone.
-        weights = [
-            (StorageWeakRef(p.untyped_storage()), p.data_ptr(), -1 if p.is_inference() else p._version)  # type: ignore[no-untyped-call]
-            for p in self.model.parameters()
-        ]
-        if self._weights != weights and self._core is not None and self._core.prefixes is not None:
-            self._core.prefixes.clear()
-        self._weights = weights
+        weights = list(self.model.parameters())
+        known, core = self._weights, self._core
+        if known is None or not known.holds(weights):
+            self._weights = Snapshot(weights)
+            if core is not None and core.prefixes is not None:
+                core.prefixes.clear()
 
     def _rest(self) -> None:
         self.model.train(self._training)

@@ -104,7 +104,7 @@ class RequestKV:
         for number in children:
             self._lines[number] = child = Line(number, line, block)
             block.children.append(child)
-        if line.through:
+        if line.through and line not in self._due:
             self._due.append(line)
         line.blocks.append(block)
 
@@ -166,7 +166,7 @@ class RequestKV:
         queue = self._queue = deque(ready)
         out: list[Entry] = []
         left, taken = tokens, 0
-        while queue and left and (branches is None or len(out) < branches):
+        while queue and left > 0 and (branches is None or len(out) < branches):
             line = queue.popleft()
             if may is not None and not may(line.number):
                 continue
@@ -212,7 +212,7 @@ class RequestKV:
         """The step was not committed: its tokens are to be handed out again. Without a step it changes nothing."""
         if self._step is None:
             return
-        for line, given, filled in self._step:  # each once, and what it passed in this step it passed before
+        for line, given, filled in reversed(self._step):  # what one passed in this step it passed before its tokens
             line.given, line.filled = given, filled
         for item, name, value in reversed(self._undo):
             setattr(item, name, value)

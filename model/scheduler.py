@@ -148,7 +148,8 @@ class Scheduler(Generic[R]):
         """
         self._admit()
         step: _Step[R] = _Step(self.max_step_tokens, self._free_pages())
-        decoding, behind = list(self._running), list[R]()
+        decoding = list(self._running)
+        behind: list[R] = []
         kept = 0  # for those who are behind, however many decode
         if self._behind:
             decoding = [request for request in self._running if request not in self._behind]

@@ -13,7 +13,6 @@ layer is what it was.
 
 from __future__ import annotations
 
-import inspect
 import operator
 import threading
 import weakref
@@ -32,7 +31,8 @@ from mvkernels.decode import MAX_HEAD_DIM, TRITON_DTYPES, native_reason, tree_de
 from mvkernels.hf import is_patched, patched_backend
 from mvkernels.hf_linear import pack_of
 from mvkernels.hf_norm import is_rms_norm, same_code
-from mvkernels.hf_stack import FusedStack, Parts, stack_layers
+from mvkernels.hf_parts import Parts
+from mvkernels.hf_stack import FusedStack, stack_layers
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Step
 from mvkernels.ops.backends import triton_reason
@@ -52,7 +52,8 @@ def fuse_layers(model: Model) -> Model:
 
     A layer takes part that computes what Llama's does, in the very same code, as those of Qwen2, Qwen3 and Mistral do,
     and, on a CPU, whose linear layers `pack_linear` lets be multiplied where they lie. Where neither a C++ compiler is
-    nor a GPU that Triton knows, it changes nothing.
+    nor a GPU that Triton knows, it changes nothing. On a CPU all layers of a model are one call where nobody listens
+    between them; transformers' hooks do, which a model keeps once it was asked for `output_hidden_states`.
     """
     unfuse_layers(model)
     frame = Frame()
@@ -99,7 +100,7 @@ def _head_norms(attention: Any) -> list[Any]:
 
 def _same(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a module computes what modules of a kind do."""
-    return module is not None and same_code(inspect.unwrap(type(module).forward), inspect.unwrap(kind.forward))
+    return module is not None and same_code(type(module).forward, kind.forward)
 
 
 class Frame(threading.local):
@@ -139,7 +140,7 @@ class FusedLayer:
         # Theirs as long as their forwards are, which `_untouched` looks at.
         self.packs = [pack_of(layers) for layers in (self.qkv, self.out, self.gates, self.down)]
         self.head_norms = _head_norms(attention)
-        self.head_dim, self.scaling, self.index = attention.head_dim, attention.scaling, attention.layer_idx
+        self.head_dim, self.index = attention.head_dim, attention.layer_idx
         self.heads, self.kv_heads = (
             linear.out_features // attention.head_dim for linear in (attention.q_proj, attention.k_proj)
         )
@@ -187,18 +188,19 @@ class FusedLayer:
     def native_layer(self) -> DecoderLayer | None:
         """The layer for the CPU's kernels, with the weights as they are now; None where these do not multiply it."""
         linear = self.linear()
-        if linear is None:
+        norms = [(norm._parameters.get("weight"), norm.variance_epsilon) for norm in (*self.norms, *self.head_norms)]
+        plain = all(w is not None and w.is_cpu and w.dtype is torch.float32 and w.is_contiguous() for w, _ in norms)
+        one_epsilon = len({eps for _, eps in norms[2:]}) < 2  # of queries and keys
+        if linear is None or not plain or not one_epsilon:
             return None
-        norms = [(norm._parameters["weight"], norm.variance_epsilon) for norm in (*self.norms, *self.head_norms)]
-        made_of = [*linear, *((weight.data_ptr(), eps) for weight, eps in norms)]
+        scale = self.layer.self_attn.scaling
+        made_of = [*linear, scale, *((weight.data_ptr(), len(weight), eps) for weight, eps in norms)]
         if made_of != self.made_of:
             of_heads = (norms[2][0], norms[3][0], norms[2][1]) if self.head_norms else None
-            sizes = Heads(self.heads, self.kv_heads, self.head_dim, self.scaling)
+            sizes = Heads(self.heads, self.kv_heads, self.head_dim, scale)
             whole = all(len(weight) == linear[0].inner for weight, _ in norms[:2])
             whole = whole and all(len(weight) == self.head_dim for weight, _ in norms[2:])
-            plain = all(w.is_cpu and w.dtype is torch.float32 and w.is_contiguous() for w, _ in norms)
-            one_epsilon = len({eps for _, eps in norms[2:]}) < 2  # of queries and keys
-            suits = whole and plain and one_epsilon and sizes.suit(linear)
+            suits = whole and sizes.suit(linear)
             self.native = DecoderLayer(linear, norms[:2], sizes, of_heads) if suits else None
             self.made_of = made_of
         return self.native
@@ -208,37 +210,51 @@ class FusedLayer:
         cache, step = kwargs["paged_kv"]
         return (
             x.is_contiguous()
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
-            and not torch.compiler.is_compiling()
+            and self.without_gradients(x.device.type)
             and step.state.closed is None
             and self._knows(x, cache, step, kwargs)
             and self.index < cache.num_layers
-            and cache.head_dim == self.head_dim
-            and cache.num_kv_heads == self.kv_heads
             and (self.window is None or step.longest_context <= self.window)
-            and not (self.dropout and self.layer.training)
+            and not self.drops_out()
             and self._untouched(x)
         )
 
     def _knows(self, x: torch.Tensor, cache: PagedKVCache, step: Step, kwargs: dict[str, Any]) -> bool:
         """Whether the step is one of the cache's, and both and the tables of rotations of the kind of x."""
         tables = kwargs["position_embeddings"]
-        kind = x.dtype, x.device, x.shape, self.head_dim, kwargs.get("batch_invariant", False)
+        kind = x.dtype, x.device, x.shape, self.head_dim, self.kv_heads, kwargs.get("batch_invariant", False)
         if self.frame.knows(kind, cache, step, *tables):
             return True
         fits = (
             x.dtype in TRITON_DTYPES
             and x.shape[0] == 1
             and self.rotates(tables, x)
-            and step.total_rows <= x.shape[1]
-            and step.entries[0][0].cache is cache
-            and cache.dtype is x.dtype
-            and cache.device == x.device
+            and self.suits_step(cache, step, x.shape[1], x.dtype, x.device)
         )
         if fits:
             self.frame.remember(kind, cache, step, *tables)
         return fits
+
+    def drops_out(self) -> bool:
+        """Whether attention would leave some of its weights out, which is refused."""
+        return bool(self.dropout and self.layer.self_attn.training)
+
+    @staticmethod
+    def without_gradients(device_type: str) -> bool:
+        """Whether nothing is recorded, traced or computed in another dtype."""
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return not recorded and not torch.is_autocast_enabled(device_type)
+
+    def suits_step(self, cache: PagedKVCache, step: Step, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether a step is one of the cache's, with no more rows, and the cache has such heads and such numbers."""
+        return (
+            step.total_rows <= rows
+            and step.entries[0][0].cache is cache
+            and cache.dtype is dtype
+            and cache.device == device
+            and cache.head_dim == self.head_dim
+            and cache.num_kv_heads == self.kv_heads
+        )
 
     def rotates(self, tables: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> bool:
         """Whether these are the cosines and sines of all numbers of a head."""
@@ -253,10 +269,14 @@ class FusedLayer:
         if not self.parts.untouched():
             return False
         dtype, device = x.dtype, x.device
-        weights = [norm._parameters["weight"] for norm in (*self.norms, *self.head_norms)]
+        weights = [norm._parameters.get("weight") for norm in (*self.norms, *self.head_norms)]
+        if any(weight is None for weight in weights):
+            return False
         if self.head_norms and self.head_norms[0].variance_epsilon != self.head_norms[1].variance_epsilon:
             return False
-        return all(weight.dtype is dtype and weight.device == device and weight.is_contiguous() for weight in weights)
+        return len(weights[0]) == x.shape[-1] and all(
+            weight.dtype is dtype and weight.device == device and weight.is_contiguous() for weight in weights
+        )
 
     def _run(
         self,
@@ -298,7 +318,8 @@ class FusedLayer:
         normed = layer_triton.rms_norm(x, before.weight, before.variance_epsilon)
         qkv = tuple(linear(normed) for linear in self.qkv)
         q = layer_triton.rotate_append(qkv, cos, sin, step.slots, k, v, self._norms_of_heads())
-        attended = tree_decode(q, k, v, step, self.scaling, branch_backend, batch_invariant=batch_invariant).flatten(1)
+        scale = self.layer.self_attn.scaling
+        attended = tree_decode(q, k, v, step, scale, branch_backend, batch_invariant=batch_invariant).flatten(1)
         if rows > step.total_rows:
             attended = nn.functional.pad(attended, (0, 0, 0, rows - step.total_rows))
         [out], [down] = self.out, self.down

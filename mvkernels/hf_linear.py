@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 import torch
 from torch import nn
 
+from mvkernels.hf_parts import Snapshot
 from mvkernels.ops.linear_native import LinearLayers, few_rows, is_bf16, linear_reason
 from mvkernels.ops.linear_tiles import MOST_ROWS, TileLayers, tiles_reason
 from mvkernels.ops.product import Product
@@ -118,7 +119,9 @@ def _install(layers: Sequence[nn.Linear], dtype: torch.dtype | None, narrow: boo
 
 
 def _fits(module: Any, dtype: torch.dtype | None) -> TypeGuard[nn.Linear]:
-    if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+    if type(module) is not nn.Linear or module._parameters.get("weight") is None or "bias" not in module._parameters:
+        return False
+    if module.weight.device.type != "cpu":
         return False
     return module.weight.dtype in DTYPES and _takes(dtype or module.weight.dtype)
 
@@ -134,16 +137,14 @@ def _takes(dtype: torch.dtype) -> bool:
 class _Made(NamedTuple):
     """What is made of the weights of some layers: a kernel's product, or what oneDNN multiplies.
 
-    bounds: each layer's part of the result. seen: the weights as they were; aliases: of them, so that no other tensor
-    comes to lie where they do.
+    bounds: each layer's part of the result. weights: as they were, and biases.
     """
 
     compiled: Product | None
     packed: torch.Tensor | None
     bias: torch.Tensor | None
     bounds: list[tuple[int, int]]
-    seen: list[tuple[int, int] | None]
-    aliases: list[torch.Tensor]
+    weights: Snapshot
 
 
 class _Pack:
@@ -179,6 +180,8 @@ class _Pack:
                 or x.dtype is not layer.weight.dtype
                 or x.dtype not in DTYPES
                 or torch.is_autocast_enabled("cpu")
+                or not self.regular()
+                or x.shape[-1] != layer.weight.shape[1]
             ):
                 return nn.functional.linear(x, layer.weight, layer.bias)
             made = self.made()
@@ -191,17 +194,24 @@ class _Pack:
         first, last = made.bounds[place]
         return out[..., first:last]
 
+    def regular(self) -> bool:
+        """Whether weights and biases are what they are, and not made anew whenever somebody asks for them."""
+        return all(
+            type(layer) is nn.Linear and layer._parameters.get("weight") is not None and "bias" in layer._parameters
+            for layer in self.layers
+        )
+
     def made(self) -> _Made:
         """Of the weights as they are now."""
-        seen = [_state(weight) for layer in self.layers for weight in layer._parameters.values()]
+        weights = [weight for layer in self.layers for weight in layer._parameters.values()]
         made = self._made
-        if made is None or made.seen != seen:
-            made = self._made = self._make(seen)
+        if made is None or not made.weights.holds(weights):
+            made = self._made = self._make(weights)
         return made
 
     def compiled(self) -> Product | None:
         """The compiled kernel on the weights as they are now; None where they are multiplied in another way."""
-        return self.made().compiled
+        return self.made().compiled if self.regular() else None
 
     def _product(self, made: _Made, x: torch.Tensor) -> torch.Tensor:
         """All layers' results side by side, [.., sum of their sizes], in x's dtype."""
@@ -217,18 +227,18 @@ class _Pack:
         out = out.to(dtype)
         return out[..., :rows, :] if few else out
 
-    def _make(self, seen: list[tuple[int, int] | None]) -> _Made:
-        tensors = [tensor for layer in self.layers for tensor in layer._parameters.values() if tensor is not None]
+    def _make(self, tensors: Sequence[torch.Tensor | None]) -> _Made:
+        seen = Snapshot(tensors)
         ends = torch.tensor([len(layer.weight) for layer in self.layers]).cumsum(0).tolist()
         compiled = packed = bias = None
         with torch.no_grad():
-            if self.dtype is None and all(map(_lies_well, tensors)) and linear_reason() is None:
+            lie_well = all(_lies_well(tensor) for tensor in tensors if tensor is not None)
+            if self.dtype is None and lie_well and linear_reason() is None:
                 weights, biases = [one.weight for one in self.layers], [one.bias for one in self.layers]
                 compiled = _compile(weights, biases, self.narrow)
             else:
                 packed, bias = self._pack()
-            aliases = [tensor.detach() for tensor in tensors]
-        return _Made(compiled, packed, bias, list(zip([0, *ends], ends, strict=False)), seen, aliases)
+        return _Made(compiled, packed, bias, list(zip([0, *ends], ends, strict=False)), seen)
 
     def _pack(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights in oneDNN's order, and biases side by side."""
@@ -249,10 +259,3 @@ def _compile(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | No
     if narrow and tiles_reason() is None and all(is_bf16(one) and bool(one.isfinite().all()) for one in weights):
         return TileLayers(weights, biases)
     return LinearLayers(weights, biases, narrow)
-
-
-def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-    """Where a tensor is, and how often it was written to; those of inference mode do not count that."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -19,6 +21,10 @@ from mvkernels.ops.backends import triton_reason
 from mvkernels.ops.layer_native import layer_reason, rms_norm
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_OWN = tuple(str(Path(package.__file__).parent) for package in (transformers, torch) if package.__file__)
+# What an attention falls back to where it is asked for nothing else.
+_NOT_CALLED = {"eager_attention_forward"}
 
 
 def fuse_norms(model: Model) -> Model:
@@ -50,11 +56,38 @@ def is_rms_norm(module: Any) -> bool:
 
 
 def same_code(function: Any, known: Any) -> bool:
-    """Whether two functions have the very same code; transformers writes each model's anew."""
-    codes = [getattr(inspect.unwrap(one), "__code__", None) for one in (function, known)]
-    return None not in codes and all(
-        getattr(codes[0], name) == getattr(codes[1], name) for name in ("co_code", "co_names", "co_consts")
+    """Whether two functions of transformers do the same: they have the very same code, and call functions that have.
+
+    transformers writes each model's anew. What another package has wrapped around them may do anything.
+    """
+    chains = [_unwrapped(one) for one in (function, known)]
+    if None in chains:
+        return False
+    first, second = (chain[-1] for chain in chains if chain is not None)
+    codes = first.__code__, second.__code__
+    if any(getattr(codes[0], name) != getattr(codes[1], name) for name in ("co_code", "co_names", "co_consts")):
+        return False
+    called = [name for name in codes[0].co_names if name not in _NOT_CALLED]
+    pairs = [(first.__globals__.get(name), second.__globals__.get(name)) for name in called]
+    return all(
+        one is other or same_code(one, other)
+        for one, other in pairs
+        if inspect.isfunction(one) or inspect.isfunction(other)
     )
+
+
+def is_own(function: Any) -> bool:
+    """Whether a function is transformers' own, whatever it does, or PyTorch's."""
+    return _unwrapped(function) is not None
+
+
+def _unwrapped(function: Any) -> list[Any] | None:
+    """A function and those that it wraps; None where some are not transformers' own, or PyTorch's."""
+    chain = [function]
+    while hasattr(chain[-1], "__wrapped__"):
+        chain.append(chain[-1].__wrapped__)
+    own = all(inspect.isfunction(one) and one.__code__.co_filename.startswith(_OWN) for one in chain)
+    return chain if own else None
 
 
 def _untouched(module: nn.Module) -> bool:
@@ -64,7 +97,8 @@ def _untouched(module: nn.Module) -> bool:
 
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight, eps = module.weight, module.variance_epsilon
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and hidden_states.dtype is weight.dtype:
+    alike = hidden_states.dtype is weight.dtype and hidden_states.shape[-1:] == weight.shape
+    if alike and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         if hidden_states.is_cpu and weight.is_cpu and weight.dtype is torch.float32 and layer_reason() is None:
             return rms_norm(hidden_states, weight, eps)
         if hidden_states.is_cuda and weight.device == hidden_states.device and triton_reason(weight.device) is None:

@@ -250,7 +250,9 @@ class PagedKVCache:
         )  # fmt: skip
         try:
             device = self.device if tensors else torch.device("cpu")
-            self._open = make_step(tuple(entries), planned, self.page_size, device, reserve, self.device_tables)
+            self._open = make_step(
+                tuple(entries), planned, self.page_size, device, reserve, self.device_tables, advances=tensors
+            )
         except BaseException:  # of the device: its memory may be full
             self._take_back(planned)
             raise

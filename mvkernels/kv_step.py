@@ -63,25 +63,26 @@ class StepState:
 class HostTensors:
     """The tensors of a step on a CPU, and the bytes of those to come. Behind a forward, which has read all weights, the
     code of torch and of numpy is in none of the processor's caches any more, and an addition there takes as long as the
-    bookkeeping of several branches. So the positions are written down beforehand, as the slots are, and copied by Python
-    itself.
+    bookkeeping of several branches. So positions are written down beforehand, as slots are, and copied by Python.
     """
 
     def __init__(self, positions: torch.Tensor, slots: torch.Tensor, cursor: torch.Tensor, ahead: torch.Tensor) -> None:
         steps = np.arange(len(ahead), dtype=np.int64)
         places = positions.numpy() + steps.astype(np.int32)[:, None]
-        pairs = (positions, places), (slots, ahead.numpy()), (cursor, steps)
-        self._pairs = [(_bytes(now.numpy()), _bytes(all_of_them)) for now, all_of_them in pairs]
+        self.__setstate__([(positions, places), (slots, ahead.numpy()), (cursor, steps)])
+
+    def __getstate__(self) -> list[tuple[torch.Tensor, np.ndarray[Any, Any]]]:
+        return self._arrays
+
+    def __setstate__(self, arrays: list[tuple[torch.Tensor, np.ndarray[Any, Any]]]) -> None:
+        self._arrays = arrays
+        self._bytes = [(now.numpy().data.cast("B"), ahead.data.cast("B")) for now, ahead in arrays]
 
     def advance(self, index: int) -> None:
         """They become those of a step so many behind the one that was planned."""
-        for now, ahead in self._pairs:
+        for now, ahead in self._bytes:
             size = len(now)
             now[:] = ahead[index * size : (index + 1) * size]
-
-
-def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
-    return array.data.cast("B")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,7 @@ class Step:
                       cannot be used: an entry adds several tokens, or sees some that another one adds
     cursor [1]        int64, the row of `ahead` that is this step's; `index` is the same number on the host
     spare             whether some rows are written nowhere: their slots are -1
-    on_host           what `advance_tensors` writes on a CPU
+    on_host           writes the tensors of the next step on a CPU
     """
 
     total_rows: int
@@ -157,10 +158,12 @@ def make_step(
     device: torch.device,
     reserve: int = 0,
     tables: DeviceTables | None = None,
+    advances: bool = True,
 ) -> Step:
     """The open step that commits `planned`, entry by entry. Reads the nodes as they are now, and changes none.
 
     reserve: how many more steps the pages of `planned` are for. tables: the cache's, which are brought up to this step.
+    advances: whether the step's tensors are those of the steps to come, too.
     """
     whole = _Lists(planned, page_size, reserve, tables)
     views: list[EntryView] = []
@@ -186,7 +189,7 @@ def make_step(
     if whole.reserve:
         ahead = torch.from_numpy(_slots_ahead(planned, whole.runs, reserve, page_size)).to(device)
         cursor = torch.zeros(1, dtype=torch.int64, device=device)
-        on_host = HostTensors(*tensors, cursor, ahead) if ahead.is_cpu else None
+        on_host = HostTensors(*tensors, cursor, ahead) if advances and ahead.is_cpu else None
     return Step(
         total_rows=row,
         entries=entries,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -246,3 +247,26 @@ def test_reasons_name_what_does_not_fit():
     with pytest.raises(BackendError, match="'native' cannot do this: expected dtype float32, bfloat16, float16"):
         tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="native")
     assert np.isfinite(tree_decode(q, w.cache.k[0], w.cache.v[0], step).numpy()).all()  # auto: the next one
+
+
+def test_a_copy_of_a_cache_between_two_steps():
+    """With the step that is open: both go on by themselves."""
+    w = make_world(16, tokens=600)
+    step = w.write([*family(w, 100, 5, 40), (w.new(), 1)], reserve=9)
+    for _ in range(3):
+        decode(w, step, 4)
+        step = w.advance(step)
+    other = copy.deepcopy(w.cache)
+    for _ in range(4):
+        decode(w, step, 4)
+        step = w.advance(step)
+    copied = other._open
+    assert (copied.index, step.index) == (3, 7) and torch.equal(copied.positions + 4, step.positions)
+    for _ in range(4):
+        copied = other.advance(copied)
+    assert torch.equal(copied.positions, step.positions) and torch.equal(copied.slots, step.slots)
+    for pages in (other.k[0], other.v[0]):
+        pages.normal_()
+    q = queries(w, copied.total_rows, 4)
+    found, expected = (tree_decode(q, other.k[0], other.v[0], copied, backend=name) for name in ("native", "reference"))
+    assert torch.allclose(found, expected, atol=1e-5)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import pickle
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,15 +15,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 
 pytest.importorskip("transformers", reason="needs the hf extra: transformers is not installed")
 
-from mvkernels import BackendError, hf_stack, patch_model
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from mvkernels import BackendError, PagedKVCache, hf_stack, patch_model
 from mvkernels.hf_layers import fuse_layers, unfuse_layers
 from mvkernels.hf_linear import pack_linear, unpack_linear
 from mvkernels.hf_norm import fuse_norms
 from mvkernels.ops.layer_native import layer_reason
-from tests.layer_cases import CONFIGS, IDS, assert_same, make_cache, plain_model, stacked, steps
+from tests.layer_cases import CONFIGS, IDS, assert_same, fused, make_cache, plain_model, stacked, steps
 
 pytestmark = pytest.mark.skipif(layer_reason() is not None, reason=str(layer_reason()))
 
@@ -79,7 +88,55 @@ def replace_norm(model: Any) -> None:
     norm.forward = lambda x: 3 * type(norm).forward(norm, x)
 
 
+def give_new_hooks(model: Any) -> None:
+    norm = model.model.norm
+    norm._forward_hooks = OrderedDict()
+    norm.register_forward_hook(lambda _, __, out: 2 * out)
+
+
+def give_new_parameters(model: Any) -> None:
+    norm = model.model.layers[0].input_layernorm
+    norm._parameters = {"weight": nn.Parameter(3 * norm.weight.detach())}
+
+
+def wrapped(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def thrice(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        out.last_hidden_state = 3 * out.last_hidden_state
+        return out
+
+    return thrice
+
+
+class Wrapped(LlamaModel):
+    forward = wrapped(LlamaModel.forward)
+
+
+class Doubling(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(ids)
+
+
+class Clamped(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.clamp(-0.1, 0.1)
+
+
 TOUCHES: dict[str, Callable[[Any], Any]] = {
+    "new hooks": give_new_hooks,
+    "new parameters": give_new_parameters,
+    "another class": lambda model: setattr(model.model, "__class__", Wrapped),
+    "another class of the embedding": lambda model: setattr(model.model.embed_tokens, "__class__", Doubling),
+    "largest embedding": lambda model: setattr(model.model.embed_tokens, "max_norm", 0.5),
+    "another scale": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.9),
+    "weight norm": lambda model: nn.utils.weight_norm(model.model.layers[0].mlp.down_proj),
+    "pruned": lambda model: prune.l1_unstructured(model.model.layers[0].mlp.down_proj, "weight", 0.5),
+    "parametrized": lambda model: register_parametrization(model.model.layers[0].mlp.up_proj, "weight", Clamped()),
+    "parametrized bias": lambda model: register_parametrization(model.model.layers[0].mlp.up_proj, "bias", Clamped()),
+    "parametrized norm": lambda model: register_parametrization(
+        model.model.layers[1].input_layernorm, "weight", Clamped()
+    ),
     "embedding": hook_on(lambda model: model.model.embed_tokens),
     "layer": hook_on(lambda model: model.model.layers[1]),
     "inside": hook_on(lambda model: model.model.layers[1].mlp.down_proj),
@@ -99,54 +156,183 @@ def test_whatever_is_touched_takes_part(name: str, calls: list[int]) -> None:
     calls.clear()
     TOUCHES[name](model)
     TOUCHES[name](plain)
-    assert_same(steps(model), steps(plain))
-    assert not calls
+    for _ in range(3):
+        assert_same(steps(model), steps(plain))
+    taken = {"new parameters", "another class of the embedding", "largest embedding"}
+    assert bool(calls) == (name in taken)
 
 
-def test_whatever_else_is_asked_for_is_given(calls: list[int]) -> None:
-    """The states between the layers, tuples, embeddings of the caller's own; gradients; other weights by autocast."""
+def prompt(model: Any, cache: PagedKVCache | None = None, **more: Any) -> dict[str, Any]:
+    """The arguments of a forward over the first three tokens."""
+    cache = make_cache(model) if cache is None else cache
+    return {"input_ids": IDS[:, :3], "paged_kv": (cache, cache.plan([(cache.new(), 3)])), **more}
+
+
+ASKED: dict[str, Callable[[Any], Any]] = {
+    "hidden states": lambda model: model(**prompt(model, output_hidden_states=True)).hidden_states,
+    "a tuple": lambda model: model.model(**prompt(model, return_dict=False))[:1],
+    "embeddings": lambda model: [
+        model(**prompt(model, input_ids=None, inputs_embeds=model.model.embed_tokens(IDS[:, :3]))).logits
+    ],
+    "an argument that nobody knows": lambda model: [model(**prompt(model, something=True)).logits],
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_whatever_else_is_asked_for_is_given(name: str, calls: list[int]) -> None:
     model, plain = make_model(), patch_model(plain_model("llama"))
-
-    def both(run: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
-        caches = [make_cache(one) for one in (model, plain)]
-        return tuple(
-            run(one, {"paged_kv": (cache, cache.plan([(cache.new(), 3)]))})
-            for one, cache in zip((model, plain), caches, strict=True)
-        )
-
-    ids = IDS[:, :3]
+    steps(model)
+    assert len(calls) == 4
+    calls.clear()
     with torch.inference_mode():
-        found, expected = both(lambda one, paged: one(ids, output_hidden_states=True, **paged).hidden_states)
-        assert len(found) == 3
-        assert_same(found, expected)
-        assert_same(*both(lambda one, paged: one(ids, return_dict=False, **paged)[:1]))
-        assert_same(*both(lambda one, paged: [one.model(ids, return_dict=False, **paged)[0]]))
-        embeds = torch.randn(1, 3, 48)
-        assert_same(*both(lambda one, paged: [one(inputs_embeds=embeds, **paged).logits]))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert all(one.logits.isfinite().all() for one in both(lambda one, paged: one(ids, **paged)))
+        assert_same(ASKED[name](model), ASKED[name](plain))
     assert not calls
-    with torch.inference_mode():
-        assert_same(*both(lambda one, paged: [one.model(ids, **paged).last_hidden_state]))
-    assert calls == []  # the hooks that collect hidden states stay
-    model = make_model()
+
+
+@pytest.mark.parametrize("flag", ["output_hidden_states", "return_dict"])
+def test_whatever_the_config_asks_for_is_given(flag: str, calls: list[int]) -> None:
+    model, plain = make_model(), patch_model(plain_model("llama"))
     for one in (model, plain):
-        one.config.output_hidden_states = True
+        setattr(one.config, flag, flag != "return_dict")
     with torch.inference_mode():
-        assert_same(*both(lambda one, paged: one.model(ids, **paged).hidden_states))
-        for one in (model, plain):
-            one.config.output_hidden_states = False
-        assert not calls
+        found, expected = (one.model(**prompt(one)) for one in (model, plain))
+    assert type(found) is type(expected) and not calls
+    assert_same(*((out[0], *(out.hidden_states if flag != "return_dict" else ())) for out in (found, expected)))
 
-        def first_layer(one: Any, paged: dict[str, Any]) -> list[torch.Tensor]:
-            one.config.num_hidden_layers = 1
-            return [one(ids, **paged).logits]
 
-        model = make_model()
-        assert_same(*both(first_layer))
+def test_what_is_said_to_be_off_is_off(calls: list[int]) -> None:
+    """And ids may come without their name."""
+    model = make_model()
+    with torch.inference_mode():
+        expected = model.model(**prompt(model)).last_hidden_state
+        named = prompt(model, output_hidden_states=False, output_attentions=None, return_dict=True)
+        assert torch.equal(model.model(**named).last_hidden_state, expected)
+        ids, rest = named.pop("input_ids"), prompt(model)
+        del rest["input_ids"]
+        assert torch.equal(model.model(ids, **rest).last_hidden_state, expected)
+    assert len(calls) == 3
+
+
+def test_fewer_layers_of_a_cache_of_all(calls: list[int]) -> None:
+    model, plain = make_model(), patch_model(plain_model("llama"))
+    caches = [make_cache(one) for one in (model, plain)]
+    found = []
+    for one, cache in zip((model, plain), caches, strict=True):
+        one.config.num_hidden_layers = 1
+        with torch.inference_mode():
+            found.append([one(**prompt(one, cache)).logits])
+    assert_same(*found)
     assert not calls
-    with pytest.raises(Exception, match="attention_mask"), torch.inference_mode():
-        both(lambda one, paged: one(ids, attention_mask=torch.ones(1, 3), **paged))
+
+
+def test_gradients_and_other_dtypes_go_through_the_layers(calls: list[int]) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="expected a tensor outside autograd"):
+        model(**prompt(model))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert model(**prompt(model)).logits.isfinite().all()
+    assert not calls
+
+
+def test_a_forward_that_somebody_has_wrapped(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    """Before the layers are fused, or afterwards: it is called."""
+    expected = steps(make_model())
+    monkeypatch.setattr(LlamaModel, "forward", wrapped(LlamaModel.forward))
+    model = make_model()
+    assert stacked(model) == 0
+    with torch.no_grad():
+        model.lm_head.weight /= 3
+    assert_same(steps(model), expected)
+    monkeypatch.undo()
+    calls.clear()
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight /= 3
+    monkeypatch.setattr(LlamaModel, "forward", wrapped(LlamaModel.forward))
+    assert_same(steps(model), expected)
+    monkeypatch.undo()
+    assert not calls
+
+
+def test_layers_that_are_called_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    expected, kind, seen = steps(model), type(model.model.layers[0]), []
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self)
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", call)
+    assert all(map(torch.equal, steps(model), expected)) and len(seen) == 8
+
+
+def test_pages_that_are_replaced_between_two_steps(calls: list[int]) -> None:
+    model, plain = make_model(), patch_model(plain_model("llama"))
+    found = []
+    for one in (model, plain):
+        cache = make_cache(one)
+        branch = cache.new()
+        with torch.inference_mode():
+            for _ in range(3):
+                step = cache.plan([(branch, 3)])
+                found.append(one(IDS[:, :3], paged_kv=(cache, step)).logits)
+                cache.commit(step)
+                cache.k, cache.v = (tuple(x.clone() for x in pages) for pages in (cache.k, cache.v))
+    assert_same(found[:3], found[3:])
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("width", [40, 64])
+def test_embeddings_of_another_width_are_refused(width: int) -> None:
+    model = make_model()
+    model.model.embed_tokens.weight = nn.Parameter(torch.randn(97, width))
+    with pytest.raises(RuntimeError):
+        steps(model)
+
+
+def test_layers_that_rotate_in_another_way() -> None:
+    """Ernie's have the code of Llama's, but another function of the same name."""
+    ernie = pytest.importorskip("transformers.models.ernie4_5")
+    sizes = {"hidden_size": 48, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ernie.Ernie4_5Config(vocab_size=97, num_key_value_heads=2, pad_token_id=None, **sizes)
+    config.head_dim = 12
+    plain = patch_model(AutoModelForCausalLM.from_config(config).eval())
+    model = fuse_layers(fuse_norms(pack_linear(copy.deepcopy(plain))))
+    assert fused(model) == 0
+    assert_same(steps(model), steps(plain))
+
+
+CACHES: dict[str, Callable[[], PagedKVCache]] = {
+    "another dtype": lambda: PagedKVCache(8, 4, 2, 2, 12, torch.bfloat16),
+    "fewer layers": lambda: PagedKVCache(8, 4, 1, 2, 12),
+    "fewer heads": lambda: PagedKVCache(8, 4, 2, 1, 12),
+    "smaller heads": lambda: PagedKVCache(8, 4, 2, 2, 8),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_that_do_not_fit_are_refused(name: str, calls: list[int]) -> None:
+    """By the layers themselves: nothing is written beside a cache."""
+    model = make_model()
+    with torch.inference_mode(), pytest.raises(Exception, match="expected"):
+        model(**prompt(model, CACHES[name]()))
+    assert not calls
+
+
+def test_steps_that_do_not_fit_are_refused(calls: list[int]) -> None:
+    model = make_model()
+    cache, other = make_cache(model), make_cache(model)
+    step = cache.plan([(cache.new(), 3)])
+    with torch.inference_mode():
+        for ids in (IDS[:, :2], IDS[:, :4], IDS[:, :6].view(2, 3)):
+            with pytest.raises(ValueError, match="expected inputs of shape"):
+                model(ids, paged_kv=(cache, step))
+        with pytest.raises(Exception, match="expected"):
+            model(IDS[:, :3], paged_kv=(other, step))
+        cache.rollback(step)
+        with pytest.raises(Exception, match="expected an open step"):
+            model(IDS[:, :3], paged_kv=(cache, step))
+    assert not calls
 
 
 def test_training_with_dropout(calls: list[int]) -> None:
@@ -165,9 +351,9 @@ def test_weights_that_change(calls: list[int]) -> None:
     linear, norm = model.model.layers[1].mlp.down_proj, model.model.layers[0].input_layernorm
 
     def check() -> None:
-        found = steps(model)
+        expected = steps(unfuse_layers(copy.deepcopy(model)))
         calls.append(-1)
-        assert_same(found, steps(copy.deepcopy(unfuse_layers(copy.deepcopy(model)))))
+        assert_same(steps(model), expected)
 
     with torch.no_grad():
         for parameter in model.parameters():
@@ -186,12 +372,56 @@ def test_weights_that_change(calls: list[int]) -> None:
         model.model.norm.variance_epsilon = 0.1
         check()
     assert calls.count(-1) == 10 and len(calls) == 4 + 10 * 5
-    with torch.no_grad():
-        norm.weight.data = norm.weight.data.bfloat16()
+
+
+@pytest.mark.parametrize("way", ["strides", "dtype"])
+def test_norms_that_lie_otherwise_at_the_same_place(way: str, calls: list[int]) -> None:
+    model = make_model()
+    norm = model.model.layers[0].input_layernorm
+    memory = torch.randn(96) if way == "strides" else torch.ones(96)
+    norm.weight.data = memory[:48]
+    steps(model)
+    assert len(calls) == 4
+    norm.weight.data = memory[::2] if way == "strides" else memory.view(torch.bfloat16)[:48]
+    assert_same(steps(model), steps(unfuse_layers(copy.deepcopy(model))))
+    assert len(calls) == 4
+
+
+def test_weights_that_lie_otherwise_at_the_same_place(calls: list[int]) -> None:
+    model = make_model()
+    linear = model.model.layers[1].self_attn.o_proj
+    steps(model)
+    linear.weight.data = linear.weight.data.t()
+    assert_same(steps(model), steps(unpack_linear(unfuse_layers(copy.deepcopy(model)))))
+
+
+def test_weights_that_have_gone_are_not_kept() -> None:
+    model = make_model()
+    steps(model)
+    storages = [StorageWeakRef(one.untyped_storage()) for one in model.parameters()]
+    model.to("meta")
+    gc.collect()
+    assert all(one.expired() for one in storages)
+
+
+def test_one_step_by_itself_behind_one_of_all(calls: list[int]) -> None:
+    """What the layers of a step share is given up when all of them run together, with other rows."""
+    model = make_model()
+    expected = steps(make_model())
     calls.clear()
-    with torch.inference_mode():
-        steps(model)
-    assert not calls
+    cache = make_cache(model)
+    root = cache.new()
+    for place, tokens in enumerate((7, 40, 1)):
+        hook = model.model.layers[1].register_forward_hook(lambda *_: None) if place != 1 else None
+        step = cache.plan([(root, tokens)])
+        with torch.inference_mode():
+            logits = model(IDS[:, :tokens], paged_kv=(cache, step)).logits[0]
+        cache.rollback(step)
+        if place == 0:
+            assert torch.equal(logits, expected[0])
+        if hook is not None:
+            hook.remove()
+    assert calls == [40]
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -461,12 +461,12 @@ extern "C" void append(const int64_t* slots, int64_t rows, int64_t heads, int64_
     }
 }
 
-// element: 0 float32, 1 bfloat16, 2 float16.
 // One token more of each entry: in its last page that is begun, or in the next one. own: where its pages begin in counts.
 extern "C" void advance(int32_t* counts, const int32_t* own, int32_t* tokens, int32_t entries, int32_t page_size) {
     for (int32_t i = 0; i < entries; ++i) counts[own[i] + tokens[i]++ / page_size] += 1;
 }
 
+// element: 0 float32, 1 bfloat16, 2 float16.
 extern "C" void tree_decode(const Plan* plan, int32_t element, const void* q, const void* k, const void* v, void* out,
                             float* lse, float scale) {
     const auto run_as = [&](auto type) {

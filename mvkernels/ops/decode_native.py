@@ -81,6 +81,9 @@ class NativePlan(AdvancingPlan):
     _spaces: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _advance: Callable[[], None] | None = field(default=None, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bound": {}, "_spaces": {}, "_advance": None}  # a copy lies elsewhere
+
     def bound(self, total_rows: int, page_size: int, dim: int) -> _Plan:
         """The kernel's `Plan`, with memory for the partial results: the same for all layers, and the steps to come."""
         if dim not in self._bound:

@@ -10,6 +10,7 @@ several new tokens it is causal. A branch that adds one token attends to the who
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -126,21 +127,21 @@ def join_runs(runs: Sequence[KeyRun], name: Literal["pages", "counts"]) -> Int32
 Share = Callable[[Sequence[int], Sequence[KeyRun]], bool]
 
 
-class AdvancingTables:
+class AdvancingTables(ABC):
     """Tables on a device that turn into those of the next step by work on the device alone."""
 
-    def advance(self, cursor: torch.Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def advance(self, cursor: torch.Tensor) -> None: ...
 
 
-class AdvancingPlan:
+class AdvancingPlan(ABC):
     """What the host derived from a step, and can turn into that of the next with less work than making it anew.
 
     advanced: the plan of the next step, which may be the same object: the step that it was of is closed then.
     """
 
-    def advanced(self, views: StepViews) -> AdvancingPlan | None:
-        raise NotImplementedError
+    @abstractmethod
+    def advanced(self, views: StepViews) -> AdvancingPlan | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,9 +179,10 @@ class StepViews:
 
     def advance_tables(self, cursor: torch.Tensor) -> None:
         """Device tables that count tokens count one more for each entry; cursor [1] int64: how many steps on."""
-        for value in self._cache.values():
-            if isinstance(value, AdvancingTables):
-                with torch.inference_mode():  # whatever mode they were made in
+        tables = [value for value in self._cache.values() if isinstance(value, AdvancingTables)]
+        if tables:
+            with torch.inference_mode():  # whatever mode they were made in
+                for value in tables:
                     value.advance(cursor)
 
     def advanced(self) -> StepViews:

@@ -1,6 +1,6 @@
-"""A whole decoder layer over the paged cache on the CPU, in one call: `decoder_layer` of `layer_native.cpp`.
+"""Decoder layers over the paged cache on the CPU, one or several in a call: `decoder_layer` of `layer_native.cpp`.
 
-It is handed the kernels for products and for attention as functions, whichever they are for this layer and step. What
+A layer is handed the kernels for products and for attention as functions, whichever they are for it and the step. What
 comes between them lies in a workspace, the same for all layers and steps: it stays in the processor's caches, and the
 system is asked for no memory but the layer's output.
 """
