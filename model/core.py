@@ -256,7 +256,6 @@ class Core:
                 continue
             for request, _ in batch:
                 request.sent()
-                self._touched[request] = self._calls[request]
             self.scheduler.sent(request for request, _ in batch)
             self._sample(self._without(asked, bad) if bad else asked, logits)
 
@@ -358,7 +357,11 @@ class Core:
                         request.take(number, token, logprob)
                     except Exception as error:
                         self._fail(request, error)
-            self._end_those_that_have([part.request for part in group])
+            for request in [part.request for part in group]:
+                if request.finish_reason is not None:
+                    self._end(request)
+                elif request.events:
+                    self._touched[request] = calls[request]
 
     # ---- ends
 

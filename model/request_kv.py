@@ -206,7 +206,8 @@ class RequestKV:
         for line, _, _ in self._step or ():
             line.in_step = False
         self._step = None
-        self._undo.clear()
+        if self._undo:
+            self._undo.clear()
 
     def unsent(self) -> None:
         """The step was not committed: its tokens are to be handed out again. Without a step it changes nothing."""

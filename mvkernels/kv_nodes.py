@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Int32Array = npt.NDArray[np.int32]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, slots=True)
 class Node:
     """One run of tokens; the module's docstring has the legend."""
 
@@ -83,7 +83,7 @@ class Node:
         return self._page_array
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, slots=True)
 class Link:
     """A node at one place of a list. forked: the first of a forked child, whose siblings stand beside it.
 
