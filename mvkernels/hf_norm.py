@@ -55,10 +55,11 @@ def is_rms_norm(module: Any) -> bool:
     )
 
 
-def same_code(function: Any, known: Any) -> bool:
-    """Whether two functions of transformers do the same: they have the very same code, and call functions that have.
+def same_code(function: Any, known: Any, looked_at: tuple[Any, ...] = ()) -> bool:
+    """Whether two functions do the same: they have the very same code, and call functions that have.
 
-    transformers writes each model's anew. What another package has wrapped around them may do anything.
+    transformers writes each model's anew. What others have wrapped around one may do anything. looked_at: functions
+    on the way here, which may call one another.
     """
     chains = [_unwrapped(one) for one in (function, known)]
     if None in chains:
@@ -70,7 +71,7 @@ def same_code(function: Any, known: Any) -> bool:
     called = [name for name in codes[0].co_names if name not in _NOT_CALLED]
     pairs = [(first.__globals__.get(name), second.__globals__.get(name)) for name in called]
     return all(
-        one is other or same_code(one, other)
+        one is other or one in looked_at or same_code(one, other, (*looked_at, function))
         for one, other in pairs
         if inspect.isfunction(one) or inspect.isfunction(other)
     )
@@ -78,16 +79,21 @@ def same_code(function: Any, known: Any) -> bool:
 
 def is_own(function: Any) -> bool:
     """Whether a function is transformers' own, whatever it does, or PyTorch's."""
-    return _unwrapped(function) is not None
+    chain = _unwrapped(function)
+    return chain is not None and _is_own(chain[-1])
 
 
 def _unwrapped(function: Any) -> list[Any] | None:
-    """A function and those that it wraps; None where some are not transformers' own, or PyTorch's."""
+    """A function and those that it wraps; None where it is none, and where some wrapper is not transformers' own."""
     chain = [function]
     while hasattr(chain[-1], "__wrapped__"):
         chain.append(chain[-1].__wrapped__)
-    own = all(inspect.isfunction(one) and one.__code__.co_filename.startswith(_OWN) for one in chain)
-    return chain if own else None
+    known = all(map(inspect.isfunction, chain)) and all(map(_is_own, chain[:-1]))
+    return chain if known else None
+
+
+def _is_own(function: Any) -> bool:
+    return bool(function.__code__.co_filename.startswith(_OWN))
 
 
 def _untouched(module: nn.Module) -> bool:

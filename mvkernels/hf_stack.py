@@ -52,7 +52,7 @@ def stack_layers(model: nn.Module, layers: Sequence[FusedLayer]) -> None:
             and any(same_code(type(module).forward, known.forward) for known in _MODELS)
             and type(getattr(module, "embed_tokens", None)) is nn.Embedding
             and is_rms_norm(getattr(module, "norm", None))
-            and is_own(type(getattr(module, "rotary_emb", None)).__dict__.get("forward"))
+            and is_own(getattr(type(getattr(module, "rotary_emb", None)), "forward", None))
         ):
             module.forward = FusedStack(module, layers)
 

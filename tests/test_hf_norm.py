@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -17,7 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from mvkernels import hf_norm
-from mvkernels.hf_norm import fuse_norms, unfuse_norms
+from mvkernels.hf_norm import fuse_norms, same_code, unfuse_norms
 from mvkernels.model import Engine
 from mvkernels.ops.layer_native import layer_reason, rms_norm
 from tests.tiny_model import tiny_model, tiny_tokenizer
@@ -106,3 +107,13 @@ def test_without_a_compiler_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_engine_fuses_them_with_its_linear_layers(fast: bool) -> None:
     engine = Engine(tiny_model(), tiny_tokenizer(), fast_linear=fast)
     assert (engine.model.model.norm.__dict__.get("forward") is not None) == fast
+
+
+def test_the_same_code_calls_the_same_code() -> None:
+    """However deep, and where functions call one another."""
+    source = "def f(x):\n    return g(x) if x else 0\n\ndef g(x):\n    return f(x - 1)\n"
+    first, second, other = {}, {}, {}
+    for text, into in ((source, first), (source, second), (source.replace("- 1", "- 2"), other)):
+        exec(text, into)
+    assert same_code(first["f"], second["f"]) and not same_code(first["f"], other["f"])
+    assert not same_code(functools.wraps(first["f"])(lambda x: x), second["f"])
