@@ -140,7 +140,7 @@ class Interpreter(Branches):
         return ahead_kinds(b) if self.grammar and b.reason is None else ()
 
     def _choices(self, b: BranchState) -> Choices:
-        """They stay the same while text comes, which is nearly always."""
+        """What may come in the branch's state: the same while text comes, which is nearly always."""
         kinds = _ALLOWED[b.state]
         if b.state not in TAKES_TEXT and b.spaces < _MAX_SPACES:
             kinds |= 1 << Kind.SPACE

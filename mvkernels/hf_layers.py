@@ -188,11 +188,9 @@ class FusedLayer:
     def native_layer(self) -> DecoderLayer | None:
         """The layer for the CPU's kernels, with the weights as they are now; None where these do not multiply it."""
         linear = self.linear()
-        norms = [(norm._parameters.get("weight"), norm.variance_epsilon) for norm in (*self.norms, *self.head_norms)]
-        plain = all(w is not None and w.is_cpu and w.dtype is torch.float32 and w.is_contiguous() for w, _ in norms)
-        one_epsilon = len({eps for _, eps in norms[2:]}) < 2  # of queries and keys
-        if linear is None or not plain or not one_epsilon:
+        if linear is None or not self._norms_suit(torch.float32, torch.device("cpu")):
             return None
+        norms = [(norm._parameters["weight"], norm.variance_epsilon) for norm in (*self.norms, *self.head_norms)]
         scale = self.layer.self_attn.scaling
         made_of = [*linear, scale, *((weight.data_ptr(), len(weight), eps) for weight, eps in norms)]
         if made_of != self.made_of:
@@ -268,14 +266,13 @@ class FusedLayer:
         """Whether the parts are those that were fused, without hooks, which would want to be called."""
         if not self.parts.untouched():
             return False
-        dtype, device = x.dtype, x.device
+        return self._norms_suit(x.dtype, x.device) and len(self.norms[0].weight) == x.shape[-1]
+
+    def _norms_suit(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether all norms have parameters as kernels read them, and queries and keys one epsilon."""
         weights = [norm._parameters.get("weight") for norm in (*self.norms, *self.head_norms)]
-        if any(weight is None for weight in weights):
-            return False
-        if self.head_norms and self.head_norms[0].variance_epsilon != self.head_norms[1].variance_epsilon:
-            return False
-        return len(weights[0]) == x.shape[-1] and all(
-            weight.dtype is dtype and weight.device == device and weight.is_contiguous() for weight in weights
+        return len({norm.variance_epsilon for norm in self.head_norms}) < 2 and all(
+            one is not None and one.dtype is dtype and one.device == device and one.is_contiguous() for one in weights
         )
 
     def _run(

@@ -119,11 +119,14 @@ def _install(layers: Sequence[nn.Linear], dtype: torch.dtype | None, narrow: boo
 
 
 def _fits(module: Any, dtype: torch.dtype | None) -> TypeGuard[nn.Linear]:
-    if type(module) is not nn.Linear or module._parameters.get("weight") is None or "bias" not in module._parameters:
-        return False
-    if module.weight.device.type != "cpu":
+    if not _is_regular(module) or module.weight.device.type != "cpu":
         return False
     return module.weight.dtype in DTYPES and _takes(dtype or module.weight.dtype)
+
+
+def _is_regular(module: Any) -> bool:
+    """Whether weight and bias are parameters, and not made anew whenever somebody asks for them."""
+    return type(module) is nn.Linear and module._parameters.get("weight") is not None and "bias" in module._parameters
 
 
 def _takes(dtype: torch.dtype) -> bool:
@@ -180,7 +183,7 @@ class _Pack:
                 or x.dtype is not layer.weight.dtype
                 or x.dtype not in DTYPES
                 or torch.is_autocast_enabled("cpu")
-                or not self.regular()
+                or not all(map(_is_regular, self.layers))
                 or x.shape[-1] != layer.weight.shape[1]
             ):
                 return nn.functional.linear(x, layer.weight, layer.bias)
@@ -194,13 +197,6 @@ class _Pack:
         first, last = made.bounds[place]
         return out[..., first:last]
 
-    def regular(self) -> bool:
-        """Whether weights and biases are what they are, and not made anew whenever somebody asks for them."""
-        return all(
-            type(layer) is nn.Linear and layer._parameters.get("weight") is not None and "bias" in layer._parameters
-            for layer in self.layers
-        )
-
     def made(self) -> _Made:
         """Of the weights as they are now."""
         weights = [weight for layer in self.layers for weight in layer._parameters.values()]
@@ -211,7 +207,7 @@ class _Pack:
 
     def compiled(self) -> Product | None:
         """The compiled kernel on the weights as they are now; None where they are multiplied in another way."""
-        return self.made().compiled if self.regular() else None
+        return self.made().compiled if all(map(_is_regular, self.layers)) else None
 
     def _product(self, made: _Made, x: torch.Tensor) -> torch.Tensor:
         """All layers' results side by side, [.., sum of their sizes], in x's dtype."""

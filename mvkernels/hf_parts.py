@@ -6,7 +6,7 @@ import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -61,9 +61,14 @@ class Snapshot:
         present = [tensor for tensor in tensors if tensor is not None]
         self._tensors = [_nothing if tensor is None else weakref.ref(tensor) for tensor in tensors]
         # Others may come to lie at an address only when these have gone.
-        self._storages = [found for found in map(_storage, present) if found is not None]
+        storages = [one.untyped_storage() for one in present]
+        self._storages: list[Any] = [StorageWeakRef(one) for one in storages]  # type: ignore[no-untyped-call]
         self._counting = [place for place, tensor in enumerate(present) if not tensor.is_inference()]
         self._state = self._look(present)
+
+    def __reduce__(self) -> NoReturn:
+        # Its references to storages would be given back twice.
+        raise TypeError("expected a Snapshot to stay with its tensors, got a copy of it")
 
     def holds(self, tensors: Sequence[torch.Tensor | None]) -> bool:
         """Whether these are the same ones, as they were."""
@@ -88,14 +93,6 @@ class Snapshot:
 
 def _nothing() -> None:
     return None
-
-
-def _storage(tensor: torch.Tensor) -> Any:
-    """A weak reference to where it lies; None for kinds of tensors that lie nowhere themselves."""
-    try:
-        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-    except (RuntimeError, NotImplementedError):
-        return None
 
 
 class Weights:
