@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+# The end of a name that nothing but a writer uses.
+_SCRATCH = ".part"
 # How the libraries that are written in Rust (safetensors, tokenizers) end the message of an error of the system.
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 # How PyTorch begins the message of a file that it could not write. It gives no reason.
-_TORCH_ERROR = re.compile(r"PytorchStreamWriter failed|\[enforce fail at inline_container")
+_TORCH_ERROR = re.compile(r"PytorchStreamWriter failed|\[enforce fail at inline_container|iostream error$")
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             yield path
         return
     target = Path(os.path.realpath(path))
-    scratch = target.with_name(f".{target.name}.part")
+    scratch = target.with_name(f".{target.name}{_SCRATCH}")
     with errors_name(path, scratch):
         scratch.unlink(missing_ok=True)  # of a writer that was killed
         try:
@@ -52,19 +54,18 @@ def write_whole(path: str | Path, text: str, errors: str = "strict") -> None:
 
 
 @contextmanager
-def whole_folder(path: str | Path, last: str = "config.json") -> Iterator[Path]:
+def whole_folder(path: str | Path, last: Sequence[str] = ("config.json",)) -> Iterator[Path]:
     """Yield an empty folder to write into. At the end `path` has what was written there.
 
-    A folder that does not exist or is empty appears in one step. Into any other the files are moved one by one, and
-    `last` comes last: a folder without it is incomplete. After an error `path` is what it was before.
+    A folder that does not exist appears in one step. Into one that does, the files are moved one by one, those in
+    `last` at the end, in this order: a folder without them is incomplete. After an error `path` is what it was before.
 
     Raises:
         OSError: A file could not be written. It names the file, or `path` where the library does not say which.
     """
     path = Path(path)
-    target = Path(os.path.realpath(path))
-    moved = target.is_dir() and (any(target.iterdir()) or os.path.ismount(target))
-    scratch = target / ".part" if moved else target.with_name(f".{target.name}.part")
+    exists = path.is_dir()
+    scratch = path / _SCRATCH if exists else path.with_name(f".{path.name}{_SCRATCH}")
     with errors_name(path, scratch):
         scratch.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)  # of a writer that was killed
@@ -72,15 +73,30 @@ def whole_folder(path: str | Path, last: str = "config.json") -> Iterator[Path]:
         try:
             yield scratch
             sync(scratch)
-            if moved:
-                for entry in sorted(scratch.iterdir(), key=lambda entry: entry.name == last):
-                    entry.replace(target / entry.name)
-                _fsync(target)
+            if exists:
+                order = {name: place for place, name in enumerate(last)}
+                for entry in sorted(scratch.iterdir(), key=lambda entry: order.get(entry.name, -1)):
+                    entry.replace(path / entry.name)
+                _fsync(path)
             else:
-                scratch.replace(target)
-            _fsync(target.parent)
+                scratch.replace(path)
+                _fsync(path.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_free(path: str | Path) -> bool:
+    """Whether nothing is at `path`, or an empty folder, or one with what a killed `whole_folder` left."""
+    path = Path(path)
+    if path.is_dir():
+        return all(entry.name == _SCRATCH for entry in path.iterdir())
+    return not path.exists()
+
+
+def require_free(path: Path) -> None:
+    """Raise ValueError where a new folder cannot be written to `path`, because something is there (see `is_free`)."""
+    if not is_free(path):
+        raise ValueError(f"expected a target that does not exist or is an empty folder, got {path}")
 
 
 @contextmanager

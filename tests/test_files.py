@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mvkernels.model.files import errors_name, whole_file, whole_folder, write_whole
+from mvkernels.model.files import errors_name, is_free, whole_file, whole_folder, write_whole
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 
@@ -82,6 +82,11 @@ def test_what_a_killed_writer_left_is_overwritten(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "b") as scratch:
         (scratch / "x").touch()
     assert names(tmp_path) == ["a.txt", "b", "b/x", "elsewhere"]
+    (tmp_path / "c" / ".part").mkdir(parents=True)
+    assert is_free(tmp_path / "c") and is_free(tmp_path / "d") and not is_free(tmp_path / "b")
+    with whole_folder(tmp_path / "c") as scratch:
+        (scratch / "x").touch()
+    assert names(tmp_path / "c") == ["x"]
 
 
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:
@@ -121,8 +126,8 @@ def test_a_folder_is_whole_or_what_it_was(kind: str, tmp_path: Path) -> None:
     with whole_folder(path) as scratch:
         for name in ("config.json", "a", "z"):
             (scratch / name).write_text(name)
-        meanwhile = [".part", ".part/a", ".part/config.json", ".part/z", "recipe.json"]
-        assert names(path) == (meanwhile if kind == "used" else [])
+        visible = [name for name in names(path) if not name.startswith(".part")]
+        assert visible == (["recipe.json"] if kind == "used" else [])
     assert names(path) == sorted(["a", "config.json", "z", *(["recipe.json"] if kind == "used" else [])])
 
 
@@ -132,10 +137,10 @@ def test_the_last_file_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     moved: list[str] = []
     plain = Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, to: moved.append(self.name) or plain(self, to))
-    with whole_folder(tmp_path) as scratch:
-        for name in ("config.json", "a", "z"):
+    with whole_folder(tmp_path, ("config.json", "losses.csv")) as scratch:
+        for name in ("config.json", "a", "losses.csv", "z"):
             (scratch / name).touch()
-    assert sorted(moved[:2]) == ["a", "z"] and moved[2:] == ["config.json"]
+    assert sorted(moved[:2]) == ["a", "z"] and moved[2:] == ["config.json", "losses.csv"]
 
 
 def test_errors_that_are_not_of_writing_stay(tmp_path: Path) -> None:
