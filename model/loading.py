@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from mvkernels._lazy import missing_message
+from mvkernels.model.checkpoint_files import is_gguf, one_line, published_dtype, require_checkpoint, require_module
 
 #: The model that comes with the package.
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
+
+# No download, no code of a checkpoint's own.
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_checkpoint(
@@ -22,27 +25,41 @@ def load_checkpoint(
     dtype: None takes the checkpoint's. device and device_map: at most one; device_map goes to transformers.
     Raises ValueError with one line that says what was expected, whatever is wrong with the checkpoint.
     """
+    require_checkpoint(Path(path))
+    folder, named = _named(Path(path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **named, **_LOCAL)
+    except Exception as error:  # whatever a broken file makes transformers raise, the caller gets one line
+        raise ValueError(
+            f"expected a readable causal language model, got {path}, whose tokenizer cannot be loaded: "
+            f"{one_line(error)}"
+        ) from error
+    return load_model(path, dtype, device, device_map), tokenizer
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | None = None, device_map: Any = None
+) -> PreTrainedModel:
+    """The model alone: `load_checkpoint` without the tokenizer, which may be missing."""
     if device is not None and device_map is not None:
         raise ValueError(f"expected device or device_map, got both: {device!r} and {device_map!r}")
     path = Path(path)
-    folder, extra = _locate(path, weights=True)
+    require_checkpoint(path, tokenizer=False)
     if device_map is not None:
-        _require("accelerate", path)
-    common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **extra}
-    weights = {} if extra else {"use_safetensors": True}
+        require_module("accelerate", path)
+    folder, named = _named(path)
+    weights = {} if named else {"use_safetensors": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **common)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto" if dtype is None else dtype, device_map=device_map, **weights, **common
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto" if dtype is None else dtype, device_map=device_map, **weights, **named, **_LOCAL
         )
-    except Exception as error:  # whatever a broken file makes transformers raise, the caller gets one line
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"expected a readable causal language model, got {path}: {reason}") from error
-    if "gguf_file" in extra:
+    except Exception as error:  # as above
+        raise ValueError(f"expected a readable causal language model, got {path}: {_reason(path, error)}") from error
+    if named:
         _forget_quantization(model)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
-    return model, tokenizer
+    return model
 
 
 def _forget_quantization(model: Any) -> None:
@@ -66,34 +83,28 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() and not (path / "tokenizer_config.json").exists() else path
+    alone = file.suffix == ".json" and file.is_file()
+    if not alone:
+        require_checkpoint(path, weights=False)
     try:
-        if file.suffix == ".json" and file.is_file():
+        if alone:
             return PreTrainedTokenizerFast(tokenizer_file=str(file))
-        folder, extra = _locate(path, weights=False)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **extra)
+        folder, named = _named(path)
+        return AutoTokenizer.from_pretrained(folder, **named, **_LOCAL)
     except Exception as error:  # as above
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"expected a tokenizer, got {path}: {reason}") from error
+        raise ValueError(f"expected a tokenizer, got {path}: {one_line(error)}") from error
 
 
-def _locate(path: Path, weights: bool) -> tuple[Path, dict[str, str]]:
-    """The folder of a checkpoint, and what transformers must be told of a GGUF file in it."""
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        _require("gguf", path)
-        _require("accelerate", path)
-        return path.parent, {"gguf_file": path.name}
-    if not path.is_dir():
-        raise ValueError(f"expected a local model folder or a .gguf file, got {path}, which is neither")
-    if weights and not any(path.glob("*.safetensors")):
-        raise ValueError(
-            f"expected a folder with config.json and *.safetensors, got {path} without *.safetensors (pickled "
-            "weights are not loaded)"
-        )
-    return path, {}
+def _named(path: Path) -> tuple[Path, dict[str, str]]:
+    """The folder of a checkpoint, and the name of a GGUF file in it."""
+    return (path.parent, {"gguf_file": path.name}) if is_gguf(path) else (path, {})
 
 
-def _require(module: str, path: Path) -> None:
+def _reason(path: Path, error: Exception) -> str:
+    """Why a model could not be loaded, in one line. transformers does not say which file is damaged."""
     try:
-        __import__(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(missing_message(f"loading {path}", module)) from error
+        if path.is_dir():
+            published_dtype(path)
+    except ValueError as damaged:
+        return str(damaged)
+    return one_line(error)

@@ -6,7 +6,6 @@ that it is never served with the wrong ones.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from mvkernels import TagTokens
 from mvkernels.grammar import TAGS
 from mvkernels.layout import SEMANTICS
+from mvkernels.model.checkpoint_files import DTYPES, published_dtype, require_checkpoint
+from mvkernels.model.files import require_free, whole_folder
 from mvkernels.model.loading import load_checkpoint
 
 #: The key in config.json.
@@ -99,25 +100,35 @@ def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
     return weights[:1] if weights[-1] is weights[0] else weights
 
 
-def add_tags_to_checkpoint(source: str | Path, target: str | Path, seed: int = 0) -> TagTokens:
+def add_tags_to_checkpoint(
+    source: str | Path, target: str | Path, seed: int = 0, dtype: str | None = None
+) -> TagTokens:
     """`add_tags` from one folder (or GGUF file) to a new folder, with tokenizer and config. Safetensors out.
 
-    The folder appears whole or not at all. Raises ValueError when `source` cannot be read or `target` holds anything
-    already.
+    The folder appears whole or not at all.
+
+    Args:
+        source: The checkpoint.
+        target: A folder that does not exist, or an empty one.
+        seed: Of the noise in the new rows.
+        dtype: Of the saved weights. None: that of the published weights (`published_dtype`).
+
+    Returns:
+        The ids of the tags.
+
+    Raises:
+        ValueError: `source` cannot be read, `target` holds anything already, or `dtype` is none of `DTYPES`.
+        OSError: `target` cannot be written. It names the file or folder.
     """
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"expected a target that does not exist or is an empty folder, got {target}")
-    model, tokenizer = load_checkpoint(source)
+    source, target = Path(source), Path(target)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    require_free(target)
+    require_checkpoint(source)
+    dtype = dtype or published_dtype(source)
+    model, tokenizer = load_checkpoint(source, None if dtype is None else getattr(torch, dtype))
     tags = add_tags(model, tokenizer, seed)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+    with whole_folder(target) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        if target.exists():
-            target.rmdir()
-        whole = Path(scratch)
-        whole.chmod(0o755)  # temporary folders are the owner's alone
-        whole.rename(target)
-        whole.mkdir()  # for the context manager to remove
     return tags

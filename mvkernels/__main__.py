@@ -151,12 +151,15 @@ def add_tags(
     model: Annotated[Path, typer.Argument(help="Folder of a causal language model with its tokenizer.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the extended model to.")],
     seed: Annotated[int, typer.Option(help="Of the noise in the new embedding rows.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, bfloat16, float16. Default: as they were published.")
+    ] = None,
 ) -> None:
     """Extend a model and its tokenizer by the twelve control tags."""
     with one_line_errors():
         from mvkernels.commands import add_tags as command
 
-        command.run(model, out, seed)
+        command.run(model, out, seed, dtype)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

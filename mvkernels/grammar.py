@@ -29,6 +29,8 @@ TAG_PATTERN = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
 INDEX_PATTERN = re.compile(r"(\d+(?:\.\d+)*):")
 #: What counts as whitespace, in text and in vocabularies.
 WHITESPACE = " \t\n\r\f\v"
+#: The layouts that a trace may be given: that of DESIGN.md, section 1.2, and that of the released code.
+SEMANTICS = ("canonical", "released")
 
 #: A sequence is a list of text lengths and blocks; a block is a list of sequences.
 Tree: TypeAlias = Sequence[Any]

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mvkernels.grammar import SEMANTICS as SEMANTICS
 from mvkernels.grammar import Block, Kind, Trace, Tree, parse
 from mvkernels.layout_build import Runs, released_runs, tree_runs
 from mvkernels.ops.mask import IntervalMask
@@ -24,7 +25,6 @@ from mvkernels.ops.mask_table import MaskTable
 from mvkernels.tags import TagTokens, as_id_list
 
 Value = TypeVar("Value")
-SEMANTICS = ("canonical", "released")
 IGNORE_INDEX = -100
 
 

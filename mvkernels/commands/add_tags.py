@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from mvkernels.grammar import TAGS
-from mvkernels.model.tokens import add_tags_to_checkpoint
+from mvkernels.model.checkpoint_files import require_checkpoint
+from mvkernels.model.files import require_free
 
 
-def run(model: Path, out: Path, seed: int) -> None:
+def run(model: Path, out: Path, seed: int, dtype: str | None) -> None:
     """Writes the extended checkpoint to ``out``, and says which ids the tags have there."""
-    tags = add_tags_to_checkpoint(model, out, seed)
+    require_free(out)
+    require_checkpoint(model)
+    from mvkernels.model.tokens import add_tags_to_checkpoint  # takes seconds, so a wrong path is said before
+
+    tags = add_tags_to_checkpoint(model, out, seed, dtype)
     print(f"{out}: " + " ".join(f"{tag} {number}" for tag, number in zip(TAGS, tags.ids, strict=True)))
