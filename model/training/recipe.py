@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mvkernels.model.tasks import task_named
 from mvkernels.model.training.recipe_file import RecipeFile
@@ -35,6 +36,8 @@ class Recipe(RecipeFile):
 
     Raises ValueError when a value is out of range.
     """
+
+    outcome: ClassVar[str] = "training.json"
 
     task: str = "arithmetic"
     steps: int = 3600

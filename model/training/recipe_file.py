@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from mvkernels.model.files import is_free, whole_folder
+from mvkernels.model.training.checkpoints import CHECKPOINTS, newest_whole
 
 RECIPE_FILE = "recipe.json"
-CHECKPOINTS = "checkpoints"
 
 
 class RecipeFile:
-    """A recipe (a frozen dataclass of plain values) that is kept beside the model it makes."""
+    """A recipe (a frozen dataclass of plain values) that is kept beside the model it makes.
+
+    outcome: name of the file that a finished run has in its folder.
+    """
+
+    outcome: ClassVar[str]
 
     def save(self, path: Path) -> None:
         """Writes the recipe as JSON."""
@@ -20,7 +27,7 @@ class RecipeFile:
 
     def require_equal(self, path: Path) -> None:
         """Raises ValueError when the recipe in this file is another: resuming would not give what either gives."""
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_recipe(path)
         for name, value in json.loads(json.dumps(self._values())).items():
             if saved.get(name) != value:
                 raise ValueError(f"resume: expected {name}={saved.get(name)!r} as in {path}, got {value!r}")
@@ -33,21 +40,50 @@ class RecipeFile:
         return asdict(self)  # type: ignore[call-overload,no-any-return]  # the recipes are dataclasses, this is not
 
 
-def prepare_folder(recipe: RecipeFile, folder: Path, resume: bool) -> Path | None:
-    """Checks the output folder and writes the recipe there; the checkpoint to resume from, or None.
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields in a recipe file. Raises ValueError, which names it, where it is none."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"resume: expected a recipe in {path}, got a file that is none: {error}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"resume: expected a recipe in {path}, got {type(saved).__name__}")
+    return saved
 
-    Raises ValueError where `folder` is not empty and `resume` is not set, or where there is nothing to resume or
-    another recipe was interrupted there.
+
+def check_folder(recipe: RecipeFile, folder: Path, resume: bool) -> None:
+    """Check the output folder of a run, without changing it.
+
+    Raises:
+        ValueError: It is not empty and `resume` is not set; or there is nothing to resume, or another recipe was
+            interrupted there.
     """
     saved = folder / RECIPE_FILE
     if resume:
-        steps = sorted((folder / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not saved.exists() or not steps:
-            raise ValueError(f"resume: expected a folder with the checkpoint of an interrupted run, got {folder}")
+        finished = (folder / recipe.outcome).exists() and newest_whole(folder / CHECKPOINTS) is None
+        if finished or not saved.exists():
+            raise ValueError(
+                f"resume: expected a folder with the checkpoint of an interrupted run, got {folder}"
+                + (", whose run is finished" if finished else "")
+            )
         recipe.require_equal(saved)
-        return steps[-1]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif not is_free(folder):
         raise ValueError(f"output: expected a new or empty folder, or one to resume, got {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(saved)
+
+
+def prepare_folder(recipe: RecipeFile, folder: Path, resume: bool) -> Path | None:
+    """Check the output folder, and write the recipe into a new one.
+
+    Returns:
+        The checkpoint to resume from. None: the run begins at the first step, as it also does where it was interrupted
+        before its first checkpoint.
+
+    Raises:
+        ValueError: As `check_folder`.
+    """
+    check_folder(recipe, folder, resume)
+    if resume:
+        return newest_whole(folder / CHECKPOINTS)
+    with whole_folder(folder, (RECIPE_FILE,)) as scratch:
+        recipe.save(scratch / RECIPE_FILE)
     return None

@@ -29,18 +29,20 @@ from transformers import (
 )
 
 from mvkernels import patch_model, unpatch_model
+from mvkernels.model.files import whole_folder
 from mvkernels.model.tasks import Task, task_named
 from mvkernels.model.tasks.common import PARALLEL_ENDING
 from mvkernels.model.tokens import CONFIG_KEY, multiverse_entry
+from mvkernels.model.training.checkpoints import CHECKPOINTS
 from mvkernels.model.training.data import PackedProblems
 from mvkernels.model.training.optimizer import MuonAdamW
 from mvkernels.model.training.recipe import HEAD_SIZE, Recipe
-from mvkernels.model.training.recipe_file import CHECKPOINTS, prepare_folder
+from mvkernels.model.training.recipe_file import prepare_folder
 from mvkernels.model.training.tokenizer import build_tokenizer
 from mvkernels.model.training.trainer import PackedTrainer, quiet
 
 MAX_POSITIONS = 4096
-TRAINING_FILE = "training.json"
+TRAINING_FILE = Recipe.outcome
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ def train(
 ) -> TrainingRun:
     """Trains a model by `recipe` and saves it with its tokenizer, configs and recipe in `output_dir`.
 
-    resume: go on from the last checkpoint of an interrupted run in `output_dir`. progress: show a bar. callbacks: of
-    transformers' Trainer, besides. Raises ValueError when `output_dir` is not empty and `resume` is not set, or when
-    there is nothing to resume or another recipe was interrupted there.
+    resume: go on from the last whole checkpoint of an interrupted run in `output_dir`; without one, from the first
+    step. progress: show a bar. callbacks: of transformers' Trainer, besides. Raises ValueError when `output_dir` is not
+    empty and `resume` is not set, or when there is nothing to resume or another recipe was interrupted there; OSError,
+    which names the file or folder, where it cannot be written.
     """
     folder = Path(output_dir)
     checkpoint = prepare_folder(recipe, folder, resume)
@@ -87,17 +90,16 @@ def train(
     )
     with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        unpatch_model(model).config.use_cache = True  # the trainer has turned it off
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    unpatch_model(model).config.use_cache = True  # the trainer has turned it off
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in logged)
     clock = tuple(float(entry["seconds"]) for entry in logged)
-    result = TrainingRun(
-        folder, losses, model.num_parameters(), clock[-1] if clock else 0.0, clock, torch.get_num_threads()
-    )
+    result = TrainingRun(folder, losses, model.num_parameters(), clock[-1], clock, torch.get_num_threads())
     known = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "folder"}
-    (folder / TRAINING_FILE).write_text(json.dumps(known) + "\n", encoding="utf-8")
+    with quiet(), whole_folder(folder, ("config.json", TRAINING_FILE)) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / TRAINING_FILE).write_text(json.dumps(known) + "\n", encoding="utf-8")
     shutil.rmtree(folder / CHECKPOINTS)
     return result
 
@@ -148,7 +150,6 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         logging_steps=recipe.log_every,
         save_strategy="steps",
         save_steps=recipe.save_every,
-        save_total_limit=1,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,

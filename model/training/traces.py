@@ -18,7 +18,7 @@ from mvkernels.grammar import TAG_PATTERN, parse_text
 from mvkernels.model.parquet import open_parquet, parquet_rows
 from mvkernels.model.prompts import chat_text
 from mvkernels.model.sequentialize import sequentialize
-from mvkernels.model.training.tuning_recipe import TuningRecipe
+from mvkernels.model.training.tuning_recipe import TuningRecipe, data_files
 
 _FIELDS = {"prompt": ("prompt", "question"), "trace": ("trace", "text"), "sequential": ("sequential", "original")}
 
@@ -124,14 +124,10 @@ def encode_all(
 def read_examples(paths: Iterable[str | Path]) -> Iterator[Example | ValueError]:
     """The examples of files and folders, in order; a ValueError, not raised, in the place of each bad one.
 
-    Of a folder the .jsonl and .xml files: a Parquet file beside them may hold the same traces, and is named itself.
-    Raises ValueError for a path that is none of these.
+    Raises ValueError for a path that is none of these (see `data_files`).
     """
-    for path in map(Path, paths):
-        found = _files(path)
-        if not found:
-            raise ValueError(f"data: expected a .jsonl, .xml or .parquet file, or a folder with some, got {path}")
-        for file in found:
+    for path in paths:
+        for file in data_files(path):
             if file.suffix == ".xml":
                 yield _guarded(file, lambda file=file: Example(str(file), "", file.read_text(encoding="utf-8"), ""))
                 continue
@@ -145,12 +141,6 @@ def read_examples(paths: Iterable[str | Path]) -> Iterator[Example | ValueError]
                     if line.strip():
                         name = f"{file}:{number}"
                         yield _guarded(name, lambda line=line, name=name: _from_json(name, line))
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in (".xml", ".jsonl"))
-    return [path] if path.is_file() and path.suffix in (".xml", ".jsonl", ".parquet") else []
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -170,7 +160,7 @@ def _guarded(name: Any, make: Any) -> Example | ValueError:
 def _from_json(name: str, line: str) -> Example:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number that is too long, or lists nested too deep
         raise ValueError(f"expected a JSON object on the line, got something else: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object on the line, got {type(record).__name__}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +14,12 @@ from torch.utils.data import Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from mvkernels import BranchLayout
+from mvkernels.model.files import errors_name
+from mvkernels.model.training.checkpoints import UNFINISHED, publish
 from mvkernels.model.training.loss import chunked_loss
 
 # What PyTorch says on a CPU, where it has no type of its own for it.
@@ -47,10 +53,20 @@ class PackedTrainer(Trainer):
         super().__init__(data_collator=only_row, **named)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        if progress and self.is_world_process_zero():
-            self.add_callback(Bar())
+        self.add_callback(LastLoss())
+        self._bar = Bar() if progress and self.is_world_process_zero() else None
+        if self._bar is not None:
+            self.add_callback(self._bar)
         self._names: list[str] = []
         self._tokens = 0
+        self._saving = False
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return super().train(*arguments, **named)
+        finally:
+            if self._bar is not None:
+                self._bar.close()  # also where it is interrupted: what is printed next stands on a line of its own
 
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
         with self._named_failures():
@@ -63,6 +79,30 @@ class PackedTrainer(Trainer):
     def compute_loss(self, model: Any, *arguments: Any, **named: Any) -> Any:
         with chunked_loss(model):
             return super().compute_loss(model, *arguments, **named)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._saving else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save beside the checkpoints, by every process; the first one moves it among them when it is whole."""
+        folder, name = Path(str(self.args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        scratch, first = folder / UNFINISHED, self.args.should_save
+        try:
+            if first:
+                shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            self.accelerator.wait_for_everyone()
+            self._saving = True
+            with errors_name(folder / name, scratch / name):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if first:
+                    publish(scratch / name, folder)
+            self.accelerator.wait_for_everyone()
+        finally:
+            self._saving = False
+            if first:
+                shutil.rmtree(scratch, ignore_errors=True)
 
     @contextmanager
     def _named_failures(self) -> Iterator[None]:
@@ -94,11 +134,23 @@ class PackedTrainer(Trainer):
         return prepared
 
 
+class LastLoss(TrainerCallback):
+    """Log the loss of the last steps too, where their number is no multiple of the steps between two logged losses."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class Bar(TrainerCallback):
     """A progress bar with the last logged loss."""
 
+    bar: Any = None
+
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
+        for entry in state.log_history:  # of a resumed run
+            self._show(entry)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -106,8 +158,12 @@ class Bar(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)
+        self._show(logs or {})
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _show(self, logs: dict[str, Any]) -> None:
+        if "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.4f}")

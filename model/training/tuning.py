@@ -22,15 +22,18 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 
 from mvkernels import TagTokens, patch_model, unpatch_model
 from mvkernels._lazy import import_for
-from mvkernels.model.loading import load_checkpoint, load_tokenizer
+from mvkernels.model.checkpoint_files import published_dtype
+from mvkernels.model.files import whole_folder
+from mvkernels.model.loading import load_model, load_tokenizer
 from mvkernels.model.tokens import add_tag_tokens, add_tags, read_entry
+from mvkernels.model.training.checkpoints import CHECKPOINTS
 from mvkernels.model.training.mixture import Mixture, PackedRows, make_mixture
-from mvkernels.model.training.recipe_file import CHECKPOINTS, prepare_folder
+from mvkernels.model.training.recipe_file import prepare_folder
 from mvkernels.model.training.traces import EncodedExample, Encoder, encode_all, read_examples
 from mvkernels.model.training.trainer import PackedTrainer, quiet
 from mvkernels.model.training.tuning_recipe import TuningRecipe
 
-LOSSES_FILE = "losses.csv"
+LOSSES_FILE = TuningRecipe.outcome
 _LOGS = "logs"
 
 
@@ -96,11 +99,12 @@ def tune(
 ) -> TuningRun:
     """Tunes the base model of `recipe`; saves model (or adapter), tokenizer, recipe and losses.csv in `output_dir`.
 
-    resume: go on from the last checkpoint of an interrupted run in `output_dir`. skip_bad: see `read_data`.
-    progress: show a bar. callbacks: of transformers' Trainer, besides. Raises ValueError for bad data, a model that
-    cannot be loaded, an output folder that is not empty (or with `resume` nothing to resume), weights sharded in
-    another way than by FSDP2, and a row that does not fit into memory, whose traces the message names. ImportError
-    where peft or tensorboard is asked for and missing.
+    resume: go on from the last whole checkpoint of an interrupted run in `output_dir`; without one, from the first
+    step. skip_bad: see `read_data`. progress: show a bar. callbacks: of transformers' Trainer, besides. Raises
+    ValueError for bad data, a model that cannot be loaded, an output folder that is not empty (or with `resume` nothing
+    to resume), weights sharded in another way than by FSDP2, and a row that does not fit into memory, whose traces the
+    message names. OSError, which names the file or folder, where it cannot be written. ImportError where peft or
+    tensorboard is asked for and missing.
     """
     folder = Path(output_dir)
     _check_sharding(recipe)
@@ -110,9 +114,11 @@ def tune(
     data = read_data(recipe, tokenizer, skip_bad)
     args = _arguments(recipe, folder, data.mixture)
     with args.main_process_first(local=False):
-        checkpoint = prepare_folder(recipe, folder, resume) if resume or args.process_index == 0 else None
+        first = args.process_index == 0
+        checkpoint = prepare_folder(recipe, folder, resume) if resume or first else None
     set_seed(recipe.seed)
     model = patch_model(_load(recipe, tokenizer))
+    parameters = model.num_parameters()
     trained = _with_lora(recipe, model, tokenizer) if recipe.lora_rank else model
     trainer = PackedTrainer(
         progress=progress,
@@ -122,13 +128,11 @@ def tune(
         eval_dataset=PackedRows([(example.parallel,) for example in data.held_out]) if data.held_out else None,
         callbacks=list(callbacks),
     )
-    # Before saving, which may merge them into others.
     weights = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     started = time.perf_counter()
     with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.perf_counter() - started
-        _save(recipe, trainer, model, tokenizer, folder)
+    seconds = time.perf_counter() - started
     history = trainer.state.log_history
     # A resumed run evaluates once more where it begins.
     run = TuningRun(
@@ -136,12 +140,13 @@ def tune(
         tuple((int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry),
         tuple({int(entry["step"]): float(entry["eval_loss"]) for entry in history if "eval_loss" in entry}.items()),
         weights,
-        model.num_parameters(),
+        parameters,
         data.skipped,
         seconds,
     )
+    with quiet():
+        _save(recipe, trainer, model, tokenizer, run)
     if trainer.is_world_process_zero():
-        _write_losses(run, folder / LOSSES_FILE)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return run
 
@@ -167,11 +172,12 @@ def _check_sharding(recipe: TuningRecipe) -> None:
 
 def _load(recipe: TuningRecipe, tokenizer: Any) -> PreTrainedModel:
     """The base model in fp32, with rows for the control tags and their entry in its config."""
-    model, own = load_checkpoint(recipe.model, dtype=torch.float32)
+    model = load_model(recipe.model, dtype=torch.float32)
     semantics = read_entry(model.config)
     if semantics not in (None, recipe.semantics):
         raise ValueError(f"semantics: expected {semantics!r} as the model was trained with, got {recipe.semantics!r}")
-    add_tags(model, own if not recipe.tokenizer else tokenizer, recipe.seed, recipe.semantics)
+    # Without the tags that `tokenizer` has got already: their rows are new in the model.
+    add_tags(model, load_tokenizer(recipe.tokenizer or recipe.model), recipe.seed, recipe.semantics)
     model.config.eos_token_id = tokenizer.eos_token_id
     if model.generation_config is not None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -222,7 +228,6 @@ def _arguments(recipe: TuningRecipe, folder: Path, mixture: Mixture) -> Training
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=recipe.save_every,
-        save_total_limit=1,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
@@ -232,26 +237,39 @@ def _arguments(recipe: TuningRecipe, folder: Path, mixture: Mixture) -> Training
     return args
 
 
-def _save(recipe: TuningRecipe, trainer: PackedTrainer, model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Weights in safetensors, in the recipe's precision, and the tokenizer; by the first process.
+def _save(recipe: TuningRecipe, trainer: PackedTrainer, model: PreTrainedModel, tokenizer: Any, run: TuningRun) -> None:
+    """Weights in safetensors, the tokenizer, and the losses; by the first process.
 
     Every process calls it: with FSDP each has a part of the weights.
     """
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    dtype = _saved_dtype(recipe)
     whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():
         return
     saved: Any = unpatch_model(model)
     model.config.use_cache = True  # the trainer has turned it off
+    config = "config.json"
+    weights: dict[str, Any] = {}
     if whole is not None:
         model.config.dtype = dtype
-        model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in whole.items()})
+        weights["state_dict"] = {name: tensor.to(dtype) for name, tensor in whole.items()}
     else:
         if recipe.lora_rank:
             adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
             saved = adapted.merge_and_unload() if recipe.merge else adapted
-        saved.to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+            config = config if recipe.merge else "adapter_config.json"
+        saved = saved.to(dtype)
+    with whole_folder(run.folder, (config, LOSSES_FILE)) as scratch:
+        saved.save_pretrained(scratch, **weights)
+        tokenizer.save_pretrained(scratch)
+        _write_losses(run, scratch / LOSSES_FILE)
+
+
+def _saved_dtype(recipe: TuningRecipe) -> torch.dtype:
+    """That of the recipe; else bf16 where it trains in that, or the dtype in which the base model was published."""
+    name = recipe.dtype or ("bfloat16" if recipe.precision == "bf16" else published_dtype(Path(recipe.model)))
+    dtype: torch.dtype = getattr(torch, name or "float32")
+    return dtype
 
 
 def _write_losses(run: TuningRun, file: Path) -> None:

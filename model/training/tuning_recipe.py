@@ -7,9 +7,10 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
-from mvkernels.layout import SEMANTICS
+from mvkernels.grammar import SEMANTICS
+from mvkernels.model.checkpoint_files import DTYPES, require_checkpoint
 from mvkernels.model.training.recipe_file import RecipeFile
 
 #: Recipes that come with the package.
@@ -39,6 +40,8 @@ class TuningRecipe(RecipeFile):
     warmup_share          share of the steps up to the peak
     weight_decay, betas, max_grad_norm    of AdamW, and of clipping
     precision             "bf16": products in bf16 (autocast), weights in fp32; "fp32": all in fp32
+    dtype                 of the saved weights: "float32", "bfloat16", "float16"; default: bfloat16 with "bf16", else
+                          the dtype in which the base model was published (a quantized GGUF file: bfloat16)
     gradient_checkpointing    compute activations again in the backward pass instead of keeping them
     lora_rank             0: all weights are trained. Else LoRA on every linear layer, and the tags' embeddings
     lora_alpha, lora_dropout    of LoRA
@@ -50,6 +53,8 @@ class TuningRecipe(RecipeFile):
 
     Raises ValueError when a value is out of range.
     """
+
+    outcome: ClassVar[str] = "losses.csv"
 
     model: str
     data: tuple[str, ...]
@@ -72,6 +77,7 @@ class TuningRecipe(RecipeFile):
     betas: tuple[float, ...] = (0.9, 0.95)
     max_grad_norm: float = 1.0
     precision: str = "fp32"
+    dtype: str = ""
     gradient_checkpointing: bool = False
     lora_rank: int = 0
     lora_alpha: float = 32.0
@@ -101,6 +107,7 @@ class TuningRecipe(RecipeFile):
         self._require("data", "at least one file or folder", bool(self.data))
         self._require("semantics", f"one of {SEMANTICS}", self.semantics in SEMANTICS)
         self._require("precision", f"one of {PRECISIONS}", self.precision in PRECISIONS)
+        self._require("dtype", f"one of {DTYPES}", self.dtype in ("", *DTYPES))
         longest = f"at most tokens_per_row, {self.tokens_per_row}"
         self._require("tokens_per_document", longest, self.tokens_per_document <= self.tokens_per_row)
         self._require("save_every", f"a multiple of log_every, {self.log_every}", self.save_every % self.log_every == 0)
@@ -108,6 +115,34 @@ class TuningRecipe(RecipeFile):
     @property
     def longest_document(self) -> int:
         return self.tokens_per_document or self.tokens_per_row
+
+    def check_inputs(self) -> None:
+        """Look for the base model, the tokenizer and the data, and read none of them.
+
+        Raises:
+            ValueError: One of them is not there.
+        """
+        require_checkpoint(Path(self.model), tokenizer=not self.tokenizer)
+        tokenizer = Path(self.tokenizer)
+        if self.tokenizer and not tokenizer.is_file():
+            require_checkpoint(tokenizer, weights=False)
+        for path in self.data:
+            data_files(path)
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The files of an entry of `data`: itself, or the .jsonl and .xml files of a folder. ValueError without any.
+
+    A Parquet file in a folder may hold the same traces as another file there, so it counts only by its own name.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix in (".xml", ".jsonl"))
+    else:
+        found = [path] if path.is_file() and path.suffix in (".xml", ".jsonl", ".parquet") else []
+    if not found:
+        raise ValueError(f"data: expected a .jsonl, .xml or .parquet file, or a folder with some, got {path}")
+    return found
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -123,7 +158,7 @@ def load_recipe(path: Path, given: Mapping[str, Any] | None = None) -> TuningRec
     """The recipe of a TOML file with some fields replaced. Raises ValueError for what is no recipe."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number too long, lists nested too deep
         raise ValueError(f"expected a recipe in TOML, got {path}: {error}") from None
     values |= given or {}
     missing = sorted({"model", "data"} - values.keys())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mvkernels.model.training import Recipe, train
 from mvkernels.model.training.allocator import keep_freed_memory
-from mvkernels.model.training.recipe_file import RECIPE_FILE
+from mvkernels.model.training.recipe import Recipe
+from mvkernels.model.training.recipe_file import RECIPE_FILE, check_folder, read_recipe
 
 
 def make_recipe(out: Path, given: Mapping[str, Any], resume: bool) -> Recipe:
@@ -17,20 +20,48 @@ def make_recipe(out: Path, given: Mapping[str, Any], resume: bool) -> Recipe:
 
     Raises ValueError for a field out of range, and where the saved recipe cannot be read.
     """
-    saved: dict[str, Any] = {}
     file = out / RECIPE_FILE
     if resume and file.exists():
         try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            return Recipe(**{**saved, **given})
-        except (json.JSONDecodeError, TypeError) as error:
+            return Recipe(**{**read_recipe(file), **given})
+        except TypeError as error:
             raise ValueError(f"resume: expected a recipe in {file}, got a file that is none: {error}") from None
     return Recipe(**given)
 
 
+@contextmanager
+def resumable(out: Path, words: Sequence[str]) -> Iterator[None]:
+    """Where Ctrl-C ends a run into `out`, say the command that goes on with it; exit status 130.
+
+    words: the arguments of that command.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = shlex.join(["mvkernels", *words])
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            again = "launch it as before, with --resume"
+        if os.environ.get("RANK", "0") == "0":
+            begun = (out / RECIPE_FILE).exists()
+            print(f"interrupted; {f'to go on: {again}' if begun else 'nothing is written yet'}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def run(out: Path, given: Mapping[str, Any], resume: bool, quiet: bool) -> None:
     """Trains and saves to ``out``; prints what came out."""
-    keep_freed_memory()
-    result = train(make_recipe(out, given, resume), out, resume=resume, progress=not quiet)
-    last = f", last loss {result.losses[-1][1]:.4f}" if result.losses else ""
-    print(f"{result.folder}: {result.parameters} parameters, trained in {result.seconds:.0f} s{last}")
+    recipe = make_recipe(out, given, resume)
+    check_folder(recipe, out, resume)
+    with resumable(out, ["train", str(out), "--resume", *(["--quiet"] if quiet else [])]):
+        from mvkernels.model.training import train  # takes seconds, so bad input is said before
+
+        keep_freed_memory()
+        result = train(recipe, out, resume=resume, progress=not quiet)
+    print(
+        f"{result.folder}: {result.parameters} parameters, trained in {seconds_text(result.seconds)}, "
+        f"last loss {result.losses[-1][1]:.4f}"
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds as they are read: short times with a decimal."""
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

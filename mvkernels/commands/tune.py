@@ -6,16 +6,15 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from mvkernels.commands import charts
-from mvkernels.model.training import TuningRecipe, load_recipe, tune
+from mvkernels.commands.train import resumable, seconds_text
 from mvkernels.model.training.allocator import keep_freed_memory
-from mvkernels.model.training.tuning import TuningData, read_data, recipe_tokenizer
-from mvkernels.model.training.tuning_recipe import find_recipe, parse_overrides
+from mvkernels.model.training.recipe_file import check_folder
+from mvkernels.model.training.tuning_recipe import TuningRecipe, find_recipe, load_recipe, parse_overrides
+
+if TYPE_CHECKING:
+    from mvkernels.model.training.tuning import TuningData
 
 CHART = "losses.png"
 
@@ -38,30 +37,46 @@ def run(
     words = list(arguments)
     out = words.pop(0) if words and not words[0].startswith("--") else None
     recipe = load_recipe(find_recipe(recipe_file), {**given, **parse_overrides(words)})
+    recipe.check_inputs()
     if dry_run:
+        from mvkernels.model.training.tuning import read_data, recipe_tokenizer
+
         data = read_data(recipe, recipe_tokenizer(recipe), skip_bad)
         _print_mixture(recipe, data)
         return
     if out is None:
         raise ValueError("train RECIPE.toml OUT: expected a folder OUT for the model, got none")
-    keep_freed_memory()
-    result = tune(recipe, out, resume=resume, skip_bad=skip_bad, progress=not quiet)
-    if os.environ.get("RANK", "0") != "0":
+    first = os.environ.get("RANK", "0") == "0"
+    if first:  # the other processes may find the folder begun
+        check_folder(recipe, Path(out), resume)
+    switches = {"--resume": True, "--quiet": quiet, "--skip-bad": skip_bad}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    command = ["train", str(recipe_file), *arguments, *options, *(name for name, on in switches.items() if on)]
+    with resumable(Path(out), command):
+        from mvkernels.model.training import tune  # takes seconds, so bad input is said before
+
+        keep_freed_memory()
+        result = tune(recipe, out, resume=resume, skip_bad=skip_bad, progress=not quiet)
+    if not first:
         return
     _print_skipped(result.skipped)
-    curves = {"trained on": result.losses, "held out": result.held_out_losses}
-    if result.losses and importlib.util.find_spec("matplotlib") is not None:
-        charts.losses({name: points for name, points in curves.items() if points}, result.folder / CHART, "losses")
     held_out = [loss for _, loss in result.held_out_losses]
     measured = f", held-out loss {held_out[0]:.4f} -> {held_out[-1]:.4f}" if held_out else ""
-    last = f", last loss {result.losses[-1][1]:.4f}" if result.losses else ""
     print(
-        f"{result.folder}: {result.trained} of {result.parameters} parameters trained in {result.seconds:.0f} s"
-        f"{last}{measured}"
+        f"{result.folder}: {result.trained} of {result.parameters} parameters trained in "
+        f"{seconds_text(result.seconds)}, last loss {result.losses[-1][1]:.4f}{measured}"
     )
+    curves = {"trained on": result.losses, "held out": result.held_out_losses}
+    if importlib.util.find_spec("matplotlib") is not None:
+        from mvkernels.commands import charts
+
+        charts.losses({name: points for name, points in curves.items() if points}, result.folder / CHART, "losses")
 
 
 def _print_mixture(recipe: TuningRecipe, data: TuningData) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     mixture = data.mixture
     table = Table(title="mixture: documents and tokens of each pass")
     headings = (
