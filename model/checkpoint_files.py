@@ -60,7 +60,7 @@ def require_checkpoint(path: Path, weights: bool = True, tokenizer: bool = True)
 def hub_hint(path: str | Path) -> str:
     """What a message adds where `path` may be meant as the name of a model on huggingface.co, or nothing."""
     name = str(path)
-    if not _HUB_ID.fullmatch(name):
+    if not _HUB_ID.fullmatch(name) or Path(name).parent.is_dir():
         return ""
     return f"; `hf download {name} --local-dir {name.partition('/')[2]}` gets the files of a model on huggingface.co"
 

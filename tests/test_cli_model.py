@@ -275,6 +275,37 @@ def test_train_makes_a_model_that_generates(tmp_path: Path):
     assert generate_json("Compute 1+1.", "--model", out, "--max-tokens", 3)[0]["total_tokens"] == 3
 
 
+def test_bad_input_is_said_before_the_imports_that_take_seconds(tmp_path: Path):
+    recipe, full = tmp_path / "my.toml", tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    recipe.write_text('model = "nowhere"\ndata = ["nowhere"]\n')
+    commands = [
+        (["train", tmp_path / "new", "--steps", 0], "steps: expected"),
+        (["train", full], "expected a new or empty folder"),
+        (["train", full, "--resume"], "expected a folder with the checkpoint"),
+        (["train", tmp_path / "none.toml", tmp_path / "new"], "expected a recipe"),
+        (["train", recipe, tmp_path / "new", "--lora-rank", "x"], "lora_rank: expected"),
+        (["train", recipe, tmp_path / "new"], "expected a local model folder"),
+        (["train", recipe, tmp_path / "new", "--model", EMBEDDED], "data: expected"),
+        (["train", recipe, full, "--model", EMBEDDED, "--data", ROOT / "tests" / "no.jsonl"], "data: expected"),
+        (["add-tags", tmp_path / "none", tmp_path / "new"], "expected a local model folder"),
+        (["add-tags", EMBEDDED, full], "expected a target that does not exist"),
+    ]
+    script = (
+        "import json, sys\nfrom mvkernels.__main__ import app\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    try:\n        app(words)\n"
+        "    except SystemExit as end:\n        print(end.code, 'torch' in sys.modules)\n"
+    )
+    words = json.dumps([[str(word) for word in command] for command, _ in commands])
+    done = subprocess.run([sys.executable, "-c", script, words], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["2 False"] * len(commands), done.stderr
+    for line, (_, message) in zip(done.stderr.splitlines(), commands, strict=True):
+        assert line.startswith("mvkernels: error: ") and message in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "my.toml"]
+
+
 def test_train_with_bad_input(tmp_path: Path):
     full = tmp_path / "full"
     full.mkdir()

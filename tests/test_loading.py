@@ -6,11 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mvkernels.grammar import TAGS
 from mvkernels.model import Engine
+from mvkernels.model.checkpoint_files import published_dtype
+from mvkernels.model.loading import load_checkpoint, load_model, load_tokenizer
 from mvkernels.model.tokens import multiverse_entry
 from tests.engine_cases import config_for, plain
 from tests.tiny_model import tiny_model, tiny_tokenizer
@@ -88,6 +92,80 @@ def test_foreign_code_is_not_run(copy: Path) -> None:
     (copy / "code.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\n")
     expect_refusal(copy, "expected a readable causal language model")
     assert not (copy / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", r"expected a folder with config.json and \*.safetensors, got .*copy without config.json$"),
+        (
+            "tokenizer.json",
+            r"a tokenizer \(tokenizer.json\), got .*copy without one: it has .*model.safetensors, token",
+        ),
+        ("token*", r"got .*copy without one: it has chat_template.jinja, config.json, generation_config.json, model.s"),
+    ],
+    ids=["config", "vocabulary", "tokenizer"],
+)
+def test_a_missing_file_is_named(copy: Path, missing: str, message: str) -> None:
+    """Without the files of a tokenizer, transformers makes an empty one for some models, and says nothing."""
+    for file in copy.glob(missing):
+        file.unlink()
+    expect_refusal(copy, message)
+    if missing != "config.json":
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(copy)
+        assert load_model(copy).dtype == torch.float32  # which needs none
+
+
+def test_a_name_on_the_hub_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = "; `hf download Qwen/Qwen2.5-7B --local-dir Qwen2.5-7B` gets the files of a model on huggingface.co"
+    for load in (load_checkpoint, load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"got Qwen/Qwen2.5-7B, which is neither; `hf") as caught:
+            load("Qwen/Qwen2.5-7B")
+        assert str(caught.value).endswith(how)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in (tmp_path / "a" / "b", "runs/b", "a/b/c", "nowhere"):
+        with pytest.raises(ValueError, match=r"which is neither$"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("left", [0, 100, -1], ids=["empty", "cut in the header", "cut at the end"])
+def test_a_torn_file_of_weights_is_named(left: int, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="60KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    torn = sorted(tmp_path.glob("*.safetensors"))[1]
+    torn.write_bytes(torn.read_bytes()[:left])
+    expect_refusal(tmp_path, f"expected a whole safetensors file, got {torn}: ")
+    torn.unlink()
+    expect_refusal(tmp_path, f"No such file or directory: .*{torn.name}")
+
+
+def test_the_published_dtype(tmp_path: Path) -> None:
+    """The one that most weights have."""
+    gguf = pytest.importorskip("gguf")
+    saved = {"a": torch.zeros(9, 9, dtype=torch.bfloat16), "b": torch.zeros(2, 2), "c": torch.zeros(3, 3).half()}
+    save_file(saved, tmp_path / "a.safetensors")
+    assert published_dtype(tmp_path) == "bfloat16"
+    save_file({"d": torch.zeros(100)}, tmp_path / "b.safetensors")
+    assert published_dtype(tmp_path) == "float32"
+    save_file({"e": torch.zeros(300, dtype=torch.int8)}, tmp_path / "c.safetensors")
+    assert published_dtype(tmp_path) is None
+    kinds = gguf.GGMLQuantizationType
+    wanted = {kinds.F32: "float32", kinds.F16: "float16", kinds.BF16: "bfloat16", kinds.Q8_0: "bfloat16"}
+    for kind, expected in wanted.items():
+        file = tmp_path / f"{kind.name}.gguf"
+        writer = gguf.GGUFWriter(file, "llama")
+        writer.add_tensor("norm", np.ones(64, dtype=np.float32))
+        weights = gguf.quants.quantize(np.ones((4, 64), dtype=np.float32), kind)
+        writer.add_tensor("weights", weights, raw_dtype=kind)
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        assert published_dtype(file) == expected
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"expected a readable GGUF file, got .*Q8_0.gguf"):
+        published_dtype(file)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from mvkernels.grammar import TAGS
 from mvkernels.model.loading import load_checkpoint
 from mvkernels.model.tokens import add_tags, add_tags_to_checkpoint, read_entry
+from tests.test_files import full_disk
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -93,6 +95,31 @@ def test_a_checkpoint_keeps_its_tags(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match="expected a target that does not exist or is an empty folder"):
         add_tags_to_checkpoint(source, target)
+
+
+def test_the_published_dtype_is_kept(tmp_path: Path) -> None:
+    """That of the weights, even where config.json names another; or the one that is asked for."""
+    source = tmp_path / "base"
+    make_model(256, True).bfloat16().save_pretrained(source)
+    make_tokenizer().save_pretrained(source)
+    config = source / "config.json"
+    config.write_text(config.read_text().replace("bfloat16", "float32"))
+    for dtype, expected in ((None, torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)):
+        target = tmp_path / str(dtype)
+        add_tags_to_checkpoint(source, target, dtype=dtype)
+        assert {tensor.dtype for tensor in load_file(target / "model.safetensors").values()} == {expected}
+        assert json.loads((target / "config.json").read_text())["dtype"] == str(expected).partition(".")[2]
+    with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, float16, got 'int8'"):
+        add_tags_to_checkpoint(source, tmp_path / "other", dtype="int8")
+
+
+def test_on_a_full_disk_nothing_is_left(tmp_path: Path) -> None:
+    source, target = tmp_path / "base", tmp_path / "out"
+    make_model(256, True).save_pretrained(source)
+    make_tokenizer().save_pretrained(source)
+    with full_disk(9000), pytest.raises(OSError, match=r"File too large: .*/out'$"):
+        add_tags_to_checkpoint(source, target)
+    assert not target.exists() and [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_config_entry_with_other_tags_is_refused() -> None:

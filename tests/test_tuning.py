@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +146,12 @@ def test_bf16(recipe: TuningRecipe, tmp_path: Path) -> None:
     assert len(run.losses) == 2
     assert AutoModelForCausalLM.from_pretrained(run.folder).dtype == torch.bfloat16
     assert list((run.folder / "logs").rglob("events.out.*"))
+    # What was published in bf16 stays so, with LoRA merged too, whatever it is trained in, unless the recipe says else.
+    again = replace(recipe, model=str(run.folder), steps=1, lora_rank=2)
+    for dtype, expected in (("", torch.bfloat16), ("float32", torch.float32)):
+        saved = tune(replace(again, dtype=dtype), tmp_path / f"again{dtype}", progress=False).folder
+        assert {tensor.dtype for tensor in load_file(saved / "model.safetensors").values()} == {expected}
+        assert json.loads((saved / "config.json").read_text())["dtype"] == str(expected).partition(".")[2]
 
 
 def test_the_loss_of_a_step_does_not_depend_on_its_rows(recipe: TuningRecipe, whole: TuningRun, tmp_path: Path) -> None:
@@ -273,6 +281,66 @@ def test_shipped_recipes_and_overrides(tmp_path: Path) -> None:
 def test_bad_overrides(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe(find_recipe("multiverse-32b.toml"), parse_overrides(words))
+
+
+def test_interrupted_the_command_says_how_to_go_on(base: Path, data: Path, tmp_path: Path, interrupts: Any) -> None:
+    """With everything that was given; and so it does go on."""
+    file, out = tmp_path / "my recipe.toml", tmp_path / "an out"
+    file.write_text(f'model = "{base}"\ndata = ["{data}"]\ntokens_per_row = 500\nchat = false\nsave_every = 1\n')
+    words = ("--documents-per-step", 3, "--learning-rate", 0.001, "--quiet", "--steps=3")
+    interrupts(2)
+    stopped = invoke("train", file, out, *words)
+    assert stopped.exit_code == 130, stopped.output
+    said = stopped.stderr.strip().splitlines()[-1]
+    assert said.startswith("interrupted; to go on: mvkernels train '") and "--resume" in said
+    interrupts(0)
+    done = invoke(*shlex.split(said.partition("mvkernels ")[2]))
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert json.loads((out / "recipe.json").read_text())["documents_per_step"] == 3
+    with (out / LOSSES_FILE).open() as rows:
+        assert [row["step"] for row in csv.DictReader(rows)] == ["1", "2", "3"]
+
+
+@pytest.fixture
+def interrupts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that has Ctrl-C come in the n-th row from now on (0: never)."""
+    plain = PackedTrainer.training_step
+
+    def at(number: int) -> None:
+        rows = iter(range(1, 999))
+
+        def step(self: PackedTrainer, *arguments: Any, **named: Any) -> Any:
+            if next(rows) == number:
+                raise KeyboardInterrupt
+            return plain(self, *arguments, **named)
+
+        monkeypatch.setattr(PackedTrainer, "training_step", step)
+
+    return at
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "Qwen/Qwen2.5-7B"}, "hf download Qwen/Qwen2.5-7B --local-dir Qwen2.5-7B"),
+        ({"tokenizer": "nowhere"}, "expected a local model folder or a .gguf file, got nowhere"),
+        ({"data": "nowhere"}, "data: expected a .jsonl, .xml or .parquet file, or a folder with some, got nowhere"),
+        ({"precision": "fp8"}, "precision: expected one of"),
+        ({"dtype": "fp8"}, "dtype: expected one of"),
+        ({"steps": "9" * 5000}, "expected a recipe in TOML"),
+        ({"passes": "[" * 9999}, "expected a recipe in TOML"),
+    ],
+    ids=["hub id", "tokenizer", "data", "precision", "dtype", "long number", "deep list"],
+)
+def test_bad_input_is_one_line(change: dict[str, str], message: str, base: Path, data: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "my.toml", tmp_path / "out"
+    values = {"model": f'"{base}"', "data": f'["{data}"]'}
+    values |= {name: value if name in ("steps", "passes") else f'"{value}"' for name, value in change.items()}
+    file.write_text("".join(f"{name} = {value}\n" for name, value in values.items()))
+    if "data" in change:
+        file.write_text(file.read_text().replace('data = "nowhere"', 'data = ["nowhere"]'))
+    assert_one_line_error(invoke("train", file, out), message)
+    assert not out.exists()
 
 
 def test_the_command(base: Path, data: Path, tmp_path: Path) -> None:
