@@ -30,10 +30,10 @@ def roomy(monkeypatch):
     """Buckets in which every step of a test fits, whatever its rows: with a merge, and without."""
     shapes = decode_tiles.tile_shapes
     monkeypatch.setattr(decode_tiles, "tile_shapes", lambda shape: shapes(shape)[:1])
-    monkeypatch.setattr(decode_buffers, "PARTIALS", 64)
+    monkeypatch.setattr(decode_buffers, "PARTIALS", 32)
     monkeypatch.setattr(decode_buffers, "round_rows", lambda rows: 48)
     power = decode_buffers._power
-    monkeypatch.setattr(decode_buffers, "_power", lambda number: max(64, power(number)))
+    monkeypatch.setattr(decode_buffers, "_power", lambda number: max(32, power(number)))
 
 
 def put_on_device(views: StepViews, apart: bool) -> StepViews:
