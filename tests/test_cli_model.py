@@ -241,7 +241,10 @@ def test_env_lists_versions_and_backends():
         reasons = environment["backends"][operation]["cpu"]
         assert reasons["cpu"] is None and reasons["reference"] is None
         assert (reasons["triton"] is None) == (os.environ.get("TRITON_INTERPRET") == "1")
+    kernels = environment["cpu_kernels"]
+    assert (kernels["folder"] is None) == (environment["backends"]["tree_decode"]["cpu"]["native"] is not None)
     shown = invoke("env")
+    assert "CPU kernels" in shown.stdout
     assert shown.exit_code == 0 and "tree_decode" in shown.stdout and torch.__version__ in shown.stdout
 
 

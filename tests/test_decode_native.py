@@ -224,17 +224,7 @@ def test_without_a_compiler_auto_takes_the_next_backend_and_says_why(compiler, r
     assert lines[0].startswith("24.0 | " + reason)
     assert lines[1].startswith("backend 'native' cannot do this: " + reason)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_library_is_compiled_once_and_a_broken_one_is_no_crash(tmp_path):
-    env = {**os.environ, "MVKERNELS_CACHE": str(tmp_path / "new")}
-    run = lambda: subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, check=True)  # noqa: E731
-    assert "24.0 | None" in run().stdout
-    [library] = (tmp_path / "new").iterdir()
-    made = library.stat().st_mtime_ns
-    assert "24.0 | None" in run().stdout and library.stat().st_mtime_ns == made
-    library.write_bytes(b"cut off")
-    assert "24.0 | OSError" in run().stdout
+    assert run.stderr.count("UserWarning: mvkernels: no compiled CPU kernels: " + reason) == 1
 
 
 def test_reasons_name_what_does_not_fit():

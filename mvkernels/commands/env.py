@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +57,19 @@ def backends() -> dict[str, dict[str, dict[str, str | None]]]:
     }
 
 
+def cpu_kernels() -> dict[str, str | None]:
+    """The folder of the compiled CPU kernels, None where there are none, and a warning if something is amiss."""
+    from mvkernels.ops.layer_native import kernels, layer_reason
+    from mvkernels.ops.native import WITHOUT
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reason = layer_reason()
+    if reason is not None:
+        return {"folder": None, "warning": WITHOUT.format(reason)}
+    return {"folder": str(Path(kernels()._name).parent), "warning": str(caught[0].message) if caught else None}
+
+
 def environment() -> dict[str, Any]:
     return {
         "mvkernels": mvkernels.__version__,
@@ -64,6 +79,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": gpus(),
         "cpu_threads": torch.get_num_threads(),
+        "cpu_kernels": cpu_kernels(),
         "backends": backends(),
     }
 
@@ -86,6 +102,8 @@ def run(as_json: bool) -> None:
     if not found["gpus"]:
         rows.add_row("GPU", "none: " + ("this torch has no CUDA" if found["cuda"] is None else "torch sees no device"))
     rows.add_row("CPU threads", str(found["cpu_threads"]))
+    kernels = found["cpu_kernels"]
+    rows.add_row("CPU kernels", kernels["warning"] or f"compiled, in {kernels['folder']}")
     console.print(rows, highlight=False)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -89,7 +89,8 @@ def load_engine(path: str | None, placement: Mapping[str, str | None]) -> tuple[
             device=device,
             device_map=placement["device_map"],
         )
-    notes = [str(warning.message) for warning in caught if "generates sequentially" in str(warning.message)]
+    said = (str(warning.message) for warning in caught)
+    notes = [text for text in said if "generates sequentially" in text or text.startswith("mvkernels: ")]
     return engine, notes
 
 

@@ -1,9 +1,11 @@
-"""C++ kernels for the CPU: compiled with g++ for this very machine when one is first called, kept in a folder, loaded.
+"""C++ kernels for the CPU: compiled with g++ for this very machine when first called, kept in a cache folder, loaded.
 
-The folder is `$MVKERNELS_CACHE`, else `mvkernels` in `$XDG_CACHE_HOME`, else in `~/.cache`. A library's name has a hash
-of its source and `native.h`, the flags, the compiler's version and the machine's features, so that a home that many
-machines share serves each its own. `$CXX` names another g++. The parallel regions run in the threads of the OpenMP
-library that PyTorch has loaded already.
+The folder is `$MVKERNELS_CACHE`, else `mvkernels` in `$XDG_CACHE_HOME`, else in `~/.cache`; where that cannot be used,
+`mvkernels-UID` in the folder for temporary files. Only the user (or root) may be able to write to it. A library's name
+has a hash of its source and `native.h`, the flags, the compiler's version and the machine's features, so that a home
+shared by many machines serves each its own. Its last bytes are a hash of that key and of all bytes before: a file that
+was cut off, damaged or renamed is compiled again. A file lock lets one process compile while the others wait.
+`$CXX` names another g++. The parallel regions run in the threads of the OpenMP library that PyTorch has loaded already.
 """
 
 from __future__ import annotations
@@ -14,14 +16,34 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
+import stat
 import subprocess
 import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 HEADER = Path(__file__).with_name("native.h")
 # -Bsymbolic-functions: a library calls its own functions, whatever else in the process has their names.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-Wl,-Bsymbolic-functions")
 SECONDS = 120  # that a compilation may take
+SCRATCH, LOCK = ".mvkernels-build-", ".mvkernels-lock"
+WITHOUT = (
+    "mvkernels: no compiled CPU kernels: {}. PyTorch's operations are used instead; on a CPU the engine then takes "
+    "about four times as long. Install g++ (`apt install g++`), or name a compiler in $CXX; `mvkernels env` checks it."
+)
+# Runs a command that does not outlive this process, however it ends: stdin is a pipe that then breaks.
+GUARDED = """
+exec 3<&0 </dev/null
+(read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 &
+"$@" 3<&-
+status=$?
+{ kill -KILL $!; wait $!; } 2>/dev/null
+exit $status
+"""
 
 
 def native_reason(source: Path) -> str | None:
@@ -40,43 +62,149 @@ def native_library(source: Path, *flags: str) -> ctypes.CDLL:
 
 @functools.cache
 def _load(source: Path, flags: tuple[str, ...] = ()) -> tuple[ctypes.CDLL | None, str | None]:
+    library, reason = _try(source, flags)
+    if reason is not None:
+        _warn_once(WITHOUT.format(reason))
+    return library, reason
+
+
+def _try(source: Path, flags: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str | None]:
     name = os.environ.get("CXX") or "g++"
     compiler = shutil.which(name)
     if compiler is None:
         return None, f"expected the C++ compiler {name}, which is not installed"
+    unusable = []
     try:
-        return ctypes.CDLL(str(_compiled(source, compiler, flags))), None
+        key, command = _recipe(source, compiler, flags)
+        for folder in _folders():
+            try:
+                library = ctypes.CDLL(str(_compiled(folder, source.stem, key, command)))
+            except OSError as error:
+                unusable.append(f"{folder}: {error.strerror or error}")
+                continue
+            if unusable:
+                _warn_once(f"mvkernels: {'; '.join(unusable)}: compiled kernels are kept in {folder} instead")
+            return library, None
     except subprocess.CalledProcessError as error:
         said = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
         return None, f"{name} failed: {said[0] if said else f'exit status {error.returncode}'}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"{type(error).__name__}: {error}"
+    except subprocess.TimeoutExpired:
+        return None, f"{name} took more than {SECONDS} seconds"
+    return None, "expected a folder for compiled kernels: " + "; ".join(unusable)
 
 
-def _compiled(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:
-    """The library's file, compiled unless it is there. Several processes may compile at once: each renames its own."""
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _recipe(source: Path, compiler: str, flags: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """(the hash of all that a library depends on, the command that compiles it)."""
     flags, libraries = (*FLAGS, _tuned(), *flags), _openmp()
-    version = _output(compiler, "--version").splitlines()[0]
-    key = "\0".join((source.read_text(), HEADER.read_text(), *flags, *libraries, version, _features()))
-    folder = _folder()
-    target = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / target.name
-            _output(compiler, *flags, str(source), *libraries, "-o", str(made))
-            os.replace(made, target)
-    return target
+    version = _run([compiler, "--version"]).splitlines()[:1]
+    text = (*flags, *libraries, *version, _features())
+    key = b"\0".join((source.read_bytes(), HEADER.read_bytes(), *map(str.encode, text)))
+    return hashlib.sha256(key).hexdigest(), (compiler, *flags, str(source), *libraries)
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
-
-
-def _folder() -> Path:
+def _folders() -> Iterator[Path]:
+    """Where libraries may be kept, best first."""
+    home = os.path.expanduser("~/.cache")  # unlike Path.home, no error where there is no home
     if chosen := os.environ.get("MVKERNELS_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mvkernels"
+        yield Path(os.path.abspath(os.path.expanduser(chosen)))
+    elif os.path.isabs(cache := os.environ.get("XDG_CACHE_HOME") or home):
+        yield Path(cache) / "mvkernels"
+    yield Path(tempfile.gettempdir()) / f"mvkernels-{os.geteuid()}"
+
+
+def _compiled(folder: Path, stem: str, key: str, command: Sequence[str]) -> Path:
+    """The library's file in a folder, compiled unless it is there and whole. Raises OSError."""
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    found = folder.stat()
+    if not _is_ours(found):
+        got = f"{stat.filemode(found.st_mode)} of user {found.st_uid}"
+        raise PermissionError(f"expected a folder that only user {os.geteuid()} can write to, got {got}")
+    library = folder / f"{stem}-{key[:16]}.so"
+    if not _is_whole(library, key):
+        with _locked(folder):
+            if not _is_whole(library, key):  # another process may have compiled it meanwhile
+                _compile(library, key, command)
+    return library
+
+
+def _compile(library: Path, key: str, command: Sequence[str]) -> None:
+    for left in library.parent.glob(SCRATCH + "*"):  # by a process that was killed: this one has the lock
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=library.parent) as scratch:
+        made = Path(scratch) / library.name
+        _run([*command, "-o", str(made)], scratch)
+        code = made.read_bytes()
+        made.write_bytes(code + _digest(key, code))  # behind the end of an ELF file, where no loader looks
+        made.chmod(0o755)
+        os.replace(made, library)
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """Whether only this user or root can write to a file."""
+    return found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022
+
+
+def _is_whole(library: Path, key: str) -> bool:
+    """Whether a library is a file of ours with all its bytes."""
+    try:
+        found = library.lstat()
+        if not stat.S_ISREG(found.st_mode) or not _is_ours(found):
+            return False
+        data = library.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return data[-size:] == _digest(key, data[:-size])
+
+
+def _digest(key: str, code: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + code).digest()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The only process that compiles for a folder. The system releases the lock of a process that ends in any way."""
+    import fcntl
+
+    with open(folder / LOCK, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        end = time.monotonic() + 2 * SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise TimeoutError(f"another process has held {LOCK} for {2 * SECONDS} seconds") from None
+                time.sleep(0.05)
+        yield
+
+
+def _run(command: Sequence[str], scratch: str | None = None) -> str:
+    """The output of a compiler. Raises CalledProcessError and TimeoutExpired; nothing of it goes on running.
+
+    scratch: a folder for its temporary files.
+    """
+    env = {**os.environ, "LC_ALL": "C"} | ({} if scratch is None else {"TMPDIR": scratch})
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stdin, open(writing, "wb"):
+        process = subprocess.Popen(
+            ["sh", "-c", GUARDED, "sh", *command], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=env, encoding="utf-8", errors="replace", start_new_session=True,
+        )  # fmt: skip
+        with process:
+            try:
+                out, err = process.communicate(timeout=SECONDS)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)  # the compiler is several processes
+                raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, list(command), out, err)
+    return str(out)
 
 
 def _tuned() -> str:
