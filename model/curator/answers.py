@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
+
+from mvkernels.model.curator.prompts import SCHEMAS
+from mvkernels.model.json_input import parse_json, shown
 
 
 class Wrong(ValueError):
     """An answer cannot be used; the message says why, in words that the model can act on."""
 
 
-_FENCE = re.compile(r"\A```[\w-]*\n(.*?)\n?```\s*\Z", re.DOTALL)
+#: Characters of an answer without its reasoning. Five times the longest chain that is curated by default.
+LONGEST = 1_000_000
+_LARGEST = 10**9  # of a number in an answer; numbers count steps, paths and sentences
+_FENCE = re.compile(r"```[\w-]*\n(.*?)\n?```\s*\Z", re.DOTALL)
+_FENCED_JSON = re.compile(r"^```[\w-]*\n\s*(\{.*?)\n?```", re.DOTALL | re.MULTILINE)
 # Where JSON is written by hand, formulas stand in it as they are: \( is no escape, and \frac begins like one.
 _LONE_BACKSLASH = re.compile(
     r"(\\\\|\\[\"/]|\\u[0-9a-fA-F]{4})|\\(?=[bfrt][A-Za-z]|n(?:u\b|eq?\b|abla|ot|eg|i\b|mid|leq|geq)|[^bfnrtu]|u)"
@@ -22,27 +28,74 @@ _MARKUP = re.compile(r"^[\s>]*(?:[-*•]\s+)?(?:#+\s+)?")
 _BOLD = re.compile(r"^\*\*(.*?)\*\*")
 
 
-def answer_text(answer: str, from_json: Callable[[Any], str]) -> str:
-    """The answer as plain lines. from_json: turns the stage's JSON object into these lines.
+def answer_text(answer: str, stage: str, to_lines: Callable[[Any], str]) -> str:
+    """Turn an answer into the plain lines that a stage reads.
 
-    Raises Wrong for an empty answer, and for JSON of another shape.
+    Args:
+        answer: What the model wrote: lines or a JSON object, with or without reasoning before it and a fence around it.
+        stage: One of `prompts.STAGES`; a JSON object must have the form of `prompts.SCHEMAS[stage]`.
+        to_lines: Writes an object of that form as lines.
+
+    Raises:
+        Wrong: The answer is empty, too long or no text, or its JSON is malformed or of another form.
     """
-    text = answer.rpartition("</think>")[2].strip()
-    fenced = _FENCE.match(text)
+    text = _without_reasoning(answer)
+    if len(text) > LONGEST:
+        raise Wrong(f"The answer has {len(text)} characters; it may have {LONGEST} at most.")
+    fenced = _FENCE.match(text) or _FENCED_JSON.search(text)
     if fenced:
         text = fenced.group(1).strip()
     if not text:
         raise Wrong("The answer is empty.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Wrong("The answer has half a surrogate pair in it, which is no character.") from None
     if not text.startswith("{"):
         return text
     try:
-        value = json.loads(_LONE_BACKSLASH.sub(lambda match: match.group(1) or "\\\\", text), strict=False)
-    except json.JSONDecodeError as error:
+        value = parse_json(_LONE_BACKSLASH.sub(lambda match: match.group(1) or "\\\\", text))
+    except ValueError as error:
         raise Wrong(f"The answer is no complete JSON object: {error}.") from None
-    try:
-        return from_json(value)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Wrong(f"The JSON object has not the form that was asked for: {error!r}.") from None
+    return to_lines(_as_asked(value, SCHEMAS[stage], ""))
+
+
+def _without_reasoning(answer: str) -> str:
+    """What stands behind `</think>`; the prompt's template may have written the opening tag already."""
+    text = answer.strip()
+    if not text.startswith("{"):  # in JSON the tag can be part of a text
+        text = text.rpartition("</think>")[2].strip()
+    if text.startswith("<think>"):
+        raise Wrong("The answer is reasoning only; end it, and then answer.")
+    return text
+
+
+def _as_asked(value: Any, schema: dict[str, Any], where: str) -> Any:
+    """The part of a JSON value that a schema of `prompts` describes. Raises Wrong where it has another form."""
+    if schema["type"] == "object" and isinstance(value, dict):
+        named = {name: f"{where}.{name}" if where else name for name in schema["properties"]}
+        missing = [name for name in named if name not in value]
+        if missing:
+            raise Wrong(f"The JSON object has not the form that was asked for: {named[missing[0]]} is missing.")
+        return {name: _as_asked(value[name], schema["properties"][name], at) for name, at in named.items()}
+    if schema["type"] == "array" and isinstance(value, list):
+        return [_as_asked(item, schema["items"], f"{where}[{i}]") for i, item in enumerate(value)]
+    if schema["type"] == "string" and isinstance(value, str):
+        return value
+    if schema["type"] == "integer":
+        if isinstance(value, str) and value.isdecimal():
+            return read_number(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST:
+            return value
+    kind = {"object": "an object", "array": "a list", "string": "a text", "integer": "a number"}[schema["type"]]
+    raise Wrong(f"The JSON object has not the form that was asked for: {where}: expected {kind}, got {shown(value)}.")
+
+
+def read_number(digits: str) -> int:
+    """The number that digits in an answer stand for. Raises Wrong for one that is too large to count anything."""
+    if len(digits) >= len(str(_LARGEST)):
+        raise Wrong(f"{digits[:20]}... is too large a number.")
+    return int(digits)
 
 
 def lines_of(text: str) -> list[str]:
@@ -51,8 +104,6 @@ def lines_of(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def one_line(text: object) -> str:
-    """A text of a JSON object as one line. Raises TypeError for what is no text."""
-    if not isinstance(text, str):
-        raise TypeError(f"expected a text, got {text!r}")
+def one_line(text: str) -> str:
+    """A text of a JSON object as one line."""
     return " ".join(text.split())

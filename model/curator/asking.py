@@ -13,6 +13,8 @@ from mvkernels.model.curator.prompts import Form, form_of, render
 T = TypeVar("T")
 #: A message of the chat completions protocol: role and content.
 Message = dict[str, str]
+# Characters of a bad answer, and of what is wrong with it, that the model is sent: the next request must stay small.
+_MOST_SENT_BACK, _MOST_COMPLAINT = 20_000, 2_000
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,15 @@ class Dialogue:
 
     def refuse(self, wrong: str) -> None:
         """Notes what is wrong with the last answer, so that `get` asks again. Raises Rejected when no try is left."""
+        wrong = wrong if len(wrong) <= _MOST_COMPLAINT else f"{wrong[:_MOST_COMPLAINT]} ..."
         self._record.bad.append({"stage": self._stage, "answer": self.text, "wrong": f"{self._about}{wrong}"})
         if self._left < 1:
             raise Rejected(self._stage, f"{self._about}{wrong}")
         complaint = render("again", wrong=wrong)
-        self._last = [{"role": "assistant", "content": self.text}, {"role": "user", "content": complaint}]
+        self._last = [
+            {"role": "assistant", "content": self.text[:_MOST_SENT_BACK]},
+            {"role": "user", "content": complaint},
+        ]
 
 
 def user(name: str, **values: Any) -> Message:

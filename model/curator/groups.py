@@ -32,7 +32,7 @@ def read_groups(answer: str, steps: Sequence[Step]) -> tuple[Group, ...]:
     needs: dict[str, set[str]] = {}
     groups: list[Group] = []
     known = {step.id for main in steps for step in (main, *main.substeps)}
-    for line in lines_of(answer_text(answer, _from_json)):
+    for line in lines_of(answer_text(answer, "groups", _as_lines)):
         need, grouped = _NEED.match(line), _GROUP.match(line)
         if need is not None:
             needs.setdefault(need.group(1), set()).update(re.findall(_ID, need.group(2)))
@@ -104,7 +104,7 @@ def _order(step: str) -> tuple[int, ...]:
     return tuple(map(int, step[1:].split(".")))
 
 
-def _from_json(value: Any) -> str:
+def _as_lines(value: Any) -> str:
     lines = [f"{one_line(need['step'])} <- {', '.join(map(one_line, need['uses']))}" for need in value["needs"]]
     for group in value["groups"]:
         paths = " || ".join(" + ".join(map(one_line, path)) for path in group["paths"])

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mvkernels.grammar import INDEX_PATTERN, TAG_PATTERN
-from mvkernels.model.curator.answers import Wrong, answer_text, one_line
+from mvkernels.model.curator.answers import Wrong, answer_text, one_line, read_number
 from mvkernels.model.curator.refill import Ranges
 from mvkernels.model.curator.sentences import Sentences
 from mvkernels.model.curator.structure import Node, ParallelBlock, steps_of
 
-_LINE = re.compile(r"[\s>*#-]*(Outline|Edit|Conclusion)\s*\[?(\d*)\]?\W*?:\**\s*(.*)", re.IGNORECASE)
+_LINE = re.compile(r"[\s>*#-]*(Outline|Edit|Conclusion)\s*+\[?+(\d*+)\]?+[^\w:]*+:\**\s*(.*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ def read_mapreduce(answer: str, paths: int, sentences: range) -> BlockText:
     """The texts of a block of so many paths, whose sentences are those numbers. Raises Wrong."""
     fields: dict[tuple[str, int], list[str]] = {}
     last: list[str] | None = None
-    for line in answer_text(answer, _from_json).splitlines():
+    for line in answer_text(answer, "mapreduce", _as_lines).splitlines():
         match = _LINE.match(line)
         if match is not None:
-            key = match.group(1).lower(), int(match.group(2) or 0)
+            key = match.group(1).lower(), read_number(match.group(2) or "0")
             if key in fields:
                 raise Wrong(f"{' '.join(map(str, key))} is there twice.")
             last = fields[key] = [match.group(3)]
@@ -154,7 +154,7 @@ def block_at(text: str, first: int, line: int) -> int:
     return innermost[-1]
 
 
-def _from_json(value: Any) -> str:
+def _as_lines(value: Any) -> str:
     lines = [f"Outline {number}: {one_line(text)}" for number, text in enumerate(value["outlines"], start=1)]
-    lines += [f"Edit {int(edit['sentence'])}: {one_line(edit['text'])}" for edit in value["edits"]]
+    lines += [f"Edit {edit['sentence']}: {one_line(edit['text'])}" for edit in value["edits"]]
     return "\n".join([*lines, f"Conclusion: {one_line(value['conclusion'])}"])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.model.curator.answers import Wrong, answer_text, lines_of, one_line
+from mvkernels.model.curator.answers import Wrong, answer_text, lines_of, one_line, read_number
 
 _LINE = re.compile(r"(S\d+(?:\.\d+)?)\b(?!\.\d)[^:]*:\s*\[?(\d+)\]?(?:\s*(?:-+|–|—|\.\.+|to)\s*\[?(\d+)\]?)?\s*\.?$")
 
@@ -20,13 +20,13 @@ def read_ranges(answer: str, needed: Mapping[str, int], first: int, last: int) -
     Raises Wrong unless the ranges are all of `first` to `last`, in order, without a gap.
     """
     found: dict[str, tuple[int, int]] = {}
-    for line in lines_of(answer_text(answer, _from_json)):
+    for line in lines_of(answer_text(answer, "refill", _as_lines)):
         match = _LINE.match(line)
         if match is None:
             raise Wrong(f'Expected lines of the form "S1: 1-4", got "{line[:80]}".')
         if match.group(1) in found:
             raise Wrong(f"{match.group(1)} is there twice.")
-        found[match.group(1)] = int(match.group(2)), int(match.group(3) or match.group(2))
+        found[match.group(1)] = read_number(match.group(2)), read_number(match.group(3) or match.group(2))
     if list(found) != list(needed):
         raise Wrong(f"Expected a line for each of {', '.join(needed)}, in this order; got {', '.join(found)}.")
     expected = first
@@ -49,6 +49,6 @@ def _these(first: int, last: int) -> str:
     return f"Sentence {first} belongs to" if first == last else f"Sentences {first}-{last} belong to"
 
 
-def _from_json(value: Any) -> str:
-    lines = [f"{one_line(item['step'])}: {int(item['first'])}-{int(item['last'])}" for item in value["ranges"]]
+def _as_lines(value: Any) -> str:
+    lines = [f"{one_line(item['step'])}: {item['first']}-{item['last']}" for item in value["ranges"]]
     return "\n".join(lines)

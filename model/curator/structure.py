@@ -54,10 +54,11 @@ def read_structure(answer: str, steps: Sequence[Step], groups: Sequence[Group]) 
 
     Steps whose substeps are not parallel come as one. Without a block, no group held on second thought.
     """
-    nodes = _nodes(_pieces(answer_text(answer, _from_json)))
-    nodes = tuple(_without_headings(nodes, {step.id: set(step.leaves) for step in steps}))
+    nodes = _nodes(_pieces(answer_text(answer, "structure", _as_lines)))
+    nodes = _without_headings(nodes, {step.id: set(step.leaves) for step in steps})
     got = list(steps_of(nodes))
-    expected = [leaf for step in steps for leaf in ((step.id,) if step.id in got else step.leaves)]
+    there = set(got)
+    expected = [leaf for step in steps for leaf in ((step.id,) if step.id in there else step.leaves)]
     if got != expected:
         where = next((i for i, pair in enumerate(zip(got, expected, strict=False)) if pair[0] != pair[1]), None)
         if where is None:
@@ -67,7 +68,7 @@ def read_structure(answer: str, steps: Sequence[Step], groups: Sequence[Group]) 
         raise Wrong(
             f"Every step stands in the structure once, in its order: expected {expected[where]}, got {got[where]}."
         )
-    _check_blocks(nodes, steps, {group.paths for group in groups}, 1)
+    _check_blocks(nodes, steps, {group.paths for group in groups})
     return _renumbered(_joined(nodes, steps))
 
 
@@ -92,6 +93,8 @@ def _nodes(pieces: Sequence[str]) -> tuple[Node, ...]:
     for piece in pieces:
         inside = open_tags[-1] if open_tags else ""
         if piece == "<Parallel>" and inside != "<Parallel>":
+            if len(paths) == DEEPEST:
+                raise Wrong(f"Blocks are nested {DEEPEST} deep at most.")
             open_tags.append(piece)
             paths.append([])
         elif piece == "<Path>" and inside == "<Parallel>":
@@ -112,29 +115,29 @@ def _nodes(pieces: Sequence[str]) -> tuple[Node, ...]:
     return tuple(trunk)
 
 
-def _without_headings(nodes: Sequence[Node], leaves: dict[str, set[str]]) -> Iterator[Node]:
+def _without_headings(nodes: Sequence[Node], leaves: dict[str, set[str]]) -> tuple[Node, ...]:
     """The nodes without divided steps that are followed by their substeps."""
-    for i, node in enumerate(nodes):
+    kept: list[Node] = []
+    following: str | None = None
+    for node in reversed(nodes):
         if isinstance(node, ParallelBlock):
-            yield ParallelBlock(0, tuple(tuple(_without_headings(path, leaves)) for path in node.paths))
-        else:
-            following = next(steps_of(nodes[i + 1 :]), None)
-            if following is None or following == node or following not in leaves.get(node, ()):
-                yield node
+            kept.append(ParallelBlock(0, tuple(_without_headings(path, leaves) for path in node.paths)))
+        elif following is None or following == node or following not in leaves.get(node, ()):
+            kept.append(node)
+        following = next(steps_of([node]), following)
+    return tuple(reversed(kept))
 
 
-def _check_blocks(nodes: Sequence[Node], steps: Sequence[Step], groups: set[Paths], depth: int) -> None:
+def _check_blocks(nodes: Sequence[Node], steps: Sequence[Step], groups: set[Paths]) -> None:
     for node in nodes:
         if not isinstance(node, ParallelBlock):
             continue
-        if depth > DEEPEST:
-            raise Wrong(f"Blocks are nested {DEEPEST} deep at most.")
         paths = _as_group(node, steps)
         if len(paths) < 2 or paths not in groups:
             known = "; ".join(map(paths_text, sorted(groups)))
             raise Wrong(f"The block {paths_text(paths)} is no parallel group of your analysis ({known}).")
         for path in node.paths:
-            _check_blocks(path, steps, groups, depth + 1)
+            _check_blocks(path, steps, groups)
 
 
 def _as_group(block: ParallelBlock, steps: Sequence[Step]) -> Paths:
@@ -178,5 +181,5 @@ def _renumbered(nodes: Sequence[Node], counter: list[int] | None = None) -> tupl
     return tuple(found)
 
 
-def _from_json(value: Any) -> str:
+def _as_lines(value: Any) -> str:
     return "\n".join(map(one_line, value["lines"]))

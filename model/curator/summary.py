@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mvkernels.grammar import TAG_PATTERN
-from mvkernels.model.curator.answers import Wrong, answer_text, lines_of, one_line
+from mvkernels.model.curator.answers import Wrong, answer_text, lines_of, one_line, read_number
 
 _LINE = re.compile(r"S(\d+)(?:\.(\d+))?((?:\.\d+)*)\s*[:.)\-–]\s*(.*)")
 
@@ -39,7 +39,7 @@ def main_of(step: str) -> str:
 def read_summary(answer: str, sentences: int) -> tuple[Step, ...]:
     """The main steps of an answer. sentences: how many the chain has. Raises Wrong."""
     found: list[tuple[str, str, list[Step]]] = []
-    for line in lines_of(answer_text(answer, _from_json)):
+    for line in lines_of(answer_text(answer, "summary", _as_lines)):
         match = _LINE.match(line)
         if match is None:
             if found and not line.startswith("S"):
@@ -52,14 +52,14 @@ def read_summary(answer: str, sentences: int) -> tuple[Step, ...]:
         if not text:
             raise Wrong(f'"{line[:80]}" has no text.')
         if sub is None:
-            if int(main) != len(found) + 1:
+            if read_number(main) != len(found) + 1:
                 raise Wrong(f"Expected S{len(found) + 1}, got S{main}: main steps are numbered one after the other.")
             found.append((f"S{main}", text, []))
             continue
         if not found or f"S{main}" != found[-1][0]:
             raise Wrong(f"S{main}.{sub} does not stand behind its step S{main}.")
         expected = len(found[-1][2]) + 1
-        if int(sub) != expected:
+        if read_number(sub) != expected:
             raise Wrong(f"Expected S{main}.{expected}, got S{main}.{sub}: substeps are numbered one after the other.")
         found[-1][2].append(Step(f"S{main}.{sub}", text))
     steps = tuple(Step(name, text, tuple(substeps)) for name, text, substeps in found)
@@ -84,5 +84,5 @@ def summary_text(steps: Sequence[Step]) -> str:
     return "\n".join(f"{step.id}: {step.text}" for main in steps for step in (main, *main.substeps))
 
 
-def _from_json(value: Any) -> str:
+def _as_lines(value: Any) -> str:
     return "\n".join(f"{one_line(step['id'])}: {one_line(step['text'])}" for step in value["steps"])
