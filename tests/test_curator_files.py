@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from errno import ECONNREFUSED
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ from mvkernels.model.curator.asking import Answer
 from mvkernels.model.curator.budget import Budget, BudgetUsedUp, Limits
 from mvkernels.model.curator.cache import AnswerCache
 from mvkernels.model.curator.chains import ChainReader, Columns
-from mvkernels.model.curator.endpoint import EndpointSettings, retry_after, without_credentials
+from mvkernels.model.curator.endpoint import Endpoint, EndpointSettings, retry_after, without_credentials
 from mvkernels.model.curator.job import Job, State
 from mvkernels.model.curator.outputs import OutputFolder, read_lines, repair
+from mvkernels.model.curator.prompts import Form
 from mvkernels.model.curator.run import curate
 from tests.curator_cases import COUNTING, many, records, traces, write_jsonl
 from tests.curator_server import Server
@@ -148,6 +152,70 @@ def test_the_cache_keeps_answers_and_counts_them(tmp_path: Path) -> None:
     assert again.get("k") == Answer("text", False, 5, 7) and again.spent() == (1, 5, 7) and again.fact("fact") == "yes"
 
 
+MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+FORM = Form("summary", {"type": "object"}, "plain", "structured")
+#: What a change makes another request. answer_tokens: below, for an answer that was cut.
+OTHER_SETTINGS = {"model": "other", "temperature": 0.5, "structured": False}
+SAME_SETTINGS = {"base_url": "", "key": "other", "retries": 1, "timeout": 3.0, "backoff": 2.0, "answer_tokens": 500}
+OTHER_MESSAGES = {
+    "system": [{**MESSAGES[0], "content": "t"}, MESSAGES[1]],
+    "user": [MESSAGES[0], {**MESSAGES[1], "content": "v"}],
+    "role": [{**MESSAGES[0], "role": "user"}, MESSAGES[1]],
+    "order": [{**MESSAGES[0], "content": "u"}, {**MESSAGES[1], "content": "s"}],
+    "longer": [*MESSAGES, {"role": "assistant", "content": "a"}, MESSAGES[1]],
+    "shorter": MESSAGES[1:],
+    "border": [{**MESSAGES[0], "content": "su"}, {**MESSAGES[1], "content": ""}],
+}
+OTHER_FORMS = {
+    "name": Form("groups", FORM.schema, FORM.plain, FORM.structured),
+    "schema": Form(FORM.name, {"type": "array"}, FORM.plain, FORM.structured),
+    "words": Form(FORM.name, FORM.schema, FORM.plain, "other"),
+}
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["whole", "cut"])
+def test_every_field_of_a_request_is_in_the_key_of_its_answer(tmp_path: Path, complete: bool) -> None:
+    """The same request is asked once, and any other anew: other settings, messages or form."""
+    assert {*OTHER_SETTINGS, *SAME_SETTINGS} == {field.name for field in fields(EndpointSettings)}, "one is untested"
+    sent: list[dict[str, Any]] = []
+
+    class Counting(Server):
+        def _completion(self, request: dict[str, Any]) -> dict[str, Any]:
+            sent.append(request)
+            message = {"role": "assistant", "content": str(len(sent))}
+            choice = {"index": 0, "finish_reason": "stop" if complete else "length", "message": message}
+            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+            return {"model": request["model"], "choices": [choice], "usage": usage}
+
+    async def main(servers: list[Server]) -> None:
+        cache = AnswerCache(tmp_path / "cache")
+        usual = EndpointSettings(servers[0].url, "m")
+
+        async def ask(settings: EndpointSettings, messages: list[dict[str, str]], form: Form) -> tuple[str, int]:
+            endpoint = Endpoint(settings, cache, Budget(Limits()), 8)
+            answer = await endpoint.answer(messages, form)
+            await endpoint.close()
+            return answer.text, endpoint.sent
+
+        first = await ask(usual, MESSAGES, FORM)
+        others = [(replace(usual, **{name: value}), MESSAGES, FORM) for name, value in OTHER_SETTINGS.items()]
+        others += [(replace(usual, temperature=0.0), MESSAGES, FORM)]
+        others += [(usual, messages, FORM) for messages in OTHER_MESSAGES.values()]
+        others += [(usual, MESSAGES, form) for form in OTHER_FORMS.values()]
+        others += [] if complete else [(replace(usual, answer_tokens=500), MESSAGES, FORM)]
+        for other in others:
+            answer = await ask(*other)
+            assert answer == (str(len(sent)), 1), f"{other} was taken for another request"
+            assert await ask(*other) == (answer[0], 0)
+        for name, value in {**SAME_SETTINGS, "base_url": servers[1].url}.items():
+            if complete or name != "answer_tokens":
+                assert await ask(replace(usual, **{name: value}), MESSAGES, FORM) == (first[0], 0), name
+
+    with Counting() as one, Counting() as two:
+        asyncio.run(main([one, two]))
+    assert two.requests == 0
+
+
 def test_a_budget_waits_for_requests_in_flight() -> None:
     async def main() -> None:
         budget = Budget(Limits(max_tokens=100))
@@ -209,9 +277,39 @@ def test_chains_that_are_not_answered_for_are_left_for_the_next_run(tmp_path: Pa
     with Server(status=500) as server:
         state = run(server, source, out)
         assert (state.ended, state.done, state.unfinished) == ("unfinished", 0, 4) and server.requests == 4 * 3
-        assert "4 chains were not answered for (the last one: status 500)" in state.message
+        assert f"4 chains were not answered for (the last one: {server.url}: status 500: " in state.message
     with Server() as server:
         assert run(server, source, out).done == 4
+
+
+def test_an_endpoint_that_fails_is_named_at_once_with_the_error_and_the_next_try(tmp_path: Path) -> None:
+    """One line for each kind of failure, however often it comes; never the key."""
+    source = write_jsonl(tmp_path / "in.jsonl", many(4))
+    said: list[str] = []
+
+    def curated(url: str) -> State:
+        settings = EndpointSettings(url, "curator", "secret-key", retries=3, timeout=2, backoff=0.01)
+        return asyncio.run(curate(Job(source, tmp_path / "out", settings), say=said.append))
+
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        port = closed.getsockname()[1]
+        state = curated(f"http://me:secret-key@127.0.0.1:{port}/v1?key=secret-key")
+    assert state.unfinished == 4 and f"(the last one: http://127.0.0.1:{port}/v1: Connection error. " in state.message
+    assert len(said) == 1, said
+    assert said[0].startswith(f"http://127.0.0.1:{port}/v1: Connection error. ") and f"Errno {ECONNREFUSED}" in said[0]
+    assert said[0].endswith("; next try in 0.0 s, 3 left for this request")
+
+    class Failing(Server):
+        def _http_fault(self, body: bytes) -> str | None:
+            return {1: "429", 2: "500", 4: "cut", 5: "500", 6: "cut", 7: "429"}.get(self.requests)
+
+    with Failing(retry_after=0.01) as server:
+        assert curated(server.url).ended == "complete"
+    assert [line.partition(": ")[0] for line in said[1:]] == [server.url] * 3
+    for line, part in zip(said[1:], ("status 429: ", "status 500: ", "Connection error. "), strict=True):
+        assert part in line and "; next try in 0.0 s" in line
+    assert "secret" not in "".join(said) + state.message
 
 
 def test_a_pause_holds_for_all_requests(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ class Wrong(ValueError):
     """An answer cannot be used; the message says why, in words that the model can act on."""
 
 
-#: Characters of an answer without its reasoning. Five times the longest chain that is curated by default.
-LONGEST = 1_000_000
+#: Characters of an answer without its reasoning. Twice the longest chain that is curated by default.
+LONGEST = 400_000
 _LARGEST = 10**9  # of a number in an answer; numbers count steps, paths and sentences
 _FENCE = re.compile(r"```[\w-]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _FENCED_JSON = re.compile(r"^```[\w-]*\n\s*(\{.*?)\n?```", re.DOTALL | re.MULTILINE)

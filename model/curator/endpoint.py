@@ -7,6 +7,7 @@ import email.utils
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from mvkernels.model.curator.asking import Answer, Message, Rejected
 from mvkernels.model.curator.budget import Budget
 from mvkernels.model.curator.cache import AnswerCache, request_key
 from mvkernels.model.curator.prompts import Form
+from mvkernels.model.json_input import parse_json
 
 # The names of the limit of an answer's length, the older one first.
 _LIMITS = ("max_tokens", "max_completion_tokens")
@@ -24,6 +26,7 @@ _LONGEST_PAUSE = 600.0  # seconds; a longer Retry-After is cut to it and asked a
 _LONGEST_BACKOFF = 60.0
 # Bytes of a prompt to a token, at the least: what is set aside from a budget must not be too little.
 _BYTES_PER_TOKEN = 2
+_MOST_TOKENS = 2**31  # that an endpoint can have counted for one request
 # So many requests in a row are refused, and none is answered: it is not the requests.
 _REFUSALS = 10
 
@@ -59,11 +62,20 @@ class EndpointSettings:
 class Endpoint:
     """Answers requests. Not for several event loops."""
 
-    def __init__(self, settings: EndpointSettings, cache: AnswerCache, budget: Budget, give_up_after: int) -> None:
-        """give_up_after: requests in a row that are not answered within their retries, until the run stops."""
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        cache: AnswerCache,
+        budget: Budget,
+        give_up_after: int,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """give_up_after: requests in a row that are not answered within their retries, until the run stops.
+
+        say: is called with a line when a request fails in a way that none before has, and is sent again.
+        """
         openai: Any = import_for("curate", "openai")
         self._openai = openai
-        self._reply_type = openai.types.chat.ChatCompletion
         self._client = openai.AsyncOpenAI(
             api_key=settings.key, base_url=settings.base_url, timeout=settings.timeout, max_retries=0
         )
@@ -71,7 +83,10 @@ class Endpoint:
         self.cache = cache
         self.budget = budget
         self.give_up_after = give_up_after
-        self._fact = f"structured {without_credentials(settings.base_url)} {settings.model}"
+        self._say = say
+        self._said: set[str] = set()
+        self._url = without_credentials(settings.base_url)
+        self._fact = f"structured {self._url} {settings.model}"
         noted = cache.fact(self._fact)
         self._structured = settings.structured if settings.structured is not None else noted != "no"
         self._limit_name = cache.fact(self._fact + " limit") or _LIMITS[0]
@@ -137,30 +152,36 @@ class Endpoint:
             try:
                 self.sent += 1
                 # The request is made of plain values already: what `create` would do to each of them takes as long as
-                # all the rest.
-                reply = await self._client.post("/chat/completions", cast_to=self._reply_type, body=request)
-                answer = _answer_of(reply, request)
+                # all the rest. The reply comes as its text, because it may hold anything.
+                answer = _answer_of(await self._client.post("/chat/completions", cast_to=str, body=request), request)
                 self._unanswered = self._refused = 0
                 self.answered += 1
                 return answer
             except openai.APIStatusError as error:
                 if error.status_code not in _PASSING and error.status_code < 500:
                     raise
-                reason = f"status {error.status_code}"
+                kind = f"status {error.status_code}"
+                reason = f"{kind}: {self._words(error)}"
                 wait = self._back_off(attempt, retry_after(error.response.headers), error.status_code == 429)
-            except (openai.APIConnectionError, openai.APIResponseValidationError, _Cut, json.JSONDecodeError) as error:
-                reason = _words(error)
+            except (openai.APIConnectionError, _Cut) as error:
+                kind, reason = type(error).__name__, self._words(error)
                 wait = self._back_off(attempt, None, False)
             if attempt < self.settings.retries:
                 self.retried += 1
+                if kind not in self._said:
+                    self._said.add(kind)
+                    self._say(
+                        f"{self._url}: {reason}; next try in {wait:.1f} s, {self.settings.retries - attempt} left for "
+                        "this request"
+                    )
                 await asyncio.sleep(wait)
         self._unanswered += 1
         if self._unanswered >= self.give_up_after:
             raise EndpointError(
-                f"{without_credentials(self.settings.base_url)}: {self._unanswered} requests in a row were not "
+                f"{self._url}: {self._unanswered} requests in a row were not "
                 f"answered within {self.settings.retries} retries each; the last one: {reason}. Run again to go on."
             )
-        raise EndpointBusy(reason)
+        raise EndpointBusy(f"{self._url}: {reason}")
 
     async def _pause(self) -> None:
         """Until the time that the endpoint named last; it holds for all requests."""
@@ -191,8 +212,7 @@ class Endpoint:
         return False
 
     def _refusal(self, error: Any, stage: str) -> Exception:
-        where = without_credentials(self.settings.base_url)
-        words = _words(error).replace(self.settings.key, "***")
+        where, words = self._url, self._words(error)
         if error.status_code in (401, 403):
             return EndpointError(f"{where} refuses the key (status {error.status_code}): {words}")
         if error.status_code == 404:
@@ -202,27 +222,62 @@ class Endpoint:
             self._structured = True  # it was not the form
         if self._refused >= _REFUSALS and not (self.answered or self._answered_before):
             return EndpointError(f"{where} refused {self._refused} requests in a row: {words}")
-        reason = f"the endpoint refused the request (status {error.status_code}): {words}"
+        reason = f"{where} refused the request (status {error.status_code}): {words}"
         # Before there is any answer it may be the endpoint that is wrong, and then no chain should pay for it.
         return Rejected(stage, reason) if self.answered or self._answered_before else EndpointBusy(reason)
+
+    def _words(self, error: BaseException) -> str:
+        """What an error says, in one line that is not too long, without the key."""
+        said = str(error) or type(error).__name__
+        if isinstance(error, self._openai.APIConnectionError):  # itself it says "Connection error."
+            cause: BaseException = error
+            while (before := cause.__cause__ or cause.__context__) is not None:
+                cause = before
+            said += f" {cause}" if cause is not error else ""
+        hidden = said if self.settings.key == "none" else said.replace(self.settings.key, "***")
+        return " ".join(hidden.split())[:300]
 
 
 class _Cut(Exception):
     """A reply that is no whole reply."""
 
 
-def _answer_of(reply: Any, request: dict[str, Any]) -> Answer:
-    choices = getattr(reply, "choices", None) or []
-    message = choices[0].message if choices else None
-    if message is None:
+def _answer_of(body: str, request: dict[str, Any]) -> Answer:
+    """The answer in the body of a reply. Raises _Cut for a body of another form."""
+    try:
+        reply = parse_json(body, strict=False)
+    except ValueError as error:
+        raise _Cut(f"the reply cannot be read: {error}") from None
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
         raise _Cut("the reply has no answer in it")
-    # A lone surrogate, which JSON can carry, is no text that could be written to a file.
-    text = (message.content or getattr(message, "refusal", None) or "").encode("utf-8", "replace").decode("utf-8")
-    usage = reply.usage
-    if usage is None:  # some servers do not count: about four bytes to a token
-        size = sum(len(one["content"]) for one in request["messages"])
-        return Answer(text, choices[0].finish_reason != "length", size // 4, len(text) // 4)
-    return Answer(text, choices[0].finish_reason != "length", usage.prompt_tokens, usage.completion_tokens)
+    text = _text_of(message.get("content") or message.get("refusal") or "")
+    usage = reply.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    size = sum(len(one["content"]) for one in request["messages"])
+    return Answer(
+        text,
+        choice.get("finish_reason") != "length",
+        _tokens(counts.get("prompt_tokens"), size),
+        _tokens(counts.get("completion_tokens"), len(text)),
+    )
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message. Some reasoning models answer in parts, of which those of type "text" are the answer."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else json.dumps(content)
+
+
+def _tokens(counted: Any, characters: int) -> int:
+    """What an endpoint counted, or where that is no count, about four characters to a token."""
+    if isinstance(counted, int) and not isinstance(counted, bool) and 0 <= counted < _MOST_TOKENS:
+        return counted
+    return characters // 4
 
 
 def retry_after(headers: Any) -> float | None:
@@ -247,8 +302,3 @@ def without_credentials(url: str) -> str:
     rest = rest.partition("?")[0].partition("#")[0]
     host, slash, path = rest.partition("/")
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
-
-
-def _words(error: BaseException) -> str:
-    """What an error says, in one line that is not too long."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from mvkernels.model.curator.budget import Limits
 from mvkernels.model.curator.chains import Columns
-from mvkernels.model.curator.endpoint import EndpointSettings
+from mvkernels.model.curator.endpoint import EndpointSettings, without_credentials
 from mvkernels.model.curator.outputs import read_manifest
 from mvkernels.model.curator.pipeline import Rules
 from mvkernels.model.curator.prompts import prompts_version
@@ -42,8 +43,9 @@ class Job:
                 raise ValueError(f"{name}: expected at least 1, got {count}")
         if not 0 <= self.rules.max_distance <= 1:
             raise ValueError(f"--max-distance: expected a number from 0 to 1, got {self.rules.max_distance:g}")
-        if not self.endpoint.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"--base-url: expected http://... or https://..., got {self.endpoint.base_url!r}")
+        if not _is_web_address(self.endpoint.base_url):
+            got = without_credentials(self.endpoint.base_url)
+            raise ValueError(f"--base-url: expected http://... or https://..., got {got!r}")
         if self.endpoint.timeout <= 0 or self.endpoint.retries < 0:
             raise ValueError(
                 f"--timeout and --retries: expected more than 0 and at least 0, "
@@ -54,6 +56,14 @@ class Job:
             raise ValueError("--max-cost, --price-prompt, --price-completion: expected no negative ones")
         if self.limits.max_cost is not None and not any(prices):
             raise ValueError("--max-cost: expected --price-prompt and --price-completion beside it, got neither")
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
+    except ValueError:  # of a port or an address
+        return False
 
 
 @dataclass

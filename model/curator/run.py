@@ -36,10 +36,14 @@ from mvkernels.model.curator.pipeline import Pipeline
 from mvkernels.model.curator.prompts import prompts_version
 
 
-async def curate(job: Job, watch: Callable[[State], None] = lambda state: None) -> State:
+async def curate(
+    job: Job,
+    watch: Callable[[State], None] = lambda state: None,
+    say: Callable[[str], None] = lambda message: None,
+) -> State:
     """Curates what is not yet in the folder, and writes the files there.
 
-    watch: is told at the beginning and after every chain. Raises ValueError for bad input, EndpointError (a ValueError)
+    watch: is called at the beginning and after every chain. say: with a line when the endpoint fails. Raises ValueError for bad input, EndpointError (a ValueError)
     where the endpoint cannot be used; the folder is in order then too.
     """
     for module in ("openai", "rapidfuzz", "pyarrow"):
@@ -50,14 +54,16 @@ async def curate(job: Job, watch: Callable[[State], None] = lambda state: None) 
     try:
         cache = AnswerCache(job.out / CACHE)
         with contextlib.closing(cache):
-            run = _Run(job, reader, folder, cache)
+            run = _Run(job, reader, folder, cache, say)
             return await run.go(watch)
     finally:
         folder.close()
 
 
 class _Run:
-    def __init__(self, job: Job, reader: ChainReader, folder: OutputFolder, cache: AnswerCache) -> None:
+    def __init__(
+        self, job: Job, reader: ChainReader, folder: OutputFolder, cache: AnswerCache, say: Callable[[str], None]
+    ) -> None:
         self.job = job
         self.reader = reader
         self.folder = folder
@@ -65,7 +71,7 @@ class _Run:
         _, prompt_tokens, completion_tokens = cache.spent()
         self.cache = cache
         self.budget = Budget(job.limits, prompt_tokens, completion_tokens)
-        self.endpoint = Endpoint(job.endpoint, cache, self.budget, max(8, job.concurrency))
+        self.endpoint = Endpoint(job.endpoint, cache, self.budget, max(8, job.concurrency), say)
         self.pipeline = Pipeline(self.endpoint, job.rules)
         self.tokens_before = prompt_tokens + completion_tokens
         self.started = time.time()
@@ -129,7 +135,7 @@ class _Run:
         state.seconds = time.time() - self.started
 
     def _interrupt(self) -> None:
-        self.state.ended, self.state.message = "interrupted", "interrupted; run again to go on"
+        self.state.ended, self.state.message = "interrupted", "interrupted; run again to go on: the same command keeps what is done"
 
     def _end(self, failed: list[Exception]) -> None:
         state = self.state

@@ -31,11 +31,13 @@ STATUS = {"complete": 0, "budget": 3, "unfinished": 4, "interrupted": 130}
 def key_of(variable: str | None) -> str:
     """The key in the environment; "none" where there is none in the usual variable, as for local servers.
 
-    Raises ValueError where a variable was named and is not set.
+    Raises ValueError where a variable was named and is not set, and for a key that no HTTP header can hold.
     """
-    key = os.environ.get(variable or DEFAULT_KEY, "")
+    key = os.environ.get(variable or DEFAULT_KEY, "").strip()
     if variable and not key:
         raise ValueError(f"--api-key-env: expected the environment to have {variable}, it has not")
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"expected a key of printable ASCII characters in {variable or DEFAULT_KEY}, got others")
     return key or "none"
 
 
@@ -46,10 +48,14 @@ def run(make_job: Callable[[str], Job], key_variable: str | None, quiet: bool, a
     """
     job = make_job(key_of(key_variable))
     console = Console(stderr=True)
+
+    def say(message: str) -> None:
+        console.print(f"note: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+
     for change in changes_since(job):
-        console.print(f"note: {change}", style="yellow", highlight=False, soft_wrap=True)
+        say(change)
     with bar(console, quiet) as watch:
-        state = asyncio.run(curate(job, watch))
+        state = asyncio.run(curate(job, watch, say))
     print(json.dumps(asdict(state)) if as_json else report(job, state))
     status = STATUS.get(state.ended, 1)
     if status:
