@@ -12,6 +12,7 @@ import torch
 
 from mvkernels.grammar import Tree
 from mvkernels.layout import BranchLayout
+from mvkernels.model.json_input import parse_json, shown
 
 FORMAT, VERSION = "mvkernels.generation", 1
 
@@ -106,7 +107,7 @@ class Generation:
         Raises ValueError for what is no such JSON, is of another version, or contradicts itself.
         """
         try:
-            found = json.loads(text)
+            found = parse_json(text, deepest=None)  # a tree has any depth
         except ValueError as error:
             raise ValueError(f"generation: expected JSON, got {text[:40]!r}: {error}") from None
         return cls.from_dict(found)
@@ -116,13 +117,13 @@ class Generation:
         """The same from what `to_dict` gave."""
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             named = found.get("format") if isinstance(found, dict) else found
-            raise ValueError(f"generation: expected an object of format {FORMAT!r}, got {named!r:.80}")
-        if found.get("version") != VERSION:
-            raise ValueError(f"generation: expected version {VERSION}, got {found.get('version')!r}")
+            raise ValueError(f"generation: expected an object of format {FORMAT!r}, got {shown(named)}")
+        if found.get("version") != VERSION or not _is(found.get("version"), int):
+            raise ValueError(f"generation: expected version {VERSION}, got {shown(found.get('version'))}")
         read = _Reader(found)
         ids, prompt_length = read.list("token_ids", int), read.one("prompt_length", int)
         count = len(ids) - prompt_length
-        if prompt_length < 0 or count != read.one("total_tokens", int) or count < 0:
+        if count != read.one("total_tokens", int):
             stated = f"{found['total_tokens']} behind a prompt of {prompt_length}"
             raise ValueError(f"generation: expected prompt_length + total_tokens = {len(ids)} token ids, got {stated}")
         layout, tree = _read_layout(read.one("layout", dict), len(ids))
@@ -161,14 +162,19 @@ class _Reader:
     def one(self, name: str, kind: type) -> Any:
         value = self._found.get(name)
         if not _is(value, kind):
-            raise ValueError(f"generation: expected {name} of type {kind.__name__}, got {value!r:.80}")
+            raise ValueError(f"generation: expected {name} of type {kind.__name__}, got {shown(value)}")
+        if kind is int:
+            _check_range(name, value)
         return value
 
     def list(self, name: str, kind: type | None, length: int | None = None) -> Any:
         values = self.one(name, list)
         wrong = [value for value in values if kind is not None and not _is(value, kind)]
         if wrong and kind is not None:
-            raise ValueError(f"generation: expected {name} as a list of {kind.__name__}, got {wrong[0]!r:.80} in it")
+            raise ValueError(f"generation: expected {name} as a list of {kind.__name__}, got {shown(wrong[0])} in it")
+        if kind is int and values:
+            _check_range(name, min(values))
+            _check_range(name, max(values))
         if length is not None and len(values) != length:
             raise ValueError(f"generation: expected {length} values in {name}, got {len(values)}")
         return values
@@ -177,8 +183,15 @@ class _Reader:
         values = self.list(name, list)
         wrong = [value for value in values if len(value) != 2 or not all(_is(number, int) for number in value)]
         if wrong:
-            raise ValueError(f"generation: expected {name} as pairs of integers, got {wrong[0]!r:.80} in it")
+            raise ValueError(f"generation: expected {name} as pairs of integers, got {shown(wrong[0])} in it")
+        for value in (number for pair in values for number in pair):
+            _check_range(name, value)
         return values
+
+
+def _check_range(name: str, value: int) -> None:
+    if not 0 <= value < 2**31:
+        raise ValueError(f"generation: expected {name} from 0 to 2**31 - 1, got {shown(value)}")
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -206,13 +219,15 @@ def _read_layout(found: dict[str, Any], total: int) -> tuple[BranchLayout, Tree]
     if "positions" not in found:
         return layout, tree
     starts, values = [*zip(*read.pairs("positions"), strict=True)] or ((), ())
-    edges = np.array([*starts, total])
+    edges = np.array([*starts, total], dtype=np.int64)
     if edges[0] != 0 or (np.diff(edges) <= 0).any():
         raise ValueError(f"generation: expected ascending tokens from 0 below {total} in positions, got {[*starts]}")
-    shift = np.array(values) - edges[:-1]
+    shift = np.array(values, dtype=np.int64) - edges[:-1]
     positions = np.arange(total) + np.repeat(shift, np.diff(edges))
+    highest = int(positions.max(initial=-1))
+    _check_range("positions", max(highest, 0))
     tensor = torch.from_numpy(positions.astype(np.int32))
-    return replace(layout, position_ids=tensor, critical_path=int(positions.max()) + 1), tree
+    return replace(layout, position_ids=tensor, critical_path=highest + 1), tree
 
 
 def _as_lists(tree: Tree) -> list[Any]:
@@ -242,11 +257,11 @@ def _number(value: float | None) -> float | str | None:
 
 
 def _value(found: Any) -> float | None:
-    if found is None or (isinstance(found, (int, float)) and not isinstance(found, bool)):
+    if found is None or (isinstance(found, (int, float)) and not isinstance(found, bool) and found - found == 0):
         return found
     if found == "-inf":
         return -math.inf
-    raise ValueError(f"generation: expected a log-probability, got {found!r:.80}")
+    raise ValueError(f"generation: expected a log-probability, got {shown(found)}")
 
 
 def _pairs(found: Any) -> tuple[tuple[int, float], ...] | None:
@@ -256,6 +271,7 @@ def _pairs(found: Any) -> tuple[tuple[int, float], ...] | None:
     for pair in found if isinstance(found, list) else [found]:
         value = _value(pair[1]) if isinstance(pair, list) and len(pair) == 2 and _is(pair[0], int) else None
         if value is None:
-            raise ValueError(f"generation: expected pairs of a token id and a log-probability, got {pair!r:.80}")
+            raise ValueError(f"generation: expected pairs of a token id and a log-probability, got {shown(pair)}")
+        _check_range("top_logprobs", pair[0])
         out.append((pair[0], value))
     return tuple(out)

@@ -4,6 +4,7 @@ gaps.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -13,6 +14,7 @@ from mvkernels.grammar import FIRST_TAG, Kind, Tree
 
 MAX_TOKENS = 2**31 - 1  # positions and offsets are int32
 Gaps = tuple[tuple[int, int], ...]
+_END = object()  # of a sequence
 
 
 @dataclass
@@ -62,15 +64,15 @@ def tree_runs(tree: Tree) -> Runs:
     gaps = Gaps()
     forks: list[_Fork] = []
     while True:
-        item = next(items, None)
+        item = next(items, _END)
         if isinstance(item, (int, Integral)):  # numpy's integers are no int
             if item < 0 or isinstance(item, bool):
-                raise ValueError(f"tree: expected a text length >= 0, got {item!r}")
+                raise ValueError(f"tree: expected a text length >= 0, got {reprlib.repr(item)}")
             item = int(item)
             runs.add(item, position, gaps, predecessor)
             position += item
             predecessor = runs.total_tokens - 1 if item else predecessor
-        elif item is not None:
+        elif item is not _END:
             forks.append(_open_fork(item, runs.total_tokens, position, predecessor, gaps, items))
             items = iter(())
             forks[-1].highest = position
@@ -92,13 +94,14 @@ def tree_runs(tree: Tree) -> Runs:
 
 def _items(sequence: Any) -> Iterator[Any]:
     if not isinstance(sequence, (list, tuple)):
-        raise ValueError(f"tree: expected a sequence (a list of text lengths and blocks), got {sequence!r}")
+        raise ValueError(f"tree: expected a sequence (a list of text lengths and blocks), got {reprlib.repr(sequence)}")
     return iter(sequence)
 
 
 def _open_fork(block: Any, start: int, position: int, predecessor: int, gaps: Gaps, rest: Iterator[Any]) -> _Fork:
     if not isinstance(block, (list, tuple)) or not block:
-        raise ValueError(f"tree: expected a text length or a block (a list of at least one sequence), got {block!r}")
+        got = reprlib.repr(block)  # safe for any depth
+        raise ValueError(f"tree: expected a text length or a block (a list of at least one sequence), got {got}")
     return _Fork(iter(block), start, position, predecessor, gaps, rest)
 
 

@@ -113,7 +113,7 @@ def test_odd_chains_have_defined_outcomes(tmp_path: Path) -> None:
     assert state.ended == "complete" and state.done == 11
     rejected = {one["question"]: f"{one['stage']}: {one['reason']}" for one in records(tmp_path / "out/rejected.jsonl")}
     assert {name: rejected[name] for name in odd} == {name: reason for name, (_, reason) in odd.items()}
-    assert rejected[""] == "input: expected a JSON object, got something else"
+    assert rejected[""] == "input: expected a JSON object, got ['no object']"
     assert rejected["1"] == "input: question: expected a text, got int"
     found = {one["question"]: one for one in records(tmp_path / "out" / "traces.jsonl")}
     assert {one for one in found} == {*good, COUNTING[0]}

@@ -211,7 +211,7 @@ def test_a_file_of_another_run_is_refused_and_kept(engine: Engine, tmp_path: Pat
         collect(engine, questions(3), plan, path)
     assert path.read_text() == before
     path.write_text("hello\n")
-    with pytest.raises(ValueError, match="expected one JSON object a line, got 'hello'"):
+    with pytest.raises(ValueError, match="line 1: expected one JSON object a line, got 'hello'"):
         collect(engine, questions(2), plan, path)
 
 

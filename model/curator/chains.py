@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.parquet import open_parquet, parquet_rows
 
 #: Names that are looked for, in this order, where none is given.
@@ -40,6 +41,14 @@ class Chain:
     text: str
     answer: str
     problem: str = ""
+
+
+@dataclass(frozen=True)
+class NoRecord:
+    """What stands in a file where a record should: its text, and what is wrong with it."""
+
+    text: str
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,7 @@ class ChainReader:
                     columns = self.columns = self.columns.found_in(record)
                 question, text, answer, problem = _texts(record, columns)
             else:
-                text = record if isinstance(record, str) else json.dumps(record)
-                question, answer, problem = "", "", "expected a JSON object, got something else"
+                question, text, answer, problem = "", record.text, "", record.problem
             identity = hashlib.sha256(f"{question}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()[:20]
             seen[identity] += 1
             repeat = f"-{seen[identity]}" if seen[identity] > 1 else ""
@@ -126,7 +134,7 @@ def _texts(record: Mapping[str, Any], columns: Columns) -> tuple[str, str, str, 
         if value is not None and not isinstance(value, str):
             problems.append(f"{name}: expected a text, got {type(value).__name__}")
             value = json.dumps(value, default=str)
-        texts[role] = (value or "").encode("utf-8", "replace").decode("utf-8")
+        texts[role] = value or ""
     chain, behind = _inside_think(texts["chain"])
     return texts["question"], chain, texts["answer"] or behind, "; ".join(problems)
 
@@ -140,8 +148,8 @@ def _inside_think(text: str) -> tuple[str, str]:
     return chain, behind.strip() if closing else ""
 
 
-def _records(path: Path) -> Iterator[Any]:
-    """The records of the file; a line that is no JSON comes as the text that it is."""
+def _records(path: Path) -> Iterator[Mapping[str, Any] | NoRecord]:
+    """The records of the file, and in its place what is none."""
     if path.suffix == ".parquet":
         with open_parquet(path) as table:
             yield from parquet_rows(table)
@@ -149,17 +157,27 @@ def _records(path: Path) -> Iterator[Any]:
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError:
-                        yield line.strip()
+                    yield _record(line.strip())
     else:
-        yield from _list_items(path)
+        yield from map(_record, _list_items(path))
 
 
-def _list_items(path: Path) -> Iterator[Any]:
-    """The items of a JSON list, without the list in memory. Raises ValueError where the file is no list."""
-    decoder = json.JSONDecoder()
+def _record(text: str) -> Mapping[str, Any] | NoRecord:
+    try:
+        record = parse_json(text, strict=False)
+    except ValueError as error:
+        clean = text.encode("utf-8", "replace").decode("utf-8")
+        return NoRecord(clean, f"expected a JSON object, got something else: {error}")
+    return record if isinstance(record, dict) else NoRecord(text, f"expected a JSON object, got {shown(record)}")
+
+
+def _list_items(path: Path) -> Iterator[str]:
+    """The texts of the items of a JSON list, without the list in memory.
+
+    Raises ValueError where the file is no list, or an item is too deep for Python's reader.
+    """
+    decoder = json.JSONDecoder(strict=False, parse_int=str, parse_float=str)
+    items = 0
     with path.open(encoding="utf-8", errors="replace") as file:
         buffer = file.read(_CHUNK).lstrip()
         if not buffer.startswith("["):
@@ -170,12 +188,15 @@ def _list_items(path: Path) -> Iterator[Any]:
             if at < len(buffer) and buffer[at] == "]":
                 return
             try:
-                item, end = decoder.raw_decode(buffer, at)
+                _, end = decoder.raw_decode(buffer, at)
                 complete = _skip(buffer, end) < len(buffer)  # a number at the end of the buffer may go on
             except json.JSONDecodeError:
                 complete = False
+            except RecursionError:
+                raise ValueError(f"input: expected JSON, got item {items + 1} of {path} nested too deep") from None
             if complete:
-                yield item
+                yield buffer[at:end]
+                items += 1
                 at, size = end, _CHUNK
                 continue
             more = file.read(size)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mvkernels._lazy import import_for
+from mvkernels.model.json_input import parse_json
 from mvkernels.model.curator.prompts import STAGES
 
 TRACES, REJECTED, PARQUET, MANIFEST = "traces.jsonl", "rejected.jsonl", "traces.parquet", "manifest.json"
@@ -104,10 +105,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a JSONL file that we wrote; none where there is no file. Raises ValueError with the bad line."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 known = isinstance(record, dict) and isinstance(record.get("id"), str)
             except ValueError:
                 known = False
@@ -146,7 +147,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: expected the manifest of a run, got something else: {error}") from None
     if not isinstance(manifest, dict):

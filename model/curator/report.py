@@ -81,8 +81,8 @@ def _records(file: Path) -> Iterator[Record | None]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError):
+                record = parse_json(line, strict=False)
+            except ValueError:
                 record = None
             yield record if isinstance(record, dict) else None
 
@@ -97,8 +97,8 @@ def _manifest(file: Path) -> tuple[Record, str]:
 
 def _records_of_text(data: bytes) -> Iterator[Record]:
     try:
-        record = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError):
+        record = parse_json(data, strict=False)
+    except ValueError:
         return
     if isinstance(record, dict):
         yield record

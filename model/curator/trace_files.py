@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mvkernels.model.curator.outputs import TRACES
+from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.parquet import open_parquet, parquet_rows
 
 #: What a folder is searched for; a file that is named itself may have any name.
@@ -35,8 +36,13 @@ class StoredTrace:
 
 
 def trace_files(path: Path) -> list[Path]:
-    """The file itself, or the files of a folder that may hold traces, sorted. Raises ValueError where there is none."""
+    """The file itself, or the files of a folder that may hold traces, sorted. Raises ValueError where there is none.
+
+    Of a folder that `curate` wrote, `traces.jsonl` alone: its other files hold the same traces, or chains without one.
+    """
     if path.is_dir():
+        if (path / TRACES).is_file():
+            return [path / TRACES]
         found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
         if not found:
             raise ValueError(f"expected a folder with {', '.join(SUFFIXES)} files, found none in {path}")
@@ -50,17 +56,26 @@ def read_traces(paths: Iterable[Path]) -> Iterator[StoredTrace]:
     """The traces of files and folders, in order; where a line or row holds none, its error stands in its place.
 
     JSONL and Parquet hold a trace in the column `trace` or `text`, and may hold its original chain in `original`; any
-    other file is one trace. Raises ValueError for a path without files, for a file that is no UTF-8 or no Parquet, and
-    for Parquet without such a column; ImportError for Parquet without pyarrow. One line or batch of rows in memory.
+    other file is one trace. Raises ValueError for a path without files, for a file without a trace or line, that is no
+    UTF-8 or no Parquet, and for Parquet without such a column; ImportError for Parquet without pyarrow. One line or
+    batch of rows in memory.
     """
     for path in paths:
         for file in trace_files(path):
-            if file.suffix == ".jsonl":
-                yield from _jsonl(file)
-            elif file.suffix == ".parquet":
-                yield from _parquet(file)
-            else:
-                yield StoredTrace(file, None, _decoded(file.read_bytes(), str(file)))
+            stored = None
+            for stored in _stored(file):
+                yield stored
+            if stored is None:
+                raise ValueError(f"expected at least one trace, got none in {file}")
+
+
+def _stored(file: Path) -> Iterator[StoredTrace]:
+    if file.suffix == ".jsonl":
+        yield from _jsonl(file)
+    elif file.suffix == ".parquet":
+        yield from _parquet(file)
+    elif (text := _decoded(file.read_bytes(), str(file))).strip():
+        yield StoredTrace(file, None, text)
 
 
 def _decoded(data: bytes, name: str) -> str:
@@ -78,13 +93,14 @@ def _jsonl(file: Path) -> Iterator[StoredTrace]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            text = _decoded(line, f"line {number} of {file}")
             try:
-                record = json.loads(_decoded(line, f"line {number} of {file}"))
-            except (json.JSONDecodeError, RecursionError) as error:
+                record = parse_json(text, strict=False)
+            except ValueError as error:
                 yield StoredTrace(file, number, None, error=f"expected a JSON object, got something else: {error}")
                 continue
             if not isinstance(record, dict):
-                yield StoredTrace(file, number, None, error=f"expected a JSON object, got {type(record).__name__}")
+                yield StoredTrace(file, number, None, error=f"expected a JSON object, got {shown(record)}")
                 continue
             column = next((name for name in TRACE_COLUMNS if name in record), None)
             if column is None:

@@ -10,7 +10,7 @@ A JSONL file has one question a line, in one of these forms, told apart by their
 
 from __future__ import annotations
 
-import json
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.evaluation.grading import choice_in, same_math
 from mvkernels.model.tasks import GeneratedProblem, Task, grade
 from mvkernels.model.tasks.sat import read_dimacs
@@ -63,7 +64,7 @@ def read_questions(path: Path) -> list[Question]:
         return [_of_problem(path.stem, read_dimacs(path))]
     found = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text in JSON may have other line ends in it
     except UnicodeDecodeError:
         raise ValueError(f"{path}: expected JSONL, got a file that is no text") from None
     for place, line in enumerate(lines, 1):
@@ -71,9 +72,9 @@ def read_questions(path: Path) -> list[Question]:
             continue
         where = f"{path}, line {place}"
         try:
-            row = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r}") from None
+            row = parse_json(line, strict=False)
+        except ValueError as error:
+            raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r}: {error}") from None
         found.append(_of_row(row, f"{path.stem}-{place}", where))
     if not found:
         raise ValueError(f"{path}: expected at least one question, got none")
@@ -94,16 +95,16 @@ def _of_problem(name: str, problem: GeneratedProblem) -> Question:
 
 def _of_row(row: Any, name: str, where: str) -> Question:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {row!r:.60}")
+        raise ValueError(f"{where}: expected a JSON object, got {shown(row)}")
     if all(isinstance(row.get(key), str) for key in _GPQA):
         return _multiple_choice(name, _text(row, where), *_shuffled([row[key] for key in _GPQA]))
     choices, answer = row.get("choices"), row.get("answer")
     if choices is not None:
         return _multiple_choice(name, _text(row, where), choices, _place(choices, answer, where))
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"{where}: expected an answer, got {answer!r:.60}")
+        raise ValueError(f"{where}: expected an answer, got {shown(answer)}")
     expected = answer.rpartition("####")[2].strip()
     return Question(name, f"{_text(row, where)}\n{BOXED}", expected, partial(same_math, expected=expected))
 
@@ -111,7 +112,7 @@ def _of_row(row: Any, name: str, where: str) -> Question:
 def _text(row: dict[str, Any], where: str) -> str:
     text = next((row[key] for key in ("problem", "question", "Question") if key in row), None)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: expected a problem or a question, got {text!r:.60}")
+        raise ValueError(f"{where}: expected a problem or a question, got {shown(text)}")
     return text.strip()
 
 
@@ -135,8 +136,8 @@ def _shuffled(choices: list[str]) -> tuple[list[str], int]:
 
 def _place(choices: Any, answer: Any, where: str) -> int:
     """Which choice is right: named by its place from 0, its letter or its text."""
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(ascii_uppercase):
-        raise ValueError(f"{where}: expected 2 to {len(ascii_uppercase)} choices, got {choices!r:.60}")
+    if not (isinstance(choices, list) and 2 <= len(choices) <= len(ascii_uppercase)):
+        raise ValueError(f"{where}: expected 2 to {len(ascii_uppercase)} choices, got {shown(choices)}")
     letters = ascii_uppercase[: len(choices)]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
@@ -144,4 +145,4 @@ def _place(choices: Any, answer: Any, where: str) -> int:
         return choices.index(answer)
     if isinstance(answer, str) and len(answer) == 1 and answer in letters:
         return letters.index(answer)
-    raise ValueError(f"{where}: expected the place, letter or text of a choice as the answer, got {answer!r:.60}")
+    raise ValueError(f"{where}: expected the place, letter or text of a choice as the answer, got {shown(answer)}")

@@ -11,14 +11,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mvkernels.model.config import GenerationConfig
 from mvkernels.model.engine import Engine
 from mvkernels.model.evaluation.questions import Question
 from mvkernels.model.events import FinishEvent
+from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.tasks.common import PARALLEL_ENDING, SEQUENTIAL_ENDING
 
 FORMAT, VERSION = "mvkernels.samples", 1
@@ -70,6 +71,9 @@ class Sample:
         return self.tokens / max(self.critical_path, 1)
 
 
+_TYPES: dict[str, Any] = get_type_hints(Sample)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is run: the model's name, the mode, the sampling, n samples of each question, `batch` questions at once.
@@ -101,7 +105,8 @@ class Plan:
 
     def header(self, questions: Sequence[Question]) -> dict[str, Any]:
         """The first line of the file."""
-        asked = json.dumps([[question.id, question.text, question.expected] for question in questions])
+        # The prompt as a chat, where it is not raw: text, ending and rawness are all in it.
+        asked = json.dumps([[question.id, self.prompt(question, True), question.expected] for question in questions])
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -139,7 +144,7 @@ def batches(engine: Engine, questions: Sequence[Question], plan: Plan, path: Pat
     """
     if len({question.id for question in questions}) != len(questions):
         raise ValueError("questions: expected a different id for each, got one twice")
-    kept = _resume(path, plan.header(questions), plan.n)
+    kept = _resume(path, plan.header(questions), plan.n, {question.id for question in questions})
     chat = getattr(engine.tokenizer, "chat_template", None) is not None
     missing = [(place, question) for place, question in enumerate(questions) if question.id not in kept]
     yield len(questions) - len(missing)
@@ -165,11 +170,20 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Sample]]:
     lines = list(_whole_lines(path))
     if not lines or lines[0].get("format") != FORMAT or lines[0].get("version") != VERSION:
         raise ValueError(f"{path}: expected samples of version {VERSION}, got another file")
-    known = {field.name for field in fields(Sample)}
-    try:
-        return lines[0], [Sample(**{key: line[key] for key in known & line.keys()}) for line in lines[1:]]
-    except TypeError as error:
-        raise ValueError(f"{path}: expected one sample a line, got another object: {error}") from None
+    return lines[0], [_read_sample(line, f"{path}, line {place}") for place, line in enumerate(lines[1:], start=2)]
+
+
+def _read_sample(line: dict[str, Any], where: str) -> Sample:
+    for field in fields(Sample):
+        if field.name not in line and field.default is MISSING:
+            raise ValueError(f"{where}: expected one sample a line, got one without {field.name}")
+        value = line.get(field.name)
+        kind = _TYPES[field.name]
+        fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+        number = isinstance(value, (int, float)) and kind not in (bool, bool | None)
+        if not fits or (number and (isinstance(value, bool) or value < 0)):
+            raise ValueError(f"{where}: expected {field.name} of type {field.type}, got {shown(value)}")
+    return Sample(**{name: line[name] for name in _TYPES if name in line})
 
 
 def _ask(engine: Engine, part: Sequence[tuple[int, Question]], plan: Plan, chat: bool) -> list[Sample]:
@@ -204,8 +218,8 @@ def _sample(question: Question, number: int, event: FinishEvent, seconds: float)
     )
 
 
-def _resume(path: Path, header: dict[str, Any], n: int) -> set[str]:
-    """The questions of which the file has all samples; it is left with just these, or begun."""
+def _resume(path: Path, header: dict[str, Any], n: int, asked: set[str]) -> set[str]:
+    """The questions, of those asked, of which the file has all samples; it is left with just these, or begun."""
     kept: dict[str, list[Sample]] = {}
     if path.exists() and path.stat().st_size:
         found, samples = _read(path)
@@ -217,7 +231,12 @@ def _resume(path: Path, header: dict[str, Any], n: int) -> set[str]:
                 )
         for sample in samples:
             kept.setdefault(sample.question, []).append(sample)
-        kept = {question: some for question, some in kept.items() if len(some) == n}
+        whole = list(range(n))
+        kept = {
+            question: some
+            for question, some in kept.items()
+            if question in asked and sorted(one.sample for one in some) == whole
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".new")
     lines = [header, *(asdict(sample) for some in kept.values() for sample in some)]
@@ -235,12 +254,14 @@ def _append(path: Path, samples: Sequence[Sample]) -> None:
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file; a last line that was cut short is left out."""
-    text = path.read_text(encoding="utf-8")
-    for line in text[: text.rfind("\n") + 1].splitlines():
+    for place, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        shortened = line[:60].decode("utf-8", "replace")
         try:
-            row = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{path}: expected one JSON object a line, got {line[:60]!r}") from None
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {place}: expected one JSON object a line, got {shortened!r}: {error}"
+            ) from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}: expected one JSON object a line, got {line[:60]!r}")
+            raise ValueError(f"{path}, line {place}: expected one JSON object a line, got {shortened!r}")
         yield row

@@ -226,9 +226,9 @@ def read_dimacs(path: Path) -> Formula:
         else:
             clauses.append(tuple(begun))
             begun = []
-    if begun or len(clauses) != int(header[2]):
-        raise ValueError(f"{path}: expected {header[2]} clauses that end with 0, got {len(clauses)}")
     try:
+        if begun or len(clauses) != int(header[2]):
+            raise ValueError(f"expected {header[2]} clauses that end with 0, got {len(clauses)}")
         return Formula(int(header[1]), tuple(tuple(sorted(clause, key=abs)) for clause in clauses))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -7,7 +7,6 @@ file is one trace without a question. A trace whose question is missing is asked
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from mvkernels import BranchLayout, TagTokens
 from mvkernels.grammar import TAG_PATTERN, parse_text
+from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.parquet import open_parquet, parquet_rows
 from mvkernels.model.prompts import chat_text
 from mvkernels.model.sequentialize import sequentialize
@@ -136,7 +136,7 @@ def read_examples(paths: Iterable[str | Path]) -> Iterator[Example | ValueError]
                     name = f"{file}:{number}"
                     yield _guarded(name, lambda record=record, name=name: _from_record(name, record))
                 continue
-            with file.open(encoding="utf-8") as lines:
+            with file.open("rb") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         name = f"{file}:{number}"
@@ -157,13 +157,13 @@ def _guarded(name: Any, make: Any) -> Example | ValueError:
         return ValueError(f"{name}: {error}")
 
 
-def _from_json(name: str, line: str) -> Example:
+def _from_json(name: str, line: bytes) -> Example:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also a number that is too long, or lists nested too deep
+        record = parse_json(line, strict=False)
+    except ValueError as error:
         raise ValueError(f"expected a JSON object on the line, got something else: {error}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object on the line, got {type(record).__name__}")
+        raise ValueError(f"expected a JSON object on the line, got {shown(record)}")
     return _from_record(name, record)
 
 

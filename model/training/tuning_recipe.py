@@ -11,6 +11,7 @@ from typing import Any, ClassVar, get_type_hints
 
 from mvkernels.grammar import SEMANTICS
 from mvkernels.model.checkpoint_files import DTYPES, require_checkpoint
+from mvkernels.model.curator.outputs import TRACES
 from mvkernels.model.training.recipe_file import RecipeFile
 
 #: Recipes that come with the package.
@@ -133,9 +134,12 @@ class TuningRecipe(RecipeFile):
 def data_files(path: str | Path) -> list[Path]:
     """The files of an entry of `data`: itself, or the .jsonl and .xml files of a folder. ValueError without any.
 
-    A Parquet file in a folder may hold the same traces as another file there, so it counts only by its own name.
+    Of a folder that `curate` wrote, `traces.jsonl` alone: its other files hold no other traces. A Parquet file in a
+    folder may hold the same traces as another file there, so it counts only by its own name.
     """
     path = Path(path)
+    if path.is_dir() and (path / TRACES).is_file():
+        return [path / TRACES]
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix in (".xml", ".jsonl"))
     else:

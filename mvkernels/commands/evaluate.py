@@ -65,7 +65,9 @@ def run(
     questions, most = questions_of(what, problems, int(given.get("seed", 0)), raw)
     config = GenerationConfig(**{"max_new_tokens": most, **given})
     chosen = [MODES[name] for name in dict.fromkeys(modes or MODES)]
-    plans = [Plan(model or "embedded", mode, config, n, batch) for mode in chosen]
+    # Weights read in another dtype give other answers, so the samples name it.
+    name = " in ".join(filter(None, (model or "embedded", placement["dtype"])))
+    plans = [Plan(name, mode, config, n, batch) for mode in chosen]
     engine, notes = load_engine(model, placement)
     console = Console(stderr=True)
     for note in notes:
