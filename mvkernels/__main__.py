@@ -45,19 +45,20 @@ def options(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A trace in the text format.")],
+    file: Annotated[Path, typer.Argument(help="Traces: a text file, .jsonl, .parquet, or a folder of such.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.json, or a folder with one: count tokens instead of words.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw mask and positions to this file.")] = None,
     semantics: Annotated[Semantics, typer.Option(help="The layout to use.")] = Semantics.canonical,
+    trace: Annotated[int, typer.Option(help="Which trace of a file or folder with several, from 1.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Show a trace: its tree, tokens, critical path, parallelism, mask density and blocks."""
     with one_line_errors():
         from mvkernels.commands import inspect as command
 
-        command.run(file, tokenizer, plot, semantics.value, as_json)
+        command.run(file, tokenizer, plot, semantics.value, as_json, trace)
 
 
 @app.command()

@@ -159,14 +159,40 @@ def test_inspect_of_deep_nesting(tmp_path: Path):
 def test_inspect_of_a_malformed_trace(tmp_path: Path, text: str, parts: tuple[str, ...]):
     file = tmp_path / "bad.xml"
     file.write_text(text)
-    assert_one_line_error(invoke("inspect", file), *parts)
+    assert_one_line_error(invoke("inspect", file), f"{file}: ", *parts)
+
+
+@pytest.mark.parametrize("name", ["traces.jsonl", "."])
+def test_inspect_shows_one_trace_of_those_that_curate_writes(tmp_path: Path, trace_file: Path, name: str):
+    """By its number; in a run's folder the traces alone count."""
+    lines = [{"id": "a", "question": "q", "trace": "<Think>\none two\n</Think>\n"}, {"trace": TRACE}, {"trace": 3}]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "traces.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / "rejected.jsonl").write_text('{"id": "b", "stage": "summary"}\n')
+    shown = invoke("inspect", out / name)
+    assert shown.exit_code == 0 and "traces.jsonl:1  4 words" in shown.stdout, shown.output
+    assert shown.stdout.splitlines()[-1] == "next trace     --trace 2"
+    figures = json.loads(invoke("inspect", out / name, "--trace", 2, "--json").stdout)
+    expected = json.loads(invoke("inspect", trace_file, "--json").stdout)
+    assert (figures.pop("file"), figures.pop("record")) == (str(out / "traces.jsonl"), 2)
+    assert (expected.pop("file"), expected.pop("record")) == (str(trace_file), None)
+    assert figures == expected
+    assert_one_line_error(invoke("inspect", out / name, "--trace", 3), "traces.jsonl:3: expected a trace, got int")
+    assert_one_line_error(invoke("inspect", out / name, "--trace", 4), "--trace: expected 1 to 3", "got 4")
+    assert_one_line_error(invoke("inspect", out / name, "--trace", 0), "--trace: expected at least 1, got 0")
 
 
 def test_inspect_of_bad_files(tmp_path: Path, trace_file: Path):
     binary = tmp_path / "binary"
     binary.write_bytes(b"\x7fELF\xff\xfe\x00")
     assert_one_line_error(invoke("inspect", tmp_path / "nothing"), "found nothing at", "nothing")
-    assert_one_line_error(invoke("inspect", tmp_path), "expected a text file, got a folder")
+    (tmp_path / "folder").mkdir()
+    assert_one_line_error(invoke("inspect", tmp_path / "folder"), "expected a folder with .xml", "folder")
+    (tmp_path / "empty.xml").write_text(" \n")
+    assert_one_line_error(
+        invoke("inspect", tmp_path / "empty.xml"), "expected at least one trace, got none in", "empty"
+    )
     assert_one_line_error(invoke("inspect", binary), "expected UTF-8 text", "offset 4")
     assert_one_line_error(invoke("inspect", trace_file, "--tokenizer", binary), "cannot load a tokenizer from")
     assert_one_line_error(invoke("inspect", trace_file, "--tokenizer", tmp_path / "nothing"), "tokenizer.json")
@@ -185,7 +211,8 @@ def test_no_traceback_in_a_process_of_its_own(tmp_path: Path):
     command = [sys.executable, "-m", "mvkernels", "inspect", str(tmp_path / "nothing.xml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"mvkernels: error: expected a text file, found nothing at {tmp_path / 'nothing.xml'}\n"
+    message = f"expected a file with traces or a folder of such, found nothing at {tmp_path / 'nothing.xml'}"
+    assert done.stderr == f"mvkernels: error: {message}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whatever a model answers or an endpoint replies: that answer is wrong, is asked for again, and hurts no other chain."""
+"""Whatever a model answers or an endpoint replies: that answer is wrong, is asked for again, hurts no other chain."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from mvkernels.model.curator.groups import read_groups
 from mvkernels.model.curator.job import Job, State
 from mvkernels.model.curator.mapreduce import read_mapreduce
 from mvkernels.model.curator.pipeline import Pipeline, Rules
-from mvkernels.model.curator.prompts import STAGES, Form, form_of
+from mvkernels.model.curator.prompts import STAGES, Form
 from mvkernels.model.curator.refill import read_ranges
 from mvkernels.model.curator.run import curate
 from mvkernels.model.curator.structure import read_structure
 from mvkernels.model.curator.summary import read_summary
 from tests import curator_script
-from tests.curator_cases import COUNTING, NESTED, many, records, traces, write_jsonl
+from tests.curator_cases import COUNTING, many, records, traces, write_jsonl
 from tests.curator_server import Server
 
 for _name in ("openai", "rapidfuzz", "pyarrow"):
@@ -135,7 +135,9 @@ def test_what_is_no_answer_is_wrong(stage: str) -> None:
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "text", "step", "first"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "text", "step", "first"]), inner)
+    ),
     max_leaves=12,
 )
 WORDS = st.sampled_from(
@@ -168,7 +170,11 @@ def test_a_bad_answer_is_asked_for_again_and_then_right_or_the_chain_rejected(st
 
     def once(at: str, right: str) -> str:
         asked.append(at)
-        return '{"ranges": [{"step": "S1", "first": "1 (the first)"}]}' if asked.count(stage) == 1 and at == stage else right
+        return (
+            '{"ranges": [{"step": "S1", "first": "1 (the first)"}]}'
+            if asked.count(stage) == 1 and at == stage
+            else right
+        )
 
     good, record = curated(COUNTING, Script(once))
     assert good and record["tries"][stage] == 2 and record["trace"] == curated(COUNTING, Script())[1]["trace"]
@@ -234,7 +240,10 @@ def test_bad_answers_reject_their_chains_and_all_others_finish(tmp_path: Path) -
 
 #: Parts of a reply, each with the answer that comes of it: a text, or None where there is no answer to be had.
 REPLIES: dict[str, tuple[dict[str, Any] | str, Answer | None]] = {
-    "parts": ({"message": {"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "a"}]}}, Answer("a", True, 3, 4)),
+    "parts": (
+        {"message": {"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "a"}]}},
+        Answer("a", True, 3, 4),
+    ),
     "object": ({"message": {"content": {"steps": []}}}, Answer('{"steps": []}', True, 3, 4)),
     "number": ({"message": {"content": 7}}, Answer("7", True, 3, 4)),
     "nothing": ({"message": {"content": None, "refusal": None}}, Answer("", True, 3, 4)),
@@ -292,4 +301,6 @@ def test_every_reply_is_an_answer_or_none(tmp_path: Path) -> None:
     with Replying() as server:
         found = asyncio.run(ask_all(server.url))
     assert found == {name: answer for name, (_, answer) in REPLIES.items()}
-    assert len(said) == 1 and said[0].startswith(f"{server.url}: the reply has no answer in it; next try in 0.0 s, 1 left")
+    assert len(said) == 1 and said[0].startswith(
+        f"{server.url}: the reply has no answer in it; next try in 0.0 s, 1 left"
+    )

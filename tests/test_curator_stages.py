@@ -358,7 +358,12 @@ def test_prompts_have_a_version_and_both_forms(monkeypatch: pytest.MonkeyPatch) 
 
 def test_answers_lose_what_stands_around_them() -> None:
     said = '{"lines": ["S1"], "more": 1}'
-    for around in ("%s", "```\n%s\n```", "<think>\nhm\n</think>\n\n```json\n%s\n```", "hm</think>Sure:\n```json\n%s\n```\nDone."):
+    for around in (
+        "%s",
+        "```\n%s\n```",
+        "<think>\nhm\n</think>\n\n```json\n%s\n```",
+        "hm</think>Sure:\n```json\n%s\n```\nDone.",
+    ):
         assert answer_text(around % said, "structure", lambda value: f"got {value}") == "got {'lines': ['S1']}"
     with pytest.raises(Wrong, match="reasoning only"):
         answer_text("<think>\nS1\n", "structure", str)

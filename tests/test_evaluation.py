@@ -195,18 +195,55 @@ def test_an_interrupted_run_goes_on_to_the_same_samples(engine: Engine, tmp_path
     assert collect(engine, asked, plan, path, seen.append) == again and seen[-1] == 5
 
 
+#: Of each field another value than that of the plan below.
+OTHER_PLANS = {"model": "m", "mode": MODES["zero"], "n": 2, "batch": 3}
+OTHER_CONFIGS: dict[str, Any] = OTHERS
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": "5"}, "expected tokens of type int, got '5'"),
+        ({"tokens": True}, "expected tokens of type int, got True"),
+        ({"steps": -1}, "expected steps of type int, got -1"),
+        ({"correct": 1}, "expected correct of type bool, got 1"),
+        ({"text": None}, "expected text of type str, got None"),
+        ({"seconds": math.inf}, "expected a finite number, got Infinity"),
+        ({"seconds": []}, r"expected seconds of type float, got \[\]"),
+        ({"exact": "yes"}, r"expected exact of type bool \| None, got 'yes'"),
+    ],
+)
+def test_a_bad_sample_says_where_and_what(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    good = asdict(Sample("q", 0, True, "2", 3, 2, 2, "stop", 1.0, "2"))
+    lines = [{"format": "mvkernels.samples", "version": 1}, good, {**good, "sample": 1, "seconds": 1}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(read_samples(path)) == 2
+    del good["steps"]
+    for line, said in (({**lines[1], **change}, message), (good, "got one without steps")):
+        path.write_text("".join(json.dumps(one) + "\n" for one in (*lines, line)))
+        with pytest.raises(ValueError, match=rf"x.jsonl, line 4: .*{said}"):
+            read_samples(path)
+
+
 def test_a_file_of_another_run_is_refused_and_kept(engine: Engine, tmp_path: Path) -> None:
     plan, path = Plan("tiny", MODES["parallel"], CONFIG), tmp_path / "x.jsonl"
     collect(engine, questions(2), plan, path)
     before = path.read_text()
-    others = [
-        replace(plan, mode=MODES["zero"]),
-        replace(plan, config=replace(CONFIG, seed=1)),
-        replace(plan, model="m"),
-    ]
+    refused = r"x.jsonl: expected a file of the same run to go on with"
+    assert {*OTHER_PLANS, "config"} == {field.name for field in fields(Plan)}, "a field is untested"
+    others = [replace(plan, **{name: value}) for name, value in OTHER_PLANS.items()]
+    assert {*OTHER_CONFIGS} == {field.name for field in fields(GenerationConfig)}, "a field is untested"
+    others += [replace(plan, config=replace(CONFIG, **{name: value})) for name, value in OTHER_CONFIGS.items()]
     for other in others:
-        with pytest.raises(ValueError, match=r"x.jsonl: expected a file of the same run to go on with"):
+        with pytest.raises(ValueError, match=refused):
             collect(engine, questions(2), other, path)
+    for change in ({"id": "other"}, {"text": "other"}, {"expected": "other"}, {"raw": False}):
+        first, second = questions(2)
+        with pytest.raises(ValueError, match=refused):
+            collect(engine, [first, replace(second, **change)], plan, path)
+    with pytest.raises(ValueError, match=refused):
+        collect(engine, questions(2)[::-1], plan, path)
     with pytest.raises(ValueError, match="questions=3"):
         collect(engine, questions(3), plan, path)
     assert path.read_text() == before

@@ -190,6 +190,17 @@ def test_names_that_are_not_known_are_left_out(nested: Generation) -> None:
     assert Generation.from_json(json.dumps({**nested.to_dict(), "run": {"seconds": 1}})) == nested
 
 
+def positions(*pairs: list[int]):
+    return lambda d: d | {"layout": d["layout"] | {"positions": [*pairs]}}
+
+
+def deep_object() -> dict:
+    value: dict = {}
+    for _ in range(900):
+        value = {"a": value}
+    return value
+
+
 BROKEN = {
     "no JSON": (lambda d: None, "expected JSON, got 'generation'"),
     "no object": (lambda d: [1], "of format 'mvkernels.generation', got \\[1\\]"),
@@ -198,7 +209,27 @@ BROKEN = {
     "missing": (lambda d: {k: v for k, v in d.items() if k != "steps"}, "expected steps of type int, got None"),
     "boolean": (lambda d: d | {"steps": True}, "expected steps of type int, got True"),
     "ids": (lambda d: d | {"token_ids": [1, "2"]}, "expected token_ids as a list of int, got '2'"),
-    "prompt": (lambda d: d | {"prompt_length": -1}, "prompt_length \\+ total_tokens = .* behind a prompt of -1"),
+    "prompt": (lambda d: d | {"prompt_length": -1}, "expected prompt_length from 0 to .*, got -1"),
+    "long prompt": (lambda d: d | {"prompt_length": 2**31 - 1}, "prompt_length \\+ total_tokens = .* a prompt of 2147"),
+    "id": (lambda d: d | {"token_ids": [-1, *d["token_ids"][1:]]}, "expected token_ids from 0 to .*, got -1"),
+    "large id": (lambda d: d | {"token_ids": [2**31, *d["token_ids"][1:]]}, "token_ids from 0 .*, got 2147483648"),
+    "path": (lambda d: d | {"critical_path": 2**31}, "expected critical_path from 0 to 2\\*\\*31 - 1, got 2147483648"),
+    "position": (positions([0, 2**31]), "expected positions from 0 to 2\\*\\*31 - 1, got 2147483648"),
+    "last position": (positions([0, 2**31 - 2]), "expected positions from 0 to 2\\*\\*31 - 1, got 21474839"),
+    "negative position": (positions([0, -1]), "expected positions from 0 to .*, got -1"),
+    "huge position": (positions([0, 10**300]), "expected positions from 0 to .*, got 1000"),
+    "boolean position": (positions([False, True]), "positions as pairs of integers, got \\[False, True\\]"),
+    "null in tree": (
+        lambda d: d | {"layout": d["layout"] | {"tree": [*d["layout"]["tree"], None]}},
+        "tree: .*got None",
+    ),
+    "object in tree": (
+        lambda d: d | {"layout": d["layout"] | {"tree": [deep_object()]}},
+        "tree: expected a text length",
+    ),
+    "number": (lambda d: d | {"logprobs": [1e400] * d["total_tokens"]}, "expected a finite number, got Infinity"),
+    "not a number": (lambda d: d | {"logprobs": [float("nan")]}, "expected a finite number, got NaN"),
+    "version's type": (lambda d: d | {"version": True}, "expected version 1, got True"),
     "total": (lambda d: d | {"total_tokens": 3}, "prompt_length \\+ total_tokens"),
     "tree": (lambda d: d | {"layout": d["layout"] | {"tree": [-1]}}, "tree: expected a text length"),
     "short tree": (lambda d: d | {"layout": d["layout"] | {"tree": [1]}}, "sampled: expected 1 booleans"),
@@ -212,6 +243,21 @@ BROKEN = {
     "top": (lambda d: d | {"top_logprobs": [[[1]]] * d["total_tokens"]}, "pairs of a token id and .*got \\[1\\]"),
     "error": (lambda d: d | {"error": 7}, "expected error of type str, got 7"),
 }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": ' + "[" * 100_000, "expected JSON nested at most"),
+        ('{"format": ' + "1" * 5000 + "}", "expected an integer of at most 1000 digits, got one of 5000"),
+        ('{"format": "a", "format": "b"}', "expected every key once in an object, got 'format' twice"),
+        (b"\xff", "can't decode byte 0xff"),
+    ],
+    ids=["deep", "digits", "repeated key", "bytes"],
+)
+def test_a_text_that_is_no_generation(text: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^generation: expected JSON, got .*{message}"):
+        Generation.from_json(text)
 
 
 @pytest.mark.parametrize("name", BROKEN)

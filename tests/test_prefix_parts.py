@@ -161,13 +161,16 @@ def test_whole_blocks_are_found() -> None:
     assert Request(prefixes, TREES[2]).found() == 13 + 8 + 9 + 15 + 8, "12 tokens behind the join, of which one is left"
 
 
-def test_the_same_tokens_at_other_positions_are_not_found() -> None:
+@pytest.mark.parametrize(
+    ("tree", "pages", "found"), [([20], 5, 16), ([2, [[5], [3]], 8], 6, 14)], ids=["pages", "a block"]
+)
+def test_the_same_tokens_at_other_positions_are_not_found(tree: list, pages: int, found: int) -> None:
     prefixes = make()
-    Request(prefixes, [20]).found()
-    shifted = Request(prefixes, [20], at=1)
-    assert shifted.kv.hold_prefix() == 5, "all of its pages are to come"
+    Request(prefixes, tree).found()
+    shifted = Request(prefixes, tree, at=1)
+    assert shifted.kv.hold_prefix() == pages, "all of its pages are to come"
     shifted.kv.release_prefix()
-    assert Request(prefixes, [20]).found() == 16
+    assert Request(prefixes, tree).found() == found
 
 
 def test_one_other_token_in_the_first_page() -> None:

@@ -12,6 +12,7 @@ from mvkernels.layout import BranchLayout
 from mvkernels.model.curator.checks import content_distance
 from mvkernels.model.curator.statistics import Spread, measures, spread, spreads, trace_figures
 from mvkernels.model.curator.trace_files import read_traces
+from mvkernels.model.training.traces import read_examples
 from mvkernels.tags import TagTokens
 from tests.test_cli import TRACE, assert_one_line_error, invoke
 from tests.tiny_model import tiny_tokenizer
@@ -26,11 +27,11 @@ def write_jsonl(file: Path, records: list[object]) -> Path:
     return file
 
 
-def write_parquet(file: Path, records: list[dict[str, object]]) -> Path:
+def write_parquet(file: Path, records: list[dict[str, object]], rows: int | None = None) -> Path:
     arrow = pytest.importorskip("pyarrow", reason="needs the curate extra: pyarrow is not installed")
     from pyarrow import parquet
 
-    parquet.write_table(arrow.Table.from_pylist(records), file)
+    parquet.write_table(arrow.Table.from_pylist(records)[:rows], file)
     return file
 
 
@@ -130,6 +131,22 @@ def test_nothing_to_read_is_one_line(command: str, tmp_path: Path) -> None:
     assert_one_line_error(invoke(command, tmp_path / "none.xml"), "found nothing at")
     parquet = write_parquet(tmp_path / "a.parquet", [{"other": "x"}])
     assert_one_line_error(invoke(command, parquet), 'a column "trace" or "text", got other')
+    for name in ("empty.xml", "empty.txt", "empty.jsonl"):
+        (tmp_path / name).write_text("\n \n")
+        assert_one_line_error(
+            invoke(command, tmp_path / name), f"expected at least one trace, got none in {tmp_path}", name
+        )
+    parquet = write_parquet(tmp_path / "empty.parquet", [{"trace": "x"}], rows=0)
+    assert_one_line_error(invoke(command, parquet), "expected at least one trace, got none in", "empty.parquet")
+
+
+def test_a_folder_of_the_curator_holds_its_traces_once(tmp_path: Path) -> None:
+    """Its Parquet file has the same traces, and the rejected chains have none."""
+    write_jsonl(tmp_path / "traces.jsonl", [{"trace": TRACE}])
+    write_jsonl(tmp_path / "rejected.jsonl", [{"id": "a", "stage": "summary"}])
+    write_parquet(tmp_path / "traces.parquet", [{"trace": TRACE}])
+    assert [one.name for one in read_traces([tmp_path])] == [f"{tmp_path / 'traces.jsonl'}:1"]
+    assert [one.name for one in read_examples([tmp_path])] == [f"{tmp_path / 'traces.jsonl'}:1"]  # type: ignore[union-attr]
 
 
 def test_curate_can_check_alone(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from mvkernels._lazy import import_for
-from mvkernels.model.json_input import parse_json
 from mvkernels.model.curator.prompts import STAGES
+from mvkernels.model.json_input import parse_json
 
 TRACES, REJECTED, PARQUET, MANIFEST = "traces.jsonl", "rejected.jsonl", "traces.parquet", "manifest.json"
 CACHE = "cache.sqlite"

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from mvkernels.model.curator.report_parts import histogram, number, trace_boxes
 from mvkernels.model.curator.statistics import TraceFigures, trace_figures
+from mvkernels.model.json_input import parse_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
 #: At most so many traces, and so many rejected chains, are shown in full: from all over the file, evenly.

@@ -43,8 +43,8 @@ async def curate(
 ) -> State:
     """Curates what is not yet in the folder, and writes the files there.
 
-    watch: is called at the beginning and after every chain. say: with a line when the endpoint fails. Raises ValueError for bad input, EndpointError (a ValueError)
-    where the endpoint cannot be used; the folder is in order then too.
+    watch: is called at the beginning and after every chain. say: with a line when the endpoint fails. Raises ValueError
+    for bad input, EndpointError (a ValueError) where the endpoint cannot be used; the folder is in order then too.
     """
     for module in ("openai", "rapidfuzz", "pyarrow"):
         import_for("curate", module)
@@ -135,7 +135,8 @@ class _Run:
         state.seconds = time.time() - self.started
 
     def _interrupt(self) -> None:
-        self.state.ended, self.state.message = "interrupted", "interrupted; run again to go on: the same command keeps what is done"
+        self.state.ended = "interrupted"
+        self.state.message = f"interrupted; run again to go on: the same command keeps what is in {self.job.out}"
 
     def _end(self, failed: list[Exception]) -> None:
         state = self.state

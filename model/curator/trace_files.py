@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvkernels.model.curator.outputs import TRACES
-from mvkernels.model.json_input import parse_json, shown
+from mvkernels.model.json_input import parse_json
 from mvkernels.model.parquet import open_parquet, parquet_rows
 
 #: What a folder is searched for; a file that is named itself may have any name.
@@ -100,7 +100,7 @@ def _jsonl(file: Path) -> Iterator[StoredTrace]:
                 yield StoredTrace(file, number, None, error=f"expected a JSON object, got something else: {error}")
                 continue
             if not isinstance(record, dict):
-                yield StoredTrace(file, number, None, error=f"expected a JSON object, got {shown(record)}")
+                yield StoredTrace(file, number, None, error=f"expected a JSON object, got {type(record).__name__}")
                 continue
             column = next((name for name in TRACE_COLUMNS if name in record), None)
             if column is None:

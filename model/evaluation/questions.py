@@ -20,8 +20,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.evaluation.grading import choice_in, same_math
+from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.tasks import GeneratedProblem, Task, grade
 from mvkernels.model.tasks.sat import read_dimacs
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mvkernels.model.files import is_free, whole_folder
+from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.training.checkpoints import CHECKPOINTS, newest_whole
 
 RECIPE_FILE = "recipe.json"
@@ -30,7 +31,7 @@ class RecipeFile:
         saved = read_recipe(path)
         for name, value in json.loads(json.dumps(self._values())).items():
             if saved.get(name) != value:
-                raise ValueError(f"resume: expected {name}={saved.get(name)!r} as in {path}, got {value!r}")
+                raise ValueError(f"resume: expected {name}={shown(saved.get(name))} as in {path}, got {value!r}")
 
     def _require(self, name: str, expected: str, holds: bool) -> None:
         if not holds:
@@ -41,13 +42,13 @@ class RecipeFile:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The fields in a recipe file. Raises ValueError, which names it, where it is none."""
+    """The fields of a saved recipe. Raises ValueError, naming the file, for one that is none."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        saved = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"resume: expected a recipe in {path}, got a file that is none: {error}") from None
     if not isinstance(saved, dict):
-        raise ValueError(f"resume: expected a recipe in {path}, got {type(saved).__name__}")
+        raise ValueError(f"resume: expected a recipe in {path}, got {shown(saved)}")
     return saved
 
 

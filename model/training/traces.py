@@ -14,7 +14,7 @@ from typing import Any
 
 from mvkernels import BranchLayout, TagTokens
 from mvkernels.grammar import TAG_PATTERN, parse_text
-from mvkernels.model.json_input import parse_json, shown
+from mvkernels.model.json_input import parse_json
 from mvkernels.model.parquet import open_parquet, parquet_rows
 from mvkernels.model.prompts import chat_text
 from mvkernels.model.sequentialize import sequentialize
@@ -163,7 +163,7 @@ def _from_json(name: str, line: bytes) -> Example:
     except ValueError as error:
         raise ValueError(f"expected a JSON object on the line, got something else: {error}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object on the line, got {shown(record)}")
+        raise ValueError(f"expected a JSON object on the line, got {type(record).__name__}")
     return _from_record(name, record)
 
 

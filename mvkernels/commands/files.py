@@ -1,4 +1,4 @@
-"""Reading what the user named: a text file, a tokenizer. Every failure is one clear ValueError or OSError."""
+"""Reading a tokenizer that the user named. Every failure is one clear ValueError or ImportError."""
 
 from __future__ import annotations
 
@@ -6,21 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mvkernels._lazy import import_for
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises ValueError where it is missing, a folder, unreadable, or no text."""
-    if path.is_dir():
-        raise ValueError(f"expected a text file, got a folder: {path}")
-    if not path.exists():
-        raise ValueError(f"expected a text file, found nothing at {path}")
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8 text, got other bytes at offset {error.start} of {path}") from None
-    if "\0" in text:
-        raise ValueError(f"expected UTF-8 text, got a binary file: {path}")
-    return text
 
 
 def load_tokenizer(path: Path) -> Any:

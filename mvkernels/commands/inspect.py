@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path as FilePath
 
 import numpy as np
@@ -13,10 +14,12 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from mvkernels.commands.files import load_tokenizer, read_text
+from mvkernels.commands.files import load_tokenizer
+from mvkernels.errors import GrammarError
 from mvkernels.grammar import INDEX_PATTERN, Block, Trace, parse_text
 from mvkernels.layout import BranchLayout
 from mvkernels.model.curator.statistics import lay_out
+from mvkernels.model.curator.trace_files import StoredTrace, read_traces
 from mvkernels.ops.mask import IntervalMask
 from mvkernels.tags import TagTokens
 
@@ -167,19 +170,45 @@ def block_table(inspection: Inspection) -> Table:
     return table
 
 
-def run(file: FilePath, tokenizer: FilePath | None, plot: FilePath | None, semantics: str, as_json: bool) -> None:
-    """Prints the figures of a trace file, and draws its mask and positions where ``plot`` names a file."""
-    inspection = inspect_text(read_text(file), tokenizer, semantics)
+def stored_trace(file: FilePath, number: int) -> tuple[StoredTrace, str, bool]:
+    """The trace of a file or folder with that number, from 1, its text, and whether another follows.
+
+    Raises ValueError where there is none, or no trace in its place.
+    """
+    if number < 1:
+        raise ValueError(f"--trace: expected at least 1, got {number}")
+    stored = [*islice(read_traces([file]), number - 1, number + 1)]
+    if not stored:
+        there = sum(1 for _ in read_traces([file]))
+        raise ValueError(f"--trace: expected 1 to {there}, the traces in {file}, got {number}")
+    if stored[0].text is None:
+        raise ValueError(f"{stored[0].name}: {stored[0].error}")
+    return stored[0], stored[0].text, len(stored) > 1
+
+
+def run(
+    file: FilePath, tokenizer: FilePath | None, plot: FilePath | None, semantics: str, as_json: bool, trace: int = 1
+) -> None:
+    """Prints the figures of one trace of a file or folder, and draws its mask and positions where ``plot`` names a
+    file. trace: its number.
+    """
+    stored, text, more = stored_trace(file, trace)
+    try:
+        inspection = inspect_text(text, tokenizer, semantics)
+    except GrammarError as error:
+        raise ValueError(f"{stored.name}: {error}") from None
+    title = FilePath(stored.name).name
     if plot is not None:
         from mvkernels.commands.plots import plot_layout
 
-        plot_layout(inspection.mask, inspection.layout.position_ids.cpu().numpy(), inspection.unit, file.name, plot)
+        plot_layout(inspection.mask, inspection.layout.position_ids.cpu().numpy(), inspection.unit, title, plot)
     if as_json:
-        print(json.dumps({"file": str(file), **summary(inspection)}, indent=1, ensure_ascii=False))
+        place = {"file": str(stored.file), "record": stored.record}
+        print(json.dumps({**place, **summary(inspection)}, indent=1, ensure_ascii=False))
         return
     console = Console()
     layout = inspection.layout
-    console.print(tree_view(inspection, file.name, console.width))
+    console.print(tree_view(inspection, title, console.width))
     console.print()
     if inspection.blocks:
         console.print(block_table(inspection))
@@ -191,5 +220,6 @@ def run(file: FilePath, tokenizer: FilePath | None, plot: FilePath | None, seman
         ("parallelism", f"{layout.parallelism:.3f}"),
         ("mask density", f"{inspection.density:.3f} of causal ({pairs} visible pairs)"),
         *([("plot", str(plot))] if plot is not None else []),
+        *([("next trace", f"--trace {trace + 1}")] if more else []),
     ):
         console.print(f"{name:<14} {value}", highlight=False, soft_wrap=True)

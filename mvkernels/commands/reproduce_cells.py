@@ -28,6 +28,7 @@ from mvkernels.commands.generate import load_engine
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.model.evaluation.questions import Question, generated_questions
 from mvkernels.model.evaluation.samples import MODES, Plan, batches
+from mvkernels.model.json_input import parse_json
 from mvkernels.model.tasks import TASKS, sat
 from mvkernels.model.training import Recipe, train
 from mvkernels.model.training.run import TRAINING_FILE
@@ -182,7 +183,7 @@ class Cells:
     def batch_sizes(self, task: str) -> None:
         """Seconds for so many problems at once, by both models in turn; a first batch warms up."""
         path = self.work / "batches.json"
-        done: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        done: dict[str, dict[str, float]] = parse_json(path.read_bytes()) if path.exists() else {}
         config = self._config(task)
         for size in self.scale.batch_sizes:
             if str(size) in done:

@@ -19,6 +19,7 @@ from mvkernels.commands.reproduce_cells import ASKED, KINDS, Cells, model_name
 from mvkernels.model.evaluation.figures import accuracies, markdown, markdown_table, percent, summarize
 from mvkernels.model.evaluation.samples import Sample, read_samples
 from mvkernels.model.evaluation.statistics import exponential_fit, fit, paired_test
+from mvkernels.model.json_input import parse_json
 from mvkernels.model.tasks import sat
 from mvkernels.model.training import Recipe
 from mvkernels.model.training.run import TRAINING_FILE
@@ -64,7 +65,7 @@ class Report:
             if not file.exists():
                 self.missing.append(name)
                 continue
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = parse_json(file.read_bytes())
             recipe = self.cells.recipe(task, kind, seed)
             pace = seconds_per_step(found["clock"], recipe)
             rows.append(
@@ -163,7 +164,7 @@ class Report:
         if not path.exists():
             self.missing.append("batch sizes")
             return []
-        found = {int(size): row for size, row in json.loads(path.read_text(encoding="utf-8")).items()}
+        found = {int(size): row for size, row in parse_json(path.read_bytes()).items()}
         rows = [
             [str(size), f"{row[FIRST]:.2f}", f"{row[LAST]:.2f}", f"{row[LAST] / row[FIRST]:.2f}"]
             for size, row in found.items()
