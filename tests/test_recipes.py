@@ -160,6 +160,7 @@ def test_labels_of_a_problem_are_its_answer() -> None:
         document = encode_document(prompt, answer, tags, tokenizer.eos_token_id)
         assert document.prompt_length == len(tags.encode(prompt))
         assert document.ids[document.prompt_length] == tags.encode("\n")[0]
+        assert document.ids == [*tags.encode(prompt), *tags.encode(answer), tokenizer.eos_token_id]
         assert document.cut(document.prompt_length - 1).prompt_length == document.prompt_length - 1
         assert document.cut(9).ids == document.ids[:9]
     for text, ids, labels in rows()[:-1]:

@@ -381,15 +381,17 @@ SHARDED = {
 def test_processes_train_as_one(
     processes: int, module: str, more: dict[str, str], base: Path, data: Path, tmp_path: Path
 ) -> None:
-    """torchrun with gloo: each takes its rows, and the loss of a step is that of all of them; so are the weights."""
+    """As under torchrun, with gloo: each takes its rows, and the loss of a step is that of all of them; so are the
+    weights.
+    """
     file = tmp_path / "my.toml"
     file.write_text(
         f'model = "{base}"\ndata = ["{data}"]\nheld_out = 1\ndocuments_per_step = 4\ntokens_per_row = 500\n'
         "chat = false\nlearning_rate = 3e-3\npasses = [0.0, 1.0]\n"
     )
     alone = tune(load_recipe(file), tmp_path / "alone", progress=False)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launch, "-m", module, "train", str(file), str(tmp_path / "many"), "--quiet"]
+    launch = [sys.executable, "-m", "tests.processes", str(processes), module]
+    command = [*launch, "train", str(file), str(tmp_path / "many"), "--quiet"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
