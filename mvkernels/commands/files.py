@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mvkernels._lazy import import_for
+from mvkernels.model.checkpoint_files import hub_hint
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -14,7 +15,9 @@ def load_tokenizer(path: Path) -> Any:
     Raises ValueError where there is none, ImportError where transformers is missing.
     """
     if not path.exists():
-        raise ValueError(f"expected a tokenizer.json file or a folder with one, found nothing at {path}")
+        raise ValueError(
+            f"expected a tokenizer.json file or a folder with one, found nothing at {path}{hub_hint(path)}"
+        )
     transformers: Any = import_for("a tokenizer", "transformers")
     try:
         if path.is_dir() and (path / "tokenizer_config.json").exists():
