@@ -114,7 +114,7 @@ def launch_append(
 ) -> None:
     """Writes in place, in one launch. The caller has checked shapes, dtypes and devices (`ops.append`)."""
     rows, heads, dim = k_new.shape
-    k_new, v_new = _contiguous_elements(k_new), _contiguous_elements(v_new)
+    k_new, v_new, slots = _contiguous_elements(k_new), _contiguous_elements(v_new), slots.contiguous()
     block, grid = _parts(rows, heads, dim)
     strides = (k_new.stride(0), k_new.stride(1), v_new.stride(0), v_new.stride(1))
     with torch.cuda.device_of(k_cache):
@@ -124,7 +124,7 @@ def launch_append(
             )  # fmt: skip
         else:
             append_rotated_kernel[grid](
-                k_new, v_new, k_cache, v_cache, slots, *rotation, *strides,
+                k_new, v_new, k_cache, v_cache, slots, *_contiguous(rotation), *strides,
                 HEADS=heads, D=dim, HALF=rotation.inv_freq.shape[0], BLOCK_E=block,
             )  # fmt: skip
 
@@ -137,7 +137,7 @@ def launch_rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         rotate_kernel[grid](
-            x, out, *rotation, x.stride(0), x.stride(1),
+            x, out, *_contiguous(rotation), x.stride(0), x.stride(1),
             HEADS=heads, D=dim, HALF=rotation.inv_freq.shape[0], BLOCK_E=block,
         )  # fmt: skip
     return out
@@ -145,6 +145,10 @@ def launch_rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
 
 def _contiguous_elements(new: torch.Tensor) -> torch.Tensor:
     return new.detach() if new.stride(2) == 1 else new.detach().contiguous()
+
+
+def _contiguous(rotation: Rotation) -> Rotation:
+    return Rotation(rotation.positions.contiguous(), rotation.inv_freq.contiguous(), rotation.scaling)
 
 
 def _parts(rows: int, heads: int, dim: int) -> tuple[int, tuple[int, int]]:

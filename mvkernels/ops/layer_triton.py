@@ -125,7 +125,7 @@ def add_rms_norm(
 def _norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty_like(x)
+    out, weight = torch.empty_like(x), weight.contiguous()
     total = x if residual is None else torch.empty_like(x)
     dim = x.shape[-1]
     rows, block = x.numel() // dim, triton.next_power_of_2(dim)
