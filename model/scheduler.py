@@ -9,6 +9,12 @@
                preempted, so there is always one that gets on
 
 Requests depend on one another in nothing but the tokens of a step and pages: a path that runs long holds nobody up.
+
+*Progress.* While a request has not ended, every `schedule` hands out a token, or ends a request. A step that is empty
+at its end has been offered whole, with all its tokens and all free pages, to every request that still runs. One of them
+is the oldest: it preempts all others before it does without pages, and once it is alone it takes part of what it has,
+or ends. So tokens and pages that one request leaves go to the next one in the same step: those kept for requests that
+are behind go back to those that decode, as the request that they were kept for may itself have been preempted.
 """
 
 from __future__ import annotations
@@ -144,7 +150,8 @@ class Scheduler(Generic[R]):
     def schedule(self) -> list[tuple[R, list[Entry]]]:
         """What goes into the next step: of some requests some entries. They are to be `sent` or taken back.
 
-        A request that is alone and has no page for any of its tokens ends with "out_of_pages".
+        A request that is alone and has no page for any of its tokens ends with "out_of_pages". Empty only where a
+        request has ended, or none is there.
         """
         self._admit()
         step: _Step[R] = _Step(self.max_step_tokens, self._free_pages())
@@ -157,16 +164,22 @@ class Scheduler(Generic[R]):
             kept = min(max(self.max_step_tokens // _PROMPT_SHARE, 1), sum(r.kv.unsent_tokens for r in behind))
             step.tokens -= kept
         first = self._turn % max(len(decoding), 1)  # where they do not all fit into one step, they take turns
-        for served, request in enumerate((*decoding[first:], *decoding[:first])):
-            if step.tokens <= 0:
-                self._turn = first + served
-                break
-            self._choose(request, step)
+        decoding = decoding[first:] + decoding[:first]
+        served = self._offer(decoding, step)
         step.tokens += kept
-        for request in behind:
-            if step.tokens > 0:
-                self._choose(request, step)
+        self._offer(behind, step)
+        served += self._offer(decoding[served:], step)
+        if served < len(decoding):
+            self._turn = first + served
         return [(request, entries) for request, (entries, _, _) in step.chosen.items()]
+
+    def _offer(self, requests: list[R], step: _Step[R]) -> int:
+        """Lets requests put something into the step, one after the other while there are tokens; how many of them."""
+        for served, request in enumerate(requests):
+            if step.tokens <= 0:
+                return served
+            self._choose(request, step)
+        return len(requests)
 
     def _admit(self) -> None:
         for request in tuple(self._waiting):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from mvkernels import PagedKVCache
 from mvkernels.model.request_kv import RequestKV
@@ -173,6 +175,33 @@ def test_unused_pages_go_before_requests() -> None:
     world.add("b", 8)
     world.step()
     assert not world.spare and len(world.scheduler.running) == 2 and not world.scheduler.preemptions
+
+
+@pytest.mark.timeout(60)
+@example([(1, 1), (1, 2)], 5, 1, 1, 2)
+@settings(max_examples=80)
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 5)), min_size=2, max_size=4),
+    st.integers(3, 12),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
+def test_some_request_gets_on_in_every_step(
+    requests: list[tuple[int, int]], pages: int, tokens: int, width: int, most: int
+) -> None:
+    """A step was empty where its tokens were kept for a request that was preempted, and so ended all of them."""
+    world = World(num_pages=pages, tokens=tokens, width=width, requests=most)
+    left = [world.add(str(i), prompt, branches) for i, (prompt, branches) in enumerate(requests)]
+    while left:
+        counts = world.step()
+        assert counts or any(request.finish_reason for request in left)
+        for request in list(left):
+            if request.finish_reason or len(request.kv.tokens(request.branches[0])) > 25:
+                assert request.finish_reason in (None, "out_of_pages")
+                world.end(request)
+                left.remove(request)
+    assert world.cache.num_free_pages == pages
 
 
 def test_alone_without_a_page() -> None:
