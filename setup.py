@@ -17,7 +17,8 @@ TRAIN = [*HF, "peft>=0.17", "tensorboard"]
 PLOT = ["matplotlib"]
 EVAL = [*PLOT, "math-verify>=0.9"]
 CURATE = ["openai>=2", "rapidfuzz>=3.9", "pyarrow>=18"]
-BENCH = ["pytest", "pytest-benchmark"]
+# pytest-timeout: pyproject.toml sets a limit for every test, those of benchmarks/test_quick.py too.
+BENCH = ["pytest>=9", "pytest-benchmark", "pytest-timeout"]
 # Compiles the CUDA sources in tests, without a GPU or its driver.
 NVRTC = [f"{name}>=13; sys_platform == 'linux'" for name in ("cuda-bindings", "nvidia-cuda-nvrtc")]
 EXTRAS = {

@@ -23,6 +23,7 @@ from tests.engine_cases import CASES, by_request, check_pages, config_for, follo
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 FULL = bool(os.environ.get("MVKERNELS_FULL"))
+pytestmark = [pytest.mark.timeout(0)] if FULL else []
 
 
 @pytest.fixture(scope="module")
