@@ -17,7 +17,7 @@ class TokenMasks:
     """The masks of one vocabulary. vocabulary: V, the width of the model's logits. device: where they are."""
 
     def __init__(self, tags: TagTokens, vocabulary: int, device: torch.device | str) -> None:
-        self._device = device
+        self.place = vocabulary, device
         bits = torch.full((vocabulary,), int(Kind.TEXT), device="cpu")  # of each token; index tokens are text
         for kind in Kind:
             ids = tags.space_ids if kind is Kind.SPACE else (tags.id(kind),) if kind >= FIRST_TAG else ()
@@ -42,5 +42,5 @@ class TokenMasks:
             if len(self._rows) >= _MOST_ROWS:
                 self._rows.clear()
             mask = table[bits]
-            row = self._rows[key] = mask.to(self._device), mask.numpy().tobytes()
+            row = self._rows[key] = mask.to(self.place[1]), mask.numpy().tobytes()
         return row

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mvkernels.errors import OutOfPages
-from mvkernels.hf import patch_model
+from mvkernels.hf import ATTENTION_NAME, is_patched, patch_model, patched_backend
 from mvkernels.hf_graph import DecodeGraph
 from mvkernels.hf_layers import fuse_layers
 from mvkernels.hf_linear import narrow_bytes, narrow_rows, pack_linear, packs_without_memory
@@ -83,7 +83,8 @@ class Engine:
                      written to in place, or move, are noticed; after other changes of the model call `clear_prefixes`
     strict           whether a request's tokens and log-probabilities shall be the same, bit for bit, whoever shares its
                      steps (model/strict.py): every forward has max_step_tokens rows, by default 64, and no graph
-    One engine serves any number of threads and tasks at once; their requests share its steps. Raises ValueError for a
+    One engine serves any number of threads and tasks at once; their requests share its steps. A call raises ValueError
+    where the model is meanwhile unpatched, or patched with another backend. Raises ValueError for a
     model on several devices, for weights trained with other tags or semantics, and for sizes and limits below 1;
     BackendError where `strict` cannot be kept; otherwise what `patch_model` raises.
     """
@@ -121,7 +122,7 @@ class Engine:
             raise ValueError(f"semantics: expected {expected}, got {semantics!r}")
         if strict:
             check_strict(model, backend, graph)
-        self.model = patch_model(model, backend=backend)
+        self.model, self.backend = patch_model(model, backend=backend), backend
         free = self.model.device.type == "cuda" or packs_without_memory(self.model)
         if fast_linear or (fast_linear is None and free):
             rows = (max_step_tokens or STRICT_ROWS) if strict else 1
@@ -141,11 +142,8 @@ class Engine:
         except ValueError as error:
             self.tags = None
             warnings.warn(f"the engine generates sequentially: {error}", stacklevel=2)
-        self._writer = self._masks = None
-        if self.tags is not None:
-            self._writer = TagWriter(self.tags, semantics or trained or "canonical")
-            head: Any = model.get_output_embeddings()
-            self._masks = TokenMasks(self.tags, int(head.weight.shape[0]), self.model.device)
+        self._writer = None if self.tags is None else TagWriter(self.tags, semantics or trained or "canonical")
+        self._masks: TokenMasks | None = None
 
     @classmethod
     def from_pretrained(
@@ -272,10 +270,20 @@ class Engine:
         ]
 
     def _ready(self) -> Core:
-        """The loop, made at first use; made again where the model has moved and nothing runs."""
-        core, device, dtype = self._core, self.model.device, self.model.dtype
-        if core is not None and (core.busy or (core.runner.cache.device, core.runner.cache.dtype) == (device, dtype)):
-            return core
+        """The loop and the masks, made at first use; again where the model has moved or is another. The loop is kept
+        while something runs.
+        """
+        self._require_patched()
+        core, model, device = self._core, self.model, self.model.device
+        head: Any = model.get_output_embeddings()
+        place = len(head.weight), device
+        if self.tags is not None and (self._masks is None or self._masks.place != place):
+            self._masks = TokenMasks(self.tags, *place)
+        if core is not None:
+            runner = core.runner
+            found = runner.model, runner.cache.device, runner.cache.dtype
+            if core.busy or found == (model, device, model.dtype):
+                return core
         cache = make_cache(self.model, self.page_size, self.num_pages)
         captures = device.type == "cuda" if self.graph is None else self.graph
         most = STRICT_ROWS if self.strict else 512 if device.type == "cpu" else 4096
@@ -288,9 +296,23 @@ class Engine:
         )
         return self._core
 
+    def _require_patched(self) -> None:
+        """Raises ValueError where the model is no longer patched as this engine has done it."""
+        if not is_patched(self.model):
+            got = "one that is not patched"
+        elif (backend := patched_backend(self.model)) != self.backend:
+            got = f"one patched with backend {backend!r}"
+        elif (attention := self.model.config.get_text_config()._attn_implementation) != ATTENTION_NAME:
+            got = f"one with attention implementation {attention!r}"
+        else:
+            return
+        call = f"patch_model(engine.model, backend={self.backend!r})"
+        raise ValueError(f"expected the model as the engine has patched it, got {got}; {call} patches it again")
+
     # ---- while there is work
 
     def _wake(self) -> None:
+        self._require_patched()
         self._training = self.model.training
         self.model.train(False)
         weights = list(self.model.parameters())
