@@ -3,7 +3,39 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
+from reprlib import repr as shorten
+from typing import Any
+
+_WHOLE = ("max_new_tokens", "max_width", "max_depth", "top_k", "seed")
+_WHOLE_OR_NONE = ("max_critical_path", "max_path_tokens", "logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
+def as_ids(name: str, given: Any) -> tuple[int, ...]:
+    """Token ids from one integer or several: a list, a set, a tensor, an array.
+
+    Raises ValueError for everything else, with `name` in front.
+    """
+    values = given.tolist() if hasattr(given, "tolist") else given
+    found = []
+    for value in values if isinstance(values, Iterable) and not isinstance(values, (str, bytes)) else (values,):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{name}: expected token ids, got {shorten(value)}")
+        found.append(operator.index(value))
+    return tuple(found)
+
+
+def as_strings(name: str, given: Any) -> tuple[str, ...]:
+    """Stop strings. Raises ValueError for what is none, or empty, with `name` in front."""
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    wrong = [value for value in found if not (isinstance(value, str) and value)]
+    if wrong:
+        raise ValueError(f"{name}: expected strings that are not empty, got {shorten(wrong[0])}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +56,8 @@ class GenerationConfig:
     logprobs            None: no log-probabilities. 0: that of each sampled token. k: also the k likeliest tokens'
     seed                the request's own; the text depends on it, not on the other requests of the batch
     stop                strings that end a branch; None: those of the model's generation config
-    eos_token_ids       tokens that end a branch; None: those of the model's generation config
+    eos_token_ids       sampled tokens that end a branch, an id or several in any form; None: those of the model's
+                        generation config. A control tag is none: the engine ends a path at its `</Path>` by itself
     sequential          advance one path at a time: the same text in as many steps as tokens
 
     What a budget ends is closed from the inside out, and the tokens for that are set aside before: `</Path>`, an empty
@@ -52,6 +85,14 @@ class GenerationConfig:
     sequential: bool = False
 
     def __post_init__(self) -> None:
+        for name in (*_WHOLE, *_WHOLE_OR_NONE):
+            value = getattr(self, name)
+            if value is not None or name in _WHOLE:
+                self._require(name, "a whole number", hasattr(value, "__index__"))
+                object.__setattr__(self, name, operator.index(value))
+        for name in _NUMBERS:
+            self._require(name, "a number", isinstance(getattr(self, name), Real))
+        self._require("max_seconds", "a number > 0, or None", isinstance(self.max_seconds, (Real, type(None))))
         self._require("max_new_tokens", "at least 1", self.max_new_tokens >= 1)
         for name in ("max_critical_path", "max_path_tokens"):
             value = getattr(self, name)
@@ -68,7 +109,10 @@ class GenerationConfig:
         self._require("logprobs", "at least 0, or None", self.logprobs is None or self.logprobs >= 0)
         if isinstance(self.stop, str):
             raise ValueError(f"stop: expected a tuple of strings, got the string {self.stop!r}")
-        self._require("stop", "strings that are not empty", all(self.stop or ()))
+        if self.stop is not None:
+            object.__setattr__(self, "stop", as_strings("stop", self.stop))
+        if self.eos_token_ids is not None:
+            object.__setattr__(self, "eos_token_ids", as_ids("eos_token_ids", self.eos_token_ids))
 
     def _require(self, name: str, expected: str, holds: bool) -> None:
         if not holds:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from mvkernels.model.config import as_ids
 from mvkernels.tags import TagTokens
 
 #: Seconds that a chat template may take; usual ones take a millisecond.
@@ -49,7 +50,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, tags: TagTokens | None, vocabular
     if isinstance(prompt, str):
         ids = _encode(prompt, tokenizer, tags)
     elif hasattr(prompt, "tolist"):
-        ids = prompt.tolist()
+        ids = list(as_ids("prompt", prompt))
     elif _is_chat(prompt):
         ids = _encode(chat_text(prompt, tokenizer), tokenizer, tags, special=False)
     else:

@@ -300,28 +300,28 @@ class Request:
 
     # ---- tokens
 
-    def _kind(self, token: int) -> Kind:
-        if self.writer is None or token in self.task.eos:
-            return Kind.TEXT
-        return self.writer.tags.kind(token)
-
     def _push(
         self, b: BranchRecord, token: int, sampled: bool, logprob: TokenLogprob | None = None
     ) -> tuple[list[Action] | None, str]:
         """A generated token comes on `b`; returns what the interpreter asks for, and its text. None: nothing, and no
-        budget ends here, as nearly always.
+        budget ends here, as nearly always. sampled: by the model; else the engine's own.
         """
         number, interp = b.number, self.interpreter
         if b.text is None:
-            b.text = TextStream(self.tokenizer, self.transcript.context(number)[-_TEXT_CONTEXT:], self.task.eos)
-        piece, position = b.text.push(token), interp.position(number)
+            b.text = TextStream(self.tokenizer, self.transcript.context(number)[-_TEXT_CONTEXT:])
+        ends = sampled and token in self.task.eos  # what the engine writes is never an end of text
+        piece, position = b.text.push(token, ends), interp.position(number)
         if self.tells_tokens:
             path = interp.path(number)
             self.events.append(
                 TokenEvent(self.task.index, path, token, piece, position, not sampled, number, *(logprob or ()))
             )
         plain = token not in self._special and interp.text(number)
-        actions = None if plain else interp.feed(number, self._kind(token))
+        if plain:
+            actions = None
+        else:
+            kind = Kind.TEXT if ends or self.writer is None else self.writer.tags.kind(token)
+            actions = interp.feed(number, kind)
         self.kv.extend(number, token)  # it lengthens b.tokens
         b.add(position, sampled, self.steps, piece, logprob)
         if b.seen is not None:
@@ -404,9 +404,10 @@ class Request:
         if not self.task.stop:
             return None
         b.heard += piece
-        found = next((stop for stop in self.task.stop if stop in b.heard), None)
-        b.heard = b.heard[-max(map(len, self.task.stop)) :]
-        if found is None:
+        complete = [stop for stop in self.task.stop if stop in b.heard]
+        if not complete:
+            b.heard = b.heard[-max(map(len, self.task.stop)) :]  # the longest one may have begun
             return None
+        found = min(complete, key=b.heard.find)  # a token may complete several
         b.heard = ""
         return "stop" if on_trunk else f"stop string {found!r}"

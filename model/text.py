@@ -22,21 +22,21 @@ class TextStream:
     A token's text may depend on the ones before it (bytes of one character; spaces in SentencePiece vocabularies), so
     each piece is the difference of two decodings of a short window of tokens. Where a token is the same bytes whatever
     stands before it, and no token waits for another, that is the token's own text, which is remembered.
-    tokenizer: anything with `decode`. context: tokens before the first one. silent: tokens without text, such as end
-    of text.
+    tokenizer: anything with `decode`. context: tokens before the first one.
     """
 
-    def __init__(self, tokenizer: Any, context: Sequence[int] = (), silent: frozenset[int] = frozenset()) -> None:
+    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
         self._decoder = decoder_of(tokenizer)
         self._texts = _TEXTS.setdefault(tokenizer, {}) if _adds_bytes(tokenizer) else None
-        self._silent = silent
         self._window = list(context)  # the tokens of the last finished piece, then the unfinished ones
         self._finished = len(self._window)
         self._before = self._decode(self._window)
 
-    def push(self, token: int) -> str:
-        """The text that `token` adds; empty while it ends within a character. A silent one adds what was unfinished."""
-        if token in self._silent:
+    def push(self, token: int, silent: bool = False) -> str:
+        """The text that `token` adds; empty while it ends within a character. A silent one, such as an end of text, has
+        no text of its own and adds what was unfinished.
+        """
+        if silent:
             piece = self.rest()
             self._before += piece
             return piece
