@@ -23,10 +23,19 @@ def as_ids(name: str, given: Any) -> tuple[int, ...]:
     values = given.tolist() if hasattr(given, "tolist") else given
     found = []
     for value in values if isinstance(values, Iterable) and not isinstance(values, (str, bytes)) else (values,):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        number = None if isinstance(value, bool) else _whole(value)
+        if number is None:
             raise ValueError(f"{name}: expected token ids, got {shorten(value)}")
-        found.append(operator.index(value))
+        found.append(number)
     return tuple(found)
+
+
+def _whole(value: Any) -> int | None:
+    """The integer that a value of any library is, or None."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def as_strings(name: str, given: Any) -> tuple[str, ...]:
@@ -88,8 +97,9 @@ class GenerationConfig:
         for name in (*_WHOLE, *_WHOLE_OR_NONE):
             value = getattr(self, name)
             if value is not None or name in _WHOLE:
-                self._require(name, "a whole number", hasattr(value, "__index__"))
-                object.__setattr__(self, name, operator.index(value))
+                number = _whole(value)
+                self._require(name, "a whole number", number is not None)
+                object.__setattr__(self, name, number)
         for name in _NUMBERS:
             self._require(name, "a number", isinstance(getattr(self, name), Real))
         self._require("max_seconds", "a number > 0, or None", isinstance(self.max_seconds, (Real, type(None))))

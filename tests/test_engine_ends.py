@@ -137,6 +137,7 @@ def test_ends_of_text_of_every_type(engine: Engine, name: str) -> None:
         (True, "True"),
         (torch.tensor([7.0]), "7.0"),
         (torch.tensor([[7]]), r"\[7\]"),
+        ([torch.tensor(7.5)], r"tensor\(7.5000\)"),
         (np.array(["a"]), "'a'"),
         ([7, "a"], "'a'"),
     ],

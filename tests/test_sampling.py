@@ -331,6 +331,13 @@ def test_a_mask_that_leaves_nothing_is_refused(temperature: float) -> None:
         ("logprobs", -1),
         ("stop", ("",)),
         ("stop", "text"),
+        ("max_new_tokens", 3.5),
+        ("max_new_tokens", None),
+        ("max_critical_path", "9"),
+        ("max_depth", math.nan),
+        ("max_seconds", "1"),
+        ("temperature", "1"),
+        ("seed", 0.5),
     ],
 )
 def test_config_out_of_range(name: str, value: object) -> None:
