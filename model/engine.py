@@ -26,7 +26,16 @@ from mvkernels.layout import SEMANTICS
 from mvkernels.model.config import GenerationConfig
 from mvkernels.model.constraint import TokenMasks
 from mvkernels.model.core import Core
-from mvkernels.model.events import Event, FinishEvent, ForkEvent, Generation, MergeEvent, PathEndEvent, TokenEvent
+from mvkernels.model.events import (
+    Event,
+    FinishEvent,
+    ForkEvent,
+    Generation,
+    MergeEvent,
+    PathEndEvent,
+    TextEvent,
+    TokenEvent,
+)
 from mvkernels.model.loading import load_checkpoint
 from mvkernels.model.memory import fits_narrow, make_cache
 from mvkernels.model.prompts import as_prompts
@@ -53,6 +62,7 @@ __all__ = [
     "PathEndEvent",
     "Sampler",
     "Stream",
+    "TextEvent",
     "TokenEvent",
 ]
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from mvkernels.model.generation import Generation
 
-__all__ = ["Event", "FinishEvent", "ForkEvent", "Generation", "MergeEvent", "PathEndEvent", "TokenEvent"]
+__all__ = ["Event", "FinishEvent", "ForkEvent", "Generation", "MergeEvent", "PathEndEvent", "TextEvent", "TokenEvent"]
 
 
 @dataclass(slots=True, unsafe_hash=True)  # not frozen: one is made for every token, and that takes three times the time
@@ -15,7 +15,8 @@ class TokenEvent:
     """One token has come on one branch.
 
     request: index of the request in its batch. path: (2, 1) for path 2.1, () for the trunk. position: of the token.
-    text: what the branch's text grows by; empty while a character's bytes are incomplete, and for end-of-text tokens.
+    text: what the branch's text grows by; empty while it depends on what follows (the first bytes of a character), and
+    for end-of-text tokens. Joined, the texts of a branch's events are its part of `Generation.text`.
     forced: the engine wrote it, the model did not sample it. branch: its number within the request, which no other
     branch ever has (a path of the next block has the same `path`); the trunk is 0. logprob: of a sampled token, and
     top_logprobs: (token id, log-probability) of the likeliest ones, best first, where the config asks for them.
@@ -30,6 +31,20 @@ class TokenEvent:
     branch: int = 0
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextEvent:
+    """The branch's text grows without a token: it was cut off within a character, after its last token was told.
+
+    That is where a request ends between two steps ("cancelled", "out_of_pages", "error", "max_seconds"), just before
+    its FinishEvent. At all other ends and at forks such a rest is in the `text` of the last token's event.
+    """
+
+    request: int
+    path: tuple[int, ...]
+    text: str
+    branch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,4 +90,4 @@ class FinishEvent:
     generation: Generation
 
 
-Event: TypeAlias = TokenEvent | ForkEvent | PathEndEvent | MergeEvent | FinishEvent
+Event: TypeAlias = TokenEvent | TextEvent | ForkEvent | PathEndEvent | MergeEvent | FinishEvent

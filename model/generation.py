@@ -21,7 +21,8 @@ FORMAT, VERSION = "mvkernels.generation", 1
 class Generation:
     """The outcome of one request.
 
-    text             what was generated, in sequence order (path 1 whole, path 2 whole, ..., conclusion), no prompt
+    text             what was generated, in sequence order (path 1 whole, path 2 whole, ..., conclusion), no prompt. It
+                     begins with the character within which the prompt ends, if any. End-of-text tokens have no text
     token_ids        prompt and generated tokens in sequence order
     layout           the layout of exactly these tokens; its `sampled` is False for the prompt and what the engine wrote
     prompt_length    leading tokens that are the prompt

@@ -19,7 +19,7 @@ from mvkernels.kv_cache import PagedKVCache
 from mvkernels.model.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
 from mvkernels.model.closing import TAKES_TEXT, UNLIMITED, State
 from mvkernels.model.constraint import TokenMasks
-from mvkernels.model.events import Event, FinishEvent, ForkEvent, MergeEvent, PathEndEvent, TokenEvent
+from mvkernels.model.events import Event, FinishEvent, ForkEvent, MergeEvent, PathEndEvent, TextEvent, TokenEvent
 from mvkernels.model.interpreter import Budget, Interpreter
 from mvkernels.model.logprobs import TokenLogprob
 from mvkernels.model.penalty import SeenTokens
@@ -31,8 +31,6 @@ from mvkernels.model.text import TextStream
 from mvkernels.model.transcript import BranchRecord, Transcript
 from mvkernels.model.writer import TagWriter
 
-# Tokens before a branch's first that its text may depend on (see TextStream).
-_TEXT_CONTEXT = 4
 _TAG_BYTES = re.compile(rb"[\x04-\x0f]")
 
 
@@ -285,6 +283,8 @@ class Request:
     def finish(self, reason: str, error: str | None = None) -> None:
         """End the request here, whatever is open. Its pages are given back by whoever runs it."""
         self.finish_reason = reason
+        for b in self.branches:
+            self._tell_rest(b)
         generation = self.transcript.generation(
             prompt_length=len(self.task.ids),
             logprobs=self.config.logprobs,
@@ -308,7 +308,7 @@ class Request:
         """
         number, interp = b.number, self.interpreter
         if b.text is None:
-            b.text = TextStream(self.tokenizer, self.transcript.context(number)[-_TEXT_CONTEXT:])
+            b.text = TextStream(self.tokenizer, self.transcript.context(number))
         ends = sampled and token in self.task.eos  # what the engine writes is never an end of text
         piece, position = b.text.push(token, ends), interp.position(number)
         if self.tells_tokens:
@@ -327,6 +327,20 @@ class Request:
         if b.seen is not None:
             b.seen.add(token)
         return actions, piece
+
+    def _tell_rest(self, b: BranchRecord) -> None:
+        """Tell the text that is held back where `b` ends or forks: with its last token, else in an event of its own."""
+        rest = b.text.flush() if b.text is not None else ""
+        if not rest:
+            return
+        b.pieces[-1] += rest
+        if not self.tells_tokens:
+            return
+        for event in reversed(self.events):
+            if type(event) is TokenEvent and event.branch == b.number:
+                event.text += rest
+                return
+        self.events.append(TextEvent(self.task.index, self.interpreter.path(b.number), rest, b.number))
 
     def _read(self, b: BranchRecord, tokens: Sequence[int]) -> None:
         """Tokens of the prompt that the interpreter has read on `b` just now."""
@@ -358,6 +372,7 @@ class Request:
                     self._fork(self.branches[action.branch], action.children)
                 case FinishPath():
                     number = action.branch
+                    self._tell_rest(self.branches[number])
                     path, position = self.interpreter.path(number), self.interpreter.position(number)
                     self.events.append(PathEndEvent(self.task.index, path, position, number, action.reason))
                 case Merge():
@@ -368,6 +383,7 @@ class Request:
                     self.finish(action.reason)
 
     def _fork(self, b: BranchRecord, children: tuple[int, ...]) -> None:
+        self._tell_rest(b)
         self.kv.fork(b.number, children)
         ordinal = self.interpreter.ordinal(b.number)
         for i, child in enumerate(children, start=1):
@@ -403,11 +419,13 @@ class Request:
             return "stop" if on_trunk else "end of text"
         if not self.task.stop:
             return None
+        assert b.text is not None
         b.heard += piece
-        complete = [stop for stop in self.task.stop if stop in b.heard]
+        heard = b.heard + b.text.held()
+        complete = [stop for stop in self.task.stop if stop in heard]
         if not complete:
             b.heard = b.heard[-max(map(len, self.task.stop)) :]  # the longest one may have begun
             return None
-        found = min(complete, key=b.heard.find)  # a token may complete several
+        found = min(complete, key=heard.find)  # a token may complete several
         b.heard = ""
         return "stop" if on_trunk else f"stop string {found!r}"

@@ -98,9 +98,6 @@ class Transcript:
         positions follow from the structure.
         """
         interp = self.interpreter
-        for b in self.branches:
-            if b.text is not None:
-                b.pieces[-1] += b.text.rest()
         texts = self.flat(0, lambda b: b.pieces)[prompt_length:]
         found: Sequence[TokenLogprob | None] = self.flat(0, lambda b: b.logprobs)[prompt_length:]
         return Generation(

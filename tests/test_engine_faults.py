@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from mvkernels import OutOfPages
 from mvkernels.model import Engine, Generation, GenerationConfig
 from mvkernels.model.engine import FinishEvent
-from mvkernels.model.text import TextStream
 from tests.engine_cases import CASES, CONCLUDE, check_pages, config_for, follow, goal, plain
 from tests.tiny_model import END, tiny_model, tiny_tokenizer
 
@@ -206,44 +204,6 @@ def test_without_tags_it_is_greedy_generate_token_for_token() -> None:
         assert out.parallelism == 1.0 and out.critical_path == out.total_tokens == out.steps == 32
         assert not out.layout.has_branches
     check_pages(engine)
-
-
-# ---- text
-
-
-@pytest.mark.parametrize("text", ["aé€🙂 b", "🙂🙂", "naïve — “quoted”", "日本語 text", "�é"])
-def test_text_of_split_characters(text: str) -> None:
-    tokenizer = tiny_tokenizer()
-    stream = TextStream(tokenizer, tokenizer.encode("the "))
-    pieces = [stream.push(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces) == text and stream.rest() == ""
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces).replace("\N{REPLACEMENT CHARACTER}é", "é")
-
-
-def test_text_of_bytes_that_are_no_character() -> None:
-    tokenizer = tiny_tokenizer()
-    euro = tokenizer.encode("€")
-    assert len(euro) == 3
-    stream = TextStream(tokenizer)
-    assert [stream.push(token) for token in euro[:2]] == ["", ""] and stream.rest() == "\N{REPLACEMENT CHARACTER}"
-    assert stream.push(0, silent=True) == "\N{REPLACEMENT CHARACTER}" and stream.rest() == ""
-    # Never waits for ever: leading bytes alone come out as what the tokenizer makes of them.
-    stream = TextStream(tokenizer)
-    assert "".join(stream.push(euro[0]) for _ in range(40)).count("\N{REPLACEMENT CHARACTER}") >= 30
-
-
-def test_text_that_is_remembered_is_what_decoding_gives() -> None:
-    tokenizer = tiny_tokenizer()
-    draw = random.Random(0)
-    usual = tokenizer.encode("aé€🙂 naïve — “quoted” 日本語\N{REPLACEMENT CHARACTER}<Path>\n1: b")
-    for start in (0, 3, 4):
-        fast, slow = (TextStream(tokenizer, usual[:start]) for _ in range(2))
-        assert fast._texts is not None
-        slow._texts = None
-        euro = tokenizer.encode("€")
-        given_up = [euro[0]] * 9 + euro[1:] + usual[:3]  # its last byte belongs to the token behind it
-        for token in given_up + [draw.choice([*usual, draw.randrange(len(tokenizer))]) for _ in range(400)]:
-            assert fast.push(token, token == 0) == slow.push(token, token == 0) and fast.rest() == slow.rest()
 
 
 # ---- pages

@@ -42,11 +42,11 @@ def tiny_tokenizer(tags: bool = True) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(
-    seed: int = 0, max_positions: int = 512, intermediate_size: int = 96, **changes: object
+    seed: int = 0, max_positions: int = 512, intermediate_size: int = 96, vocab_size: int = 300, **changes: object
 ) -> Qwen2ForCausalLM:
     """fp32, on the CPU. The weights are large enough that the logits depend on the whole context."""
     config = Qwen2Config(
-        vocab_size=300,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=intermediate_size,
         num_hidden_layers=2,

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from mvkernels.model.events import Event, ForkEvent, MergeEvent, PathEndEvent, TokenEvent
+from mvkernels.model.events import Event, ForkEvent, MergeEvent, PathEndEvent, TextEvent, TokenEvent
 
 Path = tuple[int, ...]
 TRUNK_LINES, PATH_LINES = 6, 4
@@ -66,7 +66,7 @@ class PlainLines(Silent):
     def show(self, event: Event) -> None:
         if isinstance(event, PathEndEvent):
             self._print(event.path, self._pending.pop(event.path, ""))
-        if not isinstance(event, TokenEvent):
+        if not isinstance(event, (TokenEvent, TextEvent)):
             return
         *lines, rest = (self._pending.pop(event.path, "") + event.text).split("\n")
         if rest == "</Parallel>":
@@ -97,7 +97,7 @@ class LivePanels(Silent):
         )
 
     def show(self, event: Event) -> None:
-        if isinstance(event, TokenEvent):
+        if isinstance(event, (TokenEvent, TextEvent)):
             self._text[event.path] = self._text.get(event.path, "") + event.text
         elif isinstance(event, ForkEvent):
             self._idle.add(event.path)
