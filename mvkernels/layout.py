@@ -9,6 +9,7 @@ section 1.2.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from mvkernels.grammar import SEMANTICS as SEMANTICS
-from mvkernels.grammar import Block, Kind, Trace, Tree, parse
+from mvkernels.grammar import WHITESPACE, Block, Kind, Trace, Tree, parse
 from mvkernels.layout_build import Runs, released_runs, tree_runs
 from mvkernels.ops.mask import IntervalMask
 from mvkernels.ops.mask_table import MaskTable
@@ -85,7 +86,7 @@ class BranchLayout:
         kinds = tags.kinds(values)
         trace = parse(kinds, allow_open)
         runs = tree_runs(trace.tree) if semantics == "canonical" else released_runs(kinds)
-        sampled = sampled_tokens(kinds, trace)
+        sampled = sampled_tokens(values, tags, trace)
         sampled[:prompt_length] = False
         return cls._from_runs(runs, sampled)
 
@@ -259,36 +260,51 @@ class BranchLayout:
         return values
 
 
-def sampled_tokens(kinds: bytes, trace: Trace) -> npt.NDArray[np.bool_]:
-    """[T] bool: False for what the engine writes, which is each path's prefix and the opening of each conclusion."""
+def sampled_tokens(ids: Sequence[int], tags: TagTokens, trace: Trace) -> npt.NDArray[np.bool_]:
+    """[T] bool: False for what the engine writes, which is each path's prefix and the opening of each conclusion.
+
+    It is recognised by its text, however many tokens that is. No token depends on those behind it, so the flags of a
+    trace that was cut are the first ones of the whole trace. A token that holds more than the prefix is the model's.
+    """
     sampled = np.ones(trace.length, dtype=np.bool_)
     pending: list[tuple[Block, ...]] = [trace.blocks]
     while pending:
         for block in pending.pop():
             for path in block.paths:
-                if path.open is None:
-                    sampled[path.start :] = False
-                    continue
-                sampled[path.start : _index_end(kinds, _space_end(kinds, path.open + 1))] = False
+                end = trace.length if path.open is None else _index_end(ids, tags, path.open + 1)
+                sampled[path.start : end] = False
                 pending.append(path.blocks)
             if block.conclusion is not None:
-                behind = _space_end(kinds, block.conclusion) + 1
-                # One newline is the engine's; further whitespace is the model's own.
-                if behind < len(kinds) and kinds[behind] == Kind.SPACE:
-                    behind += 1
-                sampled[block.conclusion : behind] = False
+                start = block.conclusion
+                while start < trace.length and tags.kind(ids[start]) == Kind.SPACE:
+                    start += 1
+                sampled[block.conclusion : _newline_end(ids, tags, start + 1)] = False
     return sampled
 
 
-def _space_end(kinds: bytes, offset: int) -> int:
-    while offset < len(kinds) and kinds[offset] == Kind.SPACE:
+_INDEX_START = re.compile(rf"[{re.escape(WHITESPACE)}]*(?:[0-9.]+:?)?")
+_INDEX_REST = re.compile(r"[0-9.]*:?")
+
+
+def _index_end(ids: Sequence[int], tags: TagTokens, offset: int) -> int:
+    """Behind the whitespace and the index, with its colon, that begin at `offset`: as far as they are whole tokens."""
+    expected, text = _INDEX_START, ""
+    while offset < len(ids) and not text.endswith(":"):
+        text = tags.text(ids[offset])
+        if not text or not expected.fullmatch(text):
+            break
+        if text.strip(WHITESPACE):
+            expected = _INDEX_REST
         offset += 1
     return offset
 
 
-def _index_end(kinds: bytes, offset: int) -> int:
-    """Behind the index that begins at `offset`; `offset` itself where its tokens lack a colon of their own."""
-    end = offset
-    while end < len(kinds) and kinds[end] == Kind.INDEX:
-        end += 1
-    return end + 1 if end < len(kinds) and kinds[end] == Kind.INDEX_END else offset
+def _newline_end(ids: Sequence[int], tags: TagTokens, offset: int) -> int:
+    """Behind the first newline of the whitespace that begins at `offset`; more of it is the model's own."""
+    text = ""
+    while offset < len(ids) and "\n" not in text:
+        text = tags.text(ids[offset])
+        if not text or text.strip(WHITESPACE):
+            break
+        offset += 1
+    return offset

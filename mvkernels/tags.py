@@ -5,17 +5,20 @@ The tokenizer is duck-typed (any transformers tokenizer will do), so this module
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from mvkernels.grammar import FIRST_TAG, INDEX_PATTERN, TAG_PATTERN, TAGS, WHITESPACE, Kind
 
-# How vocabularies write whitespace: byte-level BPE (GPT-2, Qwen, Llama 3), SentencePiece, and the characters
-# themselves.
-_WHITESPACE_SPELLINGS = re.compile(r"(?:[ĠĊĉčċČ▁ \t\n\r\f\v]|<0x(?:20|0A|09|0D|0B|0C)>)+")
+# How vocabularies spell whitespace: byte-level BPE (GPT-2, Qwen, Llama 3) and SentencePiece. Bytes are `<0x0A>`.
+_SPELLED = {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r", "ċ": "\v", "Č": "\f"}
+_SPELLED_LETTER = re.compile(rf"<0x([0-7][0-9A-F])>|[{''.join(_SPELLED)}]")
+# Of which characters the tokens are that the engine writes beside the tags.
+_PLAIN = re.compile(rf"[{re.escape(WHITESPACE)}0-9.:]+")
 _INDEX_TOKEN = re.compile(r"[0-9.]+")
 _INDEX_END_TOKEN = re.compile(r"[0-9.]*:")
 _KINDS = tuple(Kind)  # by their numbers
@@ -28,7 +31,8 @@ class TagTokens:
 
     ids: the tags' ids in the order of `mvkernels.grammar.TAGS`. space_ids: tokens that are whitespace only.
     index_ids, index_end_ids: tokens of digits and dots, without and with the colon that ends a path index.
-    tokenizer: needed by `encode` only.
+    tokenizer: needed by `encode` only. texts: of tokens that are whitespace, digits, dots and colons only; those of
+    the ids above that are not among them are taken for a newline, a digit, and a digit with a colon.
     """
 
     ids: tuple[int, ...]
@@ -36,6 +40,7 @@ class TagTokens:
     index_ids: frozenset[int] = frozenset()
     index_end_ids: frozenset[int] = frozenset()
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    texts: Mapping[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(TAGS) or len(set(self.ids)) != len(TAGS):
@@ -55,19 +60,14 @@ class TagTokens:
                 f"expected each of the {len(TAGS)} control tags as one token of the vocabulary, got a tokenizer "
                 f"without {' '.join(missing)}; `mvkernels add-tags` extends a model and its tokenizer"
             )
+        texts = _plain_texts(vocabulary, tokenizer)
         return cls(
             ids=tuple(vocabulary[tag] for tag in TAGS),
-            space_ids=frozenset(
-                token
-                for spelling, token in vocabulary.items()
-                # The letter `č` may be itself in another vocabulary, so what it decodes to decides.
-                if _WHITESPACE_SPELLINGS.fullmatch(spelling) and not tokenizer.decode([token]).strip(WHITESPACE)
-            ),
-            index_ids=frozenset(token for spelling, token in vocabulary.items() if _INDEX_TOKEN.fullmatch(spelling)),
-            index_end_ids=frozenset(
-                token for spelling, token in vocabulary.items() if _INDEX_END_TOKEN.fullmatch(spelling)
-            ),
+            space_ids=frozenset(token for token, text in texts.items() if not text.strip(WHITESPACE)),
+            index_ids=frozenset(token for token, text in texts.items() if _INDEX_TOKEN.fullmatch(text)),
+            index_end_ids=frozenset(token for token, text in texts.items() if _INDEX_END_TOKEN.fullmatch(text)),
             tokenizer=tokenizer,
+            texts=texts,
         )
 
     @cached_property
@@ -78,6 +78,19 @@ class TagTokens:
             **dict.fromkeys(self.index_end_ids, int(Kind.INDEX_END)),
             **{token: FIRST_TAG + i for i, token in enumerate(self.ids)},
         }
+
+    @cached_property
+    def _text_of(self) -> dict[int, str]:
+        assumed = ((self.space_ids, "\n"), (self.index_ids, "0"), (self.index_end_ids, "0:"))
+        return {token: text for ids, text in assumed for token in ids} | dict(self.texts)
+
+    @cached_property
+    def _unprefixed(self) -> Any:
+        return _without_prefix(self.tokenizer)
+
+    def text(self, token: int) -> str:
+        """The text of a token that is whitespace, digits, dots and colons only; of another one empty."""
+        return self._text_of.get(token, "")
 
     def kind(self, token: int) -> Kind:
         """The grammar kind of one token id."""
@@ -100,18 +113,84 @@ class TagTokens:
 
         The text is cut at every tag, after every index that follows a tag, and after the newline behind
         `<Conclusion>`; the pieces are encoded apart. So the engine's own `\\n<Path>\\n1:` and `\\n<Conclusion>\\n` are
-        the same tokens in training and in generation, in every vocabulary. No special token is added. Raises
-        ValueError without a tokenizer.
+        the same tokens in training and in generation, in every vocabulary. A space that the tokenizer puts before every
+        text (SentencePiece) comes at the beginning only, and not before whitespace, so decoding gives the text back. No
+        special token is added. Raises ValueError without a tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("TagTokens.encode: expected a TagTokens with a tokenizer, got one made from ids alone")
         known = {tag: [token] for tag, token in zip(TAGS, self.ids, strict=True)}
         out: list[int] = []
         for piece in split_pieces(text):
-            if piece not in known:  # short ones come again and again
-                known[piece] = self.tokenizer.encode(piece, add_special_tokens=False)
-            out += known[piece]
+            tokens = known.get(piece)
+            if tokens is None:
+                tokens = self._encode(piece, first=not out)
+                if out:  # short ones come again and again
+                    known[piece] = tokens
+            out += tokens
         return out
+
+    def _encode(self, piece: str, first: bool) -> list[int]:
+        """A piece of text without tags. first: whether it begins the text."""
+        plain = self._unprefixed
+        if plain is not None and not first:
+            return list(plain.encode(piece, add_special_tokens=False).ids)
+        tokens: list[int] = self.tokenizer.encode(piece, add_special_tokens=False)
+        if plain is None:
+            return tokens
+        # The tokenizer's own beginning, unless that is a space too much (before whitespace, or as decoding keeps it) or
+        # one too few.
+        if piece[0] in WHITESPACE or plain.decode(tokens, skip_special_tokens=False) == " " + piece:
+            for spelled in (piece, " " + piece):
+                tokens = plain.encode(spelled, add_special_tokens=False).ids
+                if plain.decode(tokens, skip_special_tokens=False) == piece:
+                    break
+        return tokens
+
+
+def _plain_texts(vocabulary: Mapping[str, int], tokenizer: Any) -> dict[int, str]:
+    """The tokens that are whitespace, digits, dots and colons only, and their texts."""
+    texts = {}
+    for spelling, token in vocabulary.items():
+        text = _SPELLED_LETTER.sub(lambda found: chr(int(found[1], 16)) if found[1] else _SPELLED[found[0]], spelling)
+        # The letter `č` may be itself in another vocabulary, so what it decodes to decides.
+        if _PLAIN.fullmatch(text) and tokenizer.decode([token]).strip(WHITESPACE) == text.strip(WHITESPACE):
+            texts[token] = text
+    return texts
+
+
+def _without_prefix(tokenizer: Any) -> Any:
+    """A copy of the library's tokenizer behind a transformers one that puts no space before a text.
+
+    None where that is not known, and where the tokenizer itself puts none.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    written = "x" if backend.normalizer is None else backend.normalizer.normalize_str("x")
+    if backend.pre_tokenizer is not None:
+        written = "".join(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(written))
+    if written == "x":
+        return None
+    state = json.loads(backend.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        state[name] = _prefix_free(state[name])
+    plain = type(backend).from_str(json.dumps(state))
+    plain.no_padding()
+    plain.no_truncation()
+    return plain
+
+
+def _prefix_free(part: Any) -> Any:
+    """A normalizer or pre-tokenizer, as the library writes it, without what puts a space before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    changes: dict[str, Any] = {"prepend_scheme": "never", "add_prefix_space": False}
+    part = part | {name: value for name, value in changes.items() if name in part}
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            part[name] = [inner for inner in map(_prefix_free, part[name]) if inner is not None]
+    return part
 
 
 def split_pieces(text: str) -> list[str]:

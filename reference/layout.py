@@ -7,12 +7,14 @@ block with j in one of its paths and i in another. Source: DESIGN.md, section 1.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
 import torch
 
-from mvkernels.grammar import Block, Kind, Trace, Tree
+from mvkernels.grammar import WHITESPACE, Block, Kind, Trace, Tree
 
 Enclosing = dict[int, int]  # block number -> path number
 
@@ -93,6 +95,40 @@ def trace_enclosing(trace: Trace, semantics: str) -> list[Enclosing]:
 
     visit(trace.blocks)
     return enclosing
+
+
+def trace_sampled(trace: Trace, texts: Sequence[str]) -> list[bool]:
+    """For each token of a parsed trace, whether the model samples it. texts: of each token.
+
+    The engine writes, in the text of a path, all up to its index and the colon; in that of a conclusion, all up to the
+    first newline of the whitespace at its beginning. A token is the engine's if it ends within that, or where it does
+    not, if it is whitespace.
+    """
+    sampled = [True] * trace.length
+
+    def written(start: int, opening: int | None, pattern: str) -> None:
+        behind = trace.length if opening is None else opening + 1
+        sampled[start:behind] = [False] * (behind - start)
+        match = re.match(pattern, "".join(texts[behind:]))
+        left = match.end() if match else 0
+        for token in range(behind, trace.length):
+            if left <= 0 or (len(texts[token]) > left and texts[token].strip(WHITESPACE)):
+                break
+            sampled[token] = False
+            left -= len(texts[token])
+
+    def visit(blocks: tuple[Block, ...]) -> None:
+        for block in blocks:
+            for path in block.paths:
+                written(path.start, path.open, rf"[{WHITESPACE}]*([0-9.]+:?)?")
+                visit(path.blocks)
+            if block.conclusion is not None:
+                begins = (i for i in range(block.conclusion, trace.length) if texts[i].strip(WHITESPACE))
+                blank = WHITESPACE.replace("\n", "")
+                written(block.conclusion, next(begins, None), rf"[{blank}]*\n?")
+
+    visit(trace.blocks)
+    return sampled
 
 
 def released_positions(kinds: bytes) -> torch.Tensor:

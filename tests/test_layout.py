@@ -93,7 +93,7 @@ TAGGED = [20, PARALLEL, 12, *GOAL_PART, *PATHS_PART, 12, CONCLUSION, 12, 13, 23,
 def test_labels_leave_out_what_the_engine_writes() -> None:
     layout = BranchLayout.from_token_ids(TAGGED, TEST_TAGS)
     labels = layout.labels(TAGGED).tolist()
-    engine = {*range(13, 18), *range(20, 23), *range(26, 29)}  # the second path's index has no colon of its own
+    engine = {*range(13, 18), *range(20, 24), *range(26, 29)}  # the second path's index has no colon of its own
     assert labels == [-100 if i in engine or i == 0 else token for i, token in enumerate(TAGGED)]
     with_prompt = BranchLayout.from_token_ids(TAGGED, TEST_TAGS, prompt_length=4).labels(TAGGED).tolist()
     assert with_prompt == [-100] * 4 + labels[4:]

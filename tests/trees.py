@@ -16,6 +16,7 @@ TEST_TAGS = TagTokens(
     space_ids=frozenset({12, 13}),
     index_ids=frozenset({14, 15}),
     index_end_ids=frozenset({16}),
+    texts={12: "\n", 13: " ", 14: "1", 15: "2.", 16: ":"},
 )
 TEXT_IDS = range(17, 40)
 
