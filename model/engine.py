@@ -165,7 +165,7 @@ class Engine:
         backend: str = "auto",
         **options: Any,
     ) -> Engine:
-        """An engine for a local checkpoint: a folder with safetensors, or a GGUF file.
+        """An engine for a local checkpoint: a folder with safetensors, a GGUF file, or "embedded", the package's own.
 
         options: those of `Engine`. Raises ValueError where the checkpoint cannot be read, in one line.
         """

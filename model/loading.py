@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from mvkernels.model.checkpoint import EMBEDDED as EMBEDDED
+from mvkernels.model.checkpoint import checkpoint_path, require_device
 from mvkernels.model.checkpoint_files import is_gguf, one_line, published_dtype, require_checkpoint, require_module
-
-#: The model that comes with the package.
-EMBEDDED = Path(__file__).resolve().parent / "embedded"
 
 # No download, no code of a checkpoint's own.
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -22,11 +21,13 @@ def load_checkpoint(
 ) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer of a local checkpoint: a folder with safetensors (sharded or not), or a GGUF file.
 
+    path: as `checkpoint_path` takes it; the text "embedded" is the model that comes with the package.
     dtype: None takes the checkpoint's. device and device_map: at most one; device_map goes to transformers.
     Raises ValueError with one line that says what was expected, whatever is wrong with the checkpoint.
     """
-    require_checkpoint(Path(path))
-    folder, named = _named(Path(path))
+    path = checkpoint_path(path)
+    require_checkpoint(path)
+    folder, named = _named(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **named, **_LOCAL)
     except Exception as error:  # whatever a broken file makes transformers raise, the caller gets one line
@@ -43,8 +44,9 @@ def load_model(
     """The model alone: `load_checkpoint` without the tokenizer, which may be missing."""
     if device is not None and device_map is not None:
         raise ValueError(f"expected device or device_map, got both: {device!r} and {device_map!r}")
-    path = Path(path)
+    path = checkpoint_path(path)
     require_checkpoint(path, tokenizer=False)
+    require_device(device)
     if device_map is not None:
         require_module("accelerate", path)
     folder, named = _named(path)
@@ -81,7 +83,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
     Raises ValueError with one line that says what was expected.
     """
-    path = Path(path)
+    path = checkpoint_path(path)
     file = path / "tokenizer.json" if path.is_dir() and not (path / "tokenizer_config.json").exists() else path
     alone = file.suffix == ".json" and file.is_file()
     if not alone:

@@ -15,6 +15,7 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from mvkernels import TagTokens
 from mvkernels.grammar import TAGS
 from mvkernels.layout import SEMANTICS
+from mvkernels.model.checkpoint import checkpoint_path
 from mvkernels.model.checkpoint_files import DTYPES, published_dtype, require_checkpoint
 from mvkernels.model.files import require_free, whole_folder
 from mvkernels.model.loading import load_checkpoint
@@ -120,7 +121,7 @@ def add_tags_to_checkpoint(
         ValueError: `source` cannot be read, `target` holds anything already, or `dtype` is none of `DTYPES`.
         OSError: `target` cannot be written. It names the file or folder.
     """
-    source, target = Path(source), Path(target)
+    source, target = checkpoint_path(source), Path(target)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     require_free(target)

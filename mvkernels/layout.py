@@ -241,7 +241,15 @@ class BranchLayout:
         return rows, values[torch.from_numpy(chosen).to(self.device)]
 
     def to(self, device: torch.device | str) -> BranchLayout:
-        """The same layout with its tensors on `device`. Derived data are kept."""
+        """The same layout with its tensors on `device`. Derived data are kept.
+
+        Raises ValueError for a device that PyTorch does not have here.
+        """
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:  # without CUDA it asserts
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"device: expected one of this machine, got {str(device)!r}: {reason}") from error
         with torch.inference_mode(False):
             moved = self.position_ids.to(device)
             cu_seqlens = self.cu_seqlens.to(device)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 
 from mvkernels import TagTokens, patch_model, unpatch_model
 from mvkernels._lazy import import_for
+from mvkernels.model.checkpoint import checkpoint_path
 from mvkernels.model.checkpoint_files import published_dtype
 from mvkernels.model.files import whole_folder
 from mvkernels.model.loading import load_model, load_tokenizer
@@ -267,7 +268,9 @@ def _save(recipe: TuningRecipe, trainer: PackedTrainer, model: PreTrainedModel, 
 
 def _saved_dtype(recipe: TuningRecipe) -> torch.dtype:
     """That of the recipe; else bf16 where it trains in that, or the dtype in which the base model was published."""
-    name = recipe.dtype or ("bfloat16" if recipe.precision == "bf16" else published_dtype(Path(recipe.model)))
+    name = recipe.dtype or (
+        "bfloat16" if recipe.precision == "bf16" else published_dtype(checkpoint_path(recipe.model))
+    )
     dtype: torch.dtype = getattr(torch, name or "float32")
     return dtype
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 from mvkernels.grammar import SEMANTICS
+from mvkernels.model.checkpoint import checkpoint_path
 from mvkernels.model.checkpoint_files import DTYPES, require_checkpoint
 from mvkernels.model.curator.outputs import TRACES
 from mvkernels.model.training.recipe_file import RecipeFile
@@ -123,8 +124,8 @@ class TuningRecipe(RecipeFile):
         Raises:
             ValueError: One of them is not there.
         """
-        require_checkpoint(Path(self.model), tokenizer=not self.tokenizer)
-        tokenizer = Path(self.tokenizer)
+        require_checkpoint(checkpoint_path(self.model), tokenizer=not self.tokenizer)
+        tokenizer = checkpoint_path(self.tokenizer)
         if self.tokenizer and not tokenizer.is_file():
             require_checkpoint(tokenizer, weights=False)
         for path in self.data:
