@@ -174,3 +174,10 @@ def test_tasks_are_found_by_name() -> None:
     assert task_named("sat") is TASKS["sat"]
     with pytest.raises(ValueError, match=r"task: expected one of \('arithmetic', 'sat'\), got 'chess'"):
         task_named("chess")
+
+
+def test_the_range_holds_every_instance_and_no_other_size() -> None:
+    for formula in islice(TASKS["sat"].generate(3, "test"), 40):
+        assert TASKS["sat"].covers(formula.prompt()) and not TASKS["arithmetic"].covers(formula.prompt())
+    for clauses in ("+a-b", "+a-b+c\n+a+b", "+a-b+h", "+a-b", "+a-b+c+d"):
+        assert not TASKS["sat"].covers(f"Can all clauses hold?\n{clauses}."), clauses

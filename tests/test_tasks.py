@@ -11,6 +11,7 @@ from mvkernels.grammar import parse_text
 from mvkernels.model.tasks.arithmetic import (
     PARALLEL_ENDING,
     SEQUENTIAL_ENDING,
+    TASK,
     Bracket,
     Number,
     Problem,
@@ -157,3 +158,16 @@ def test_bad_problems_say_what_was_expected() -> None:
         Problem((Product(400, 250), Product(2, 3)))
     with pytest.raises(ValueError, match=r"split: expected one of .*, got 'dev'"):
         next(generate(0, "dev"))
+
+
+def test_the_range_holds_every_problem_and_nothing_beyond() -> None:
+    assert all(TASK.covers(problem.prompt(parallel)) for problem in PROBLEMS for parallel in (True, False))
+    assert TASK.covers("Compute 47*38 + 125*6 + 904.")
+    beyond = (
+        *("47*38", "47*38 + 904", " + ".join(["12*34"] * 6), "1234*56 + 12*34", "12*345 + 12*34", "12*1 + 12*34"),
+        *("(12+34+56) + 12*34", "12*34 + 12*34 + 12345", "12*34 - 12*34", "12*34+12*34", "012*34 + 12*34", ""),
+    )
+    for expression in beyond:
+        assert not TASK.covers(f"Compute {expression}."), expression
+    for text in ("12*34 + 12*34", "Compute 12*34 + 12*34", "What is 12*34 + 12*34?", "Compute 12*34 + 12*34. Why?"):
+        assert not TASK.covers(text), text

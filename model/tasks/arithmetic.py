@@ -18,6 +18,7 @@ The end of the prompt says which of the two is asked for (`common`).
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -298,6 +299,20 @@ def _columns(addends: Sequence[int]) -> list[str]:
     return lines
 
 
+# The terms that `_draw_term` draws.
+_TERM = r"(?P<work>[1-9]\d{1,2}\*(?:[2-9]|[1-9]\d)|\([1-9]\d{1,2}\+[1-9]\d{1,2}\))|[1-9]\d{0,3}"
+
+
+def in_range(question: str) -> bool:
+    """Whether a question is a sum that models are trained on: 2 to 5 terms as they are drawn, two with work to do."""
+    head, tail = "Compute ", "."
+    if not (question.startswith(head) and question.endswith(tail)):
+        return False
+    terms = [re.fullmatch(_TERM, term) for term in question[len(head) : -len(tail)].split(" + ")]
+    worked = sum(term is not None and term["work"] is not None for term in terms)
+    return TERMS[0] <= len(terms) <= TERMS[1] and all(terms) and worked >= 2
+
+
 TASK = Task(
     name="arithmetic",
     generate=generate,
@@ -306,4 +321,6 @@ TASK = Task(
     added=(),
     size_name="terms",
     max_new_tokens=2048,
+    range=f"sums of {TERMS[0]} to {TERMS[1]} terms, such as Compute 47*38 + (125+60) + 904.",
+    in_range=in_range,
 )

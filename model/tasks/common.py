@@ -60,6 +60,8 @@ class Task:
     added           texts that become one token wherever they stand (indices of paths)
     size_name       what `size` of a problem counts
     max_new_tokens  no right answer is longer
+    range           the problems that models are trained on, in words
+    in_range        whether a question, without an ending, is one of them
     """
 
     name: str
@@ -69,6 +71,15 @@ class Task:
     added: tuple[str, ...]
     size_name: str
     max_new_tokens: int
+    range: str
+    in_range: Callable[[str], bool]
+
+    def covers(self, prompt: str) -> bool:
+        """Whether a prompt, with an ending or without, asks for a problem that models of this task are trained on."""
+        question = prompt.rstrip()
+        for ending in (PARALLEL_ENDING, SEQUENTIAL_ENDING):
+            question = question.removesuffix(ending)
+        return self.in_range(question)
 
 
 def with_ending(question: str, parallel: bool) -> str:

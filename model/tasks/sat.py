@@ -54,6 +54,7 @@ Clause: TypeAlias = tuple[Literal, ...]
 #: The values of the first variables: the literals that hold.
 Assignment: TypeAlias = tuple[Literal, ...]
 
+_HEAD = "Can all clauses hold?\n"
 _HEADER = re.compile(r"p\s+cnf\s+(\d+)\s+(\d+)\s*")
 
 
@@ -82,7 +83,7 @@ class Formula:
 
     @property
     def question(self) -> str:
-        return "Can all clauses hold?\n" + "\n".join(map(_text, self.clauses)) + "."
+        return _HEAD + "\n".join(map(_text, self.clauses)) + "."
 
     @cached_property
     def satisfiable(self) -> bool:
@@ -266,6 +267,13 @@ def _indices() -> tuple[str, ...]:
     return tuple(".".join(numbers) for depth in depths for numbers in product("12", repeat=depth))
 
 
+def in_range(question: str) -> bool:
+    """Whether a question is an instance of a size that models are trained on."""
+    clause = f"(?:[+-][a-{ascii_lowercase[SIZES[1] - 1]}]){{{WIDTH}}}"
+    found = re.fullmatch(rf"{re.escape(_HEAD)}{clause}(?:\n{clause})*\.", question)
+    return found is not None and len({letter for letter in question[len(_HEAD) :] if letter.isalpha()}) >= SIZES[0]
+
+
 TASK = Task(
     name="sat",
     generate=generate,
@@ -277,4 +285,6 @@ TASK = Task(
     added=_indices(),
     size_name="variables",
     max_new_tokens=4096,
+    range=f"3-SAT of {SIZES[0]} to {SIZES[1]} variables",
+    in_range=in_range,
 )

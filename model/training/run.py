@@ -130,7 +130,8 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    setattr(config, CONFIG_KEY, multiverse_entry())
+    # The task, so that other questions are not asked without a word: `checkpoint.trained_task`.
+    setattr(config, CONFIG_KEY, {**multiverse_entry(), "task": recipe.task})
     model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
