@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes longer to import than all else that an error in the arguments needs
 )
 
 
@@ -25,6 +26,11 @@ class Semantics(StrEnum):
     released = "released"
 
 
+#: The name that stands for the model of the package; model.checkpoint resolves it.
+EMBEDDED_NAME = "embedded"
+Model = Annotated[
+    str, typer.Option(help="Folder of a causal language model, a GGUF file, or embedded: the model of the package.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
@@ -64,12 +70,10 @@ def inspect(
 @app.command()
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to answer. Default, for the embedded model: a fresh problem.")
-    ] = None,
-    model: Annotated[
         str | None,
-        typer.Option(help="Folder of a causal language model, or a GGUF file. Default: the embedded model."),
+        typer.Argument(help="What to answer. Default: a fresh problem of the task that MODEL was trained on."),
     ] = None,
+    model: Model = EMBEDDED_NAME,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens in all.")] = None,
     max_critical_path: Annotated[int | None, typer.Option(help="Tokens on the longest chain.")] = None,
     max_width: Annotated[int | None, typer.Option(help="Paths per block.")] = None,
@@ -90,6 +94,9 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, balanced, ...")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Print the whole text too, with all that the paths say.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead, one line a generation.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page to this file: tree, timeline, text.")] = None,
 ) -> None:
@@ -116,7 +123,8 @@ def generate(
     with one_line_errors():
         from mvkernels.commands import generate as command
 
-        command.run(prompt, model, given, placement, compare=compare, raw=raw, as_json=as_json, html=html)
+        switches = {"compare": compare, "raw": raw, "full": full, "as_json": as_json}
+        command.run(prompt, model, given, placement, html=html, **switches)
 
 
 @app.command()
@@ -149,7 +157,7 @@ def stats(
 
 @app.command("add-tags")
 def add_tags(
-    model: Annotated[Path, typer.Argument(help="Folder of a causal language model with its tokenizer.")],
+    model: Annotated[str, typer.Argument(help="Folder of a causal language model, a GGUF file, or embedded.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the extended model to.")],
     seed: Annotated[int, typer.Option(help="Of the noise in the new embedding rows.")] = 0,
     dtype: Annotated[
@@ -291,6 +299,8 @@ def curate(
             raise ValueError("expected curate INPUT OUT --base-url URL --model NAME, or curate --check INPUT")
         from mvkernels.commands import curate as command
 
+        command.ChainReader(source)  # says what is wrong with the path before the client is imported
+
         def job(key: str) -> command.Job:
             return command.Job(
                 source,
@@ -319,10 +329,7 @@ def curate(
 @app.command()
 def evaluate(
     what: Annotated[str, typer.Argument(help="arithmetic, sat, or a file of questions: .jsonl, .cnf")] = "arithmetic",
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder of a causal language model, or a GGUF file. Default: the embedded model."),
-    ] = None,
+    model: Model = EMBEDDED_NAME,
     out: Annotated[Path, typer.Option(help="Folder for samples, table and charts; one that has some goes on.")] = Path(
         "evaluation"
     ),

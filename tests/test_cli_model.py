@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from mvkernels import TagTokens
+from mvkernels import BranchLayout, TagTokens
 from mvkernels.commands.generate import EMBEDDED
 from mvkernels.grammar import TAGS
 from mvkernels.model import Engine, Generation, GenerationConfig
@@ -133,7 +134,8 @@ def test_compare_gives_one_text_in_more_steps(checkpoint: Path):
 
 
 def test_generate_prints_paths_answer_and_figures(checkpoint: Path):
-    result = invoke("generate", BLOCK, "--model", checkpoint, "--raw", "--max-critical-path", 40, "--compare")
+    options = ("--model", checkpoint, "--raw", "--max-critical-path", 40, "--compare")
+    result = invoke("generate", BLOCK, *options, "--full")
     assert result.exit_code == 0, (result.output, result.exception)
     lines = result.stdout.splitlines()
     merged = next(i for i, line in enumerate(lines) if line.startswith("merged"))
@@ -145,6 +147,8 @@ def test_generate_prints_paths_answer_and_figures(checkpoint: Path):
     assert len(parallel) == 7 and parallel[1:4] == one_path[5:8], "tokens, critical path and parallelism are equal"
     assert int(parallel[4]) < int(one_path[8]), "in more steps"
     assert lines[-1] == "one path at a time gave the same text"
+    short = invoke("generate", BLOCK, *options).stdout.splitlines()
+    assert short[: merged - 1] == lines[: merged - 1] and not any("<Conclusion>" in line for line in short)
 
 
 def test_a_chat_template_is_applied_unless_raw(checkpoint: Path):
@@ -202,7 +206,12 @@ def test_generate_with_bad_input(checkpoint: Path, tmp_path: Path):
     )
     assert_one_line_error(invoke("generate", "two", *on, "--dtype", "int8"), "--dtype", "bfloat16", "'int8'")
     assert_one_line_error(invoke("generate", "two", *on, "--device", "abacus"), "--device", "'abacus'")
-    assert_one_line_error(invoke("generate", "two", *on, "--device", "cuda:99"), "does not see it")
+    assert_one_line_error(invoke("generate", "two", *on, "--device", "cuda:99"), "expected a GPU that PyTorch sees")
+    for device in ("cuda:99", torch.device("cuda", 99)):
+        with pytest.raises(ValueError, match="expected a GPU that PyTorch sees, got 'cuda:99': it sees"):
+            Engine.from_pretrained(checkpoint, device=device)
+        with pytest.raises(ValueError, match="expected one of this machine, got 'cuda:99'"):
+            BranchLayout.causal(2).to(device)
     assert_one_line_error(invoke("generate", "two", *on, "--compare", "--sequential"), "--compare or --sequential")
     assert_one_line_error(invoke("generate", "a </Path> b", *on, "--raw"), "expected", "found </Path>")
     assert_one_line_error(invoke("generate", "two " * 600, *on, "--raw"), "critical path", "512")
@@ -264,6 +273,42 @@ def test_the_embedded_model_answers_a_fresh_problem():
     assert asked["text"] == parallel["text"], "the chat template asks for a parallel answer"
 
 
+def test_the_embedded_model_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the current folder has; a folder of that name is written `./embedded`, or passed as a path."""
+    (tmp_path / "embedded").mkdir()
+    monkeypatch.chdir(tmp_path)
+    engine = Engine.from_pretrained("embedded")
+    assert engine.model.config.name_or_path == str(EMBEDDED)
+    for folder in ("./embedded", Path("embedded")):
+        with pytest.raises(ValueError, match="without"):
+            Engine.from_pretrained(folder)
+    assert_one_line_error(invoke("generate", "two", "--model", "./embedded"), "without *.safetensors")
+    [named] = generate_json("--model", "embedded", "--seed", 11, "--max-tokens", 5)
+    [unnamed] = generate_json("--seed", 11, "--max-tokens", 5)
+    assert named["token_ids"] == unnamed["token_ids"] and named["run"]["notes"] == []
+    assert invoke("add-tags", "embedded", "tagged").exit_code == 0 and (tmp_path / "tagged" / "config.json").exists()
+
+
+def test_a_question_that_the_model_was_not_trained_for_is_asked_with_a_note(tmp_path: Path):
+    note = "embedded was trained on arithmetic alone (sums of 2 to 5 terms"
+    [sum_] = generate_json("Compute 47*38 + (125+60) + 904.", "--max-tokens", 4)
+    assert sum_["run"]["notes"] == []
+    twelve = " + ".join(["12*34"] * 12)
+    for prompt in (f"Compute {twelve}.", "What is the capital of France?"):
+        found = invoke("generate", prompt, "--max-tokens", 4)
+        [line] = [line for line in found.stdout.splitlines() if line.startswith("note: ")]
+        assert note in line and "this prompt is none of these: expect wrong answers" in line
+        piped = invoke("generate", prompt, "--max-tokens", 4, "--json")
+        assert note in piped.stderr and [note in one for one in json.loads(piped.stdout)["run"]["notes"]] == [True]
+    options = ("--problems", 2, "--max-tokens", 4, "--mode", "sequential")
+    for what, noted in (("sat", True), ("arithmetic", False)):
+        found = invoke("evaluate", what, *options, "--out", tmp_path / what)
+        assert found.exit_code == 0, (found.output, found.exception)
+        table = (tmp_path / what / "table.md").read_text()
+        assert (note in table, note in found.stderr) == (noted, noted)
+        assert ("2 of 2 questions are none of these" in table) == noted
+
+
 TINY = ("--tokens-per-step", 300, "--hidden-size", 32, "--layers", 1, "--intermediate-size", 32)
 
 
@@ -275,6 +320,7 @@ def test_train_makes_a_model_that_generates(tmp_path: Path):
     recipe = json.loads((out / "recipe.json").read_text())
     given = {"steps": 2, "warmup_steps": 1, "tokens_per_step": 300, "hidden_size": 32, "layers": 1, "seed": 4}
     assert {name: recipe[name] for name in given} == given
+    assert json.loads((out / "config.json").read_text())["multiverse"]["task"] == "arithmetic"
     assert generate_json("Compute 1+1.", "--model", out, "--max-tokens", 3)[0]["total_tokens"] == 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from rich.console import Console
 
@@ -39,32 +40,54 @@ def console(terminal: bool) -> Console:
 
 
 def test_plain_lines_come_whole_and_say_their_path():
+    """Of a path its first and last line; no outlines, no tags alone; the trunk's last line when it ends."""
     out = console(terminal=False)
     with PlainLines(out) as view:
         for event in EVENTS:
             view.show(event)
         assert "Three, nine." not in out.file.getvalue(), "a line was printed before it was whole"
-    assert out.file.getvalue().splitlines() == [
-        "      | Two sums.",
-        "    1 | <Path>",
-        "    2 | <Path>",
-        "    1 | 1: one and two",
-        "  1.1 | <Path>",
-        "    2 | 2: four and five",
-        "    2 | </Path>",
-        "  1.1 | 1.1: [b]deep[/b]",
-        "  1.1 | </Path>",
-        "    1 | is three. </Path>",
-        "      | <Conclusion>",
-        "      | Three, nine.",
-    ]
+    assert out.file.getvalue().splitlines() == LINES
+
+
+LINES = [
+    "      | Two sums.",
+    "    1 | 1: one and two",
+    "    2 | 2: four and five",
+    "  1.1 | 1.1: [b]deep[/b]",
+    "    1 | is three.",
+    "      | Three, nine.",
+]
+
+
+def test_plain_lines_of_a_long_path_and_of_a_goal():
+    out = console(terminal=False)
+    with PlainLines(out) as view:
+        view.show(token((), "<Goal>\n<Outline>\n1: a\n</Outline></Goal>"))
+        view.show(ForkEvent(0, (), 1))
+        view.show(token((1,), "\n<Path>\n1: a\nfirst\nsecond\nthird\n</Path>"))
+        view.show(PathEndEvent(0, (1,), 7))
+        view.show(token((), "\n<Conclusion>\nb</Conclusion>\nafter"))
+    assert out.file.getvalue().splitlines() == ["    1 | 1: a", "    1 | ... third", "      | b", "      | after"]
+
+
+def test_a_terminal_keeps_the_same_lines():
+    """What the panels showed is gone when they close; the lines above them stay."""
+    out = Console(file=io.StringIO(), width=60, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+    with LivePanels(out) as view:
+        for event in EVENTS:
+            view.show(event)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.file.getvalue()).replace("\r", "\n").splitlines()
+    kept = [line.rstrip() for line in shown if re.match(r" *[\d.]* \| ", line)]
+    assert kept == LINES
 
 
 def test_control_characters_of_a_model_never_reach_the_terminal():
     for view_of in (PlainLines, LivePanels):
         out = console(terminal=False)
         with view_of(out) as view:
-            view.show(token((), "a\x1b]0;title\x07b\r\x9b\n"))
+            text = "a\x1b]0;title\x07b\r\x9b"
+            for event in (token((), f"{text}\n"), ForkEvent(0, (), 1), token((1,), text)):
+                view.show(event)
             if isinstance(view, LivePanels):
                 out.print(view.render())
         shown = out.file.getvalue()
@@ -88,13 +111,15 @@ def test_panels_show_the_paths_that_run():
 
 def test_panels_hold_the_last_lines_of_each_path():
     out = console(terminal=True)
-    view = LivePanels(out)
+    view = LivePanels(console(terminal=True))
     for event in EVENTS[:7]:
         view.show(event)
     out.print(view.render())
     shown = out.file.getvalue()
-    for part in ("Two sums.", "─ 2 ─", "2: four", "─ 1.1 ─", "1.1: [b]deep[/b]"):
+    for part in ("─ 2 ─", "2: four", "─ 1.1 ─", "1.1: [b]deep[/b]"):
         assert part in shown
+    [titles] = [line for line in shown.splitlines() if "─ 2 ─" in line]
+    assert "─ 1.1 ─" in titles, "paths stand side by side"
     assert "1: one and two" not in shown
 
 

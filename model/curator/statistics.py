@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import mvkernels as mk
 from mvkernels.grammar import FIRST_TAG, TAGS, Block, Kind, Trace, parse, parse_text
-from mvkernels.layout import BranchLayout
 from mvkernels.tags import TagTokens
 
 #: A vocabulary of words: a tag's id is its kind, and every other word has the id of text.
@@ -51,7 +51,7 @@ class Spread:
     max: float
 
 
-def lay_out(text: str, tags: TagTokens | None = None, semantics: str = "canonical") -> tuple[Trace, BranchLayout]:
+def lay_out(text: str, tags: TagTokens | None = None, semantics: str = "canonical") -> tuple[Trace, mk.BranchLayout]:
     """A trace in the text format, parsed and laid out. tags: with their tokenizer; None: by words.
 
     Canonical semantics cut the text at the tags (`TagTokens.encode`); released semantics encode it in one piece, as the
@@ -65,7 +65,7 @@ def lay_out(text: str, tags: TagTokens | None = None, semantics: str = "canonica
         released = semantics == "released"
         ids = tags.tokenizer.encode(text, add_special_tokens=False) if released else tags.encode(text)
         trace = parse(tags.kinds(ids))
-    return trace, BranchLayout.from_token_ids(ids, tags, semantics=semantics)
+    return trace, mk.BranchLayout.from_token_ids(ids, tags, semantics=semantics)
 
 
 def trace_figures(text: str, tags: TagTokens | None = None) -> TraceFigures:

@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mvkernels.model.config import GenerationConfig
-from mvkernels.model.engine import Engine
 from mvkernels.model.evaluation.questions import Question
-from mvkernels.model.events import FinishEvent
 from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.tasks.common import PARALLEL_ENDING, SEQUENTIAL_ENDING
+
+if TYPE_CHECKING:
+    from mvkernels.model.engine import Engine
+    from mvkernels.model.events import FinishEvent
 
 FORMAT, VERSION = "mvkernels.samples", 1
 
@@ -187,6 +189,8 @@ def _read_sample(line: dict[str, Any], where: str) -> Sample:
 
 
 def _ask(engine: Engine, part: Sequence[tuple[int, Question]], plan: Plan, chat: bool) -> list[Sample]:
+    from mvkernels.model.events import FinishEvent  # here: plans and modes are checked before PyTorch is imported
+
     prompts = [plan.prompt(question, chat) for _, question in part]
     configs = [plan.request(place) for place, _ in part]
     started = time.perf_counter()
@@ -218,17 +222,28 @@ def _sample(question: Question, number: int, event: FinishEvent, seconds: float)
     )
 
 
+def read_begun(path: Path, header: dict[str, Any]) -> list[Sample] | None:
+    """The samples of a file that a run with this header has begun; None where there is none yet.
+
+    Raises ValueError, naming the file, for a file of another run and for one that is none.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return None
+    found, samples = _read(path)
+    for key in header:
+        if found.get(key) != header[key]:
+            raise ValueError(
+                f"{path}: expected a file of the same run to go on with ({key}={header[key]!r}), got "
+                f"{found.get(key)!r}; another --out begins anew"
+            )
+    return samples
+
+
 def _resume(path: Path, header: dict[str, Any], n: int, asked: set[str]) -> set[str]:
     """The questions, of those asked, of which the file has all samples; it is left with just these, or begun."""
     kept: dict[str, list[Sample]] = {}
-    if path.exists() and path.stat().st_size:
-        found, samples = _read(path)
-        for key in header:
-            if found.get(key) != header[key]:
-                raise ValueError(
-                    f"{path}: expected a file of the same run to go on with ({key}={header[key]!r}), got "
-                    f"{found.get(key)!r}; another --out begins anew"
-                )
+    samples = read_begun(path, header)
+    if samples is not None:
         for sample in samples:
             kept.setdefault(sample.question, []).append(sample)
         whole = list(range(n))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvkernels import BranchLayout, TagTokens
+import mvkernels as mk
 from mvkernels.grammar import TAG_PATTERN, parse_text
 from mvkernels.model.json_input import parse_json
 from mvkernels.model.parquet import open_parquet, parquet_rows
@@ -39,7 +39,7 @@ class Document:
 
     name: str
     ids: tuple[int, ...]
-    layout: BranchLayout
+    layout: mk.BranchLayout
     labelled: int
 
 
@@ -62,7 +62,7 @@ class Encoder:
             raise ValueError("tokenizer: expected one with an end-of-text token (eos_token), got one without")
         self.recipe = recipe
         self.tokenizer = tokenizer
-        self.tags = TagTokens.from_tokenizer(tokenizer)
+        self.tags = mk.TagTokens.from_tokenizer(tokenizer)
         self.start = tokenizer.encode("", add_special_tokens=True)  # a begin-of-text token, or nothing
 
     def __call__(self, example: Example) -> EncodedExample:
@@ -91,7 +91,7 @@ class Encoder:
             raise ValueError(f"expected a document of at most {most} tokens, got {len(ids)}; cut = true cuts it")
         if len(head) >= min(len(ids) - 1, most):
             raise ValueError(f"expected an answer within {most} tokens, got a prompt of {len(head)} and no answer")
-        layout = BranchLayout.from_token_ids(
+        layout = mk.BranchLayout.from_token_ids(
             ids[:most], self.tags, self.recipe.semantics, prompt_length=len(head), allow_open=len(ids) > most
         )
         labelled = int((layout.labels(ids[:most]) >= 0).sum())

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from mvkernels.grammar import TAGS
+from mvkernels.model.checkpoint import checkpoint_path
 from mvkernels.model.checkpoint_files import require_checkpoint
 from mvkernels.model.files import require_free
 
 
-def run(model: Path, out: Path, seed: int, dtype: str | None) -> None:
+def run(model: str, out: Path, seed: int, dtype: str | None) -> None:
     """Writes the extended checkpoint to ``out``, and says which ids the tags have there."""
     require_free(out)
-    require_checkpoint(model)
+    require_checkpoint(checkpoint_path(model))
     from mvkernels.model.tokens import add_tags_to_checkpoint  # takes seconds, so a wrong path is said before
 
     tags = add_tags_to_checkpoint(model, out, seed, dtype)

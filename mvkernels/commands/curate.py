@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mvkernels.model.curator.budget import Limits
-from mvkernels.model.curator.chains import Columns
+from mvkernels.model.curator.chains import ChainReader, Columns
 from mvkernels.model.curator.endpoint import EndpointSettings
 from mvkernels.model.curator.job import Job, State, changes_since
 from mvkernels.model.curator.outputs import REJECTED, TRACES
 from mvkernels.model.curator.pipeline import Rules
 from mvkernels.model.curator.run import curate
 
-__all__ = ["Columns", "EndpointSettings", "Job", "Limits", "Rules", "run"]
+__all__ = ["ChainReader", "Columns", "EndpointSettings", "Job", "Limits", "Rules", "run"]
 
 DEFAULT_KEY = "OPENAI_API_KEY"
 #: Exit status by how a run ended; an endpoint that cannot be used is bad input, 2.

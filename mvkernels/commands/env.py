@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +30,8 @@ def package_version(package: str) -> str | None:
 
 
 def gpus() -> list[dict[str, Any]]:
+    import torch
+
     found = []
     for index in range(torch.cuda.device_count()):
         props = torch.cuda.get_device_properties(index)
@@ -47,6 +48,8 @@ def gpus() -> list[dict[str, Any]]:
 
 def backends() -> dict[str, dict[str, dict[str, str | None]]]:
     """Operation -> device type -> backend -> why it cannot run here, or None. Asked of the operations themselves."""
+    import torch
+
     from mvkernels import attention, decode
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -71,6 +74,8 @@ def cpu_kernels() -> dict[str, str | None]:
 
 
 def environment() -> dict[str, Any]:
+    import torch
+
     return {
         "mvkernels": mvkernels.__version__,
         "python": platform.python_version(),

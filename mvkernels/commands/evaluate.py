@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mvkernels.commands import charts
-from mvkernels.commands.generate import load_engine
-from mvkernels.model import GenerationConfig
+from mvkernels.commands.files import require_writable
+from mvkernels.commands.generate import check_model, load_engine, untrained
+from mvkernels.model.config import GenerationConfig
 from mvkernels.model.evaluation.figures import Summary, accuracies, markdown_table, summarize
 from mvkernels.model.evaluation.questions import Question, generated_questions, read_questions
-from mvkernels.model.evaluation.samples import MODES, Plan, Sample, collect
+from mvkernels.model.evaluation.samples import MODES, Plan, Sample, collect, read_begun
 from mvkernels.model.evaluation.statistics import paired_test
 from mvkernels.model.tasks import TASKS
 
@@ -42,7 +43,7 @@ def questions_of(what: str, problems: int | None, seed: int, raw: bool) -> tuple
 
 def run(
     what: str,
-    model: str | None,
+    model: str,
     out: Path,
     modes: Sequence[str],
     given: Mapping[str, Any],
@@ -60,32 +61,40 @@ def run(
     unknown = [name for name in modes if name not in MODES]
     if unknown:
         raise ValueError(f"--mode: expected one of {', '.join(MODES)}, got {unknown[0]!r}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, got a file: {out}")
+    require_writable(out)
     questions, most = questions_of(what, problems, int(given.get("seed", 0)), raw)
     config = GenerationConfig(**{"max_new_tokens": most, **given})
     chosen = [MODES[name] for name in dict.fromkeys(modes or MODES)]
     # Weights read in another dtype give other answers, so the samples name it.
-    name = " in ".join(filter(None, (model or "embedded", placement["dtype"])))
+    name = " in ".join(filter(None, (model, placement["dtype"])))
     plans = [Plan(name, mode, config, n, batch) for mode in chosen]
+    check_model(model, placement)
+    for plan in plans:
+        read_begun(samples_file(out, plan), plan.header(questions))
     engine, notes = load_engine(model, placement)
+    notes += untrained([question.text for question in questions], model)
     console = Console(stderr=True)
     for note in notes:
         console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
     runs: dict[str, list[Sample]] = {}
     for plan in plans:
         with bar(console, plan.mode.name, len(questions)) as progress:
-            path = out / f"samples-{plan.mode.name}.jsonl"
-            runs[plan.mode.name] = collect(engine, questions, plan, path, progress)
+            runs[plan.mode.name] = collect(engine, questions, plan, samples_file(out, plan), progress)
     summaries = [summarize(name, samples) for name, samples in runs.items()]
-    text = report(what, plans[0], summaries, runs)
+    text = report(what, plans[0], summaries, runs, notes)
     (out / "table.md").write_text(text, encoding="utf-8")
     draw(what, runs, batch, out)
     print(json.dumps([asdict(one) for one in summaries]) if as_json else text, end="\n" if as_json else "")
 
 
-def report(what: str, plan: Plan, summaries: Sequence[Summary], runs: Mapping[str, Sequence[Sample]]) -> str:
-    """The table, and below it what the first mode's accuracy is against the others'."""
+def samples_file(out: Path, plan: Plan) -> Path:
+    return out / f"samples-{plan.mode.name}.jsonl"
+
+
+def report(
+    what: str, plan: Plan, summaries: Sequence[Summary], runs: Mapping[str, Sequence[Sample]], notes: Sequence[str] = ()
+) -> str:
+    """The table, and below it what the first mode's accuracy is against the others', and the notes."""
     where = f"`{plan.model}` on `{what}`, temperature {plan.config.temperature:g}, {plan.batch} questions at once."
     lines = [where, "", markdown_table(summaries)]
     (first, *others) = runs
@@ -98,6 +107,7 @@ def report(what: str, plan: Plan, summaries: Sequence[Summary], runs: Mapping[st
     lines.append(
         "± is the standard error over questions; seconds are from the start of a question's batch to its end.\n"
     )
+    lines += [f"Note: {note}.\n" for note in notes]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,12 @@ def load_tokenizer(path: Path) -> Any:
     except Exception as error:  # tokenizers raises the bare Exception for a file that it cannot read
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load a tokenizer from {path}: {reason}") from None
+
+
+def require_writable(folder: Path) -> None:
+    """Raises ValueError where a folder is none, or cannot be made or written to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"expected a folder, got a file: {there}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"expected a folder that can be written to, got {folder}: no permission in {there}")

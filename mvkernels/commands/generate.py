@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from mvkernels._lazy import import_for
-from mvkernels.commands.live import Silent, View, make_view, visible
-from mvkernels.model import Engine, Generation, GenerationConfig
-from mvkernels.model.events import Event, FinishEvent, TokenEvent
-from mvkernels.model.loading import EMBEDDED
-from mvkernels.model.tasks import arithmetic
-from mvkernels.model.trace_html import TracedRun, trace_page
+from mvkernels.model.checkpoint import EMBEDDED, EMBEDDED_NAME, checkpoint_path, require_device, trained_task
+from mvkernels.model.checkpoint_files import require_checkpoint
+from mvkernels.model.config import GenerationConfig
+from mvkernels.model.tasks import GeneratedProblem, grade
+
+if TYPE_CHECKING:
+    from mvkernels.commands.live import View
+    from mvkernels.model import Engine, Generation
+    from mvkernels.model.events import Event
 
 #: Enough for the longest problem; the embedded model is so small that the room for it costs nothing.
 EMBEDDED_MAX_NEW_TOKENS = 4096
@@ -30,7 +33,9 @@ WARM_UP_TOKENS = 8
 #: The likeliest tokens that a page shows beside each one, where --logprobs does not say how many.
 PAGE_LOGPROBS = 5
 PARALLEL, SEQUENTIAL, CHAIN = "parallel", "one path at a time", "one chain, no blocks"
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+#: The devices that a model can be put on: those of the attention backends.
+DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -53,39 +58,66 @@ class Question:
 
     prompt: Any
     shown: str
-    problem: arithmetic.Problem | None = None
+    problem: GeneratedProblem | None = None
     chain: str | None = None
 
+    @property
+    def expected_answer(self) -> Any:
+        """Of a sum, the number."""
+        return None if self.problem is None else getattr(self.problem, "answer", self.problem.expected)
+
     def correct(self, run: Run) -> bool | None:
-        return None if self.problem is None else arithmetic.grade(run.generation.text, self.problem)
+        return None if self.problem is None else grade(run.generation.text, self.problem)
 
 
 # ---- loading and asking
 
 
-def load_engine(path: str | None, placement: Mapping[str, str | None]) -> tuple[Engine, list[str]]:
-    """The engine of a checkpoint (None: the embedded one), and what it warned of.
-
-    placement: dtype, device and device_map as on the command line. Raises ValueError for those that do not exist here.
-    """
-    if path is None and not (EMBEDDED / "config.json").exists():
-        raise ValueError(f"expected the embedded model in {EMBEDDED}, found none; name a model with --model")
-    dtype, device = placement["dtype"], placement["device"]
+def check_model(model: str, placement: Mapping[str, str | None]) -> None:
+    """Raises ValueError for arguments that `load_engine` could not use, before PyTorch is imported."""
+    dtype, device, device_map = placement["dtype"], placement["device"], placement["device_map"]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if device is not None:
-        check_device(device)
-    if path is None and "OMP_NUM_THREADS" not in os.environ:
+    if device is not None and not DEVICE.fullmatch(device):
+        raise ValueError(f"--device: expected cpu, cuda or a numbered one such as cuda:0, got {device!r}")
+    if device is not None and device_map is not None:
+        raise ValueError(f"expected --device or --device-map, got both: {device!r} and {device_map!r}")
+    if checkpoint_path(model) == EMBEDDED and not (EMBEDDED / "config.json").exists():
+        raise ValueError(f"expected the embedded model in {EMBEDDED}, found none; name a model with --model")
+    require_checkpoint(checkpoint_path(model))
+
+
+def load_engine(model: str, placement: Mapping[str, str | None]) -> tuple[Engine, list[str]]:
+    """The engine of a checkpoint, and what it warned of. A terminal shows that it is loading, which takes seconds.
+
+    placement: dtype, device and device_map as on the command line, checked by `check_model`. Raises ValueError for a
+    device that is not in this machine, and what `Engine.from_pretrained` raises.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(f"loading {model}"):
+            return _load(model, placement)
+    return _load(model, placement)
+
+
+def _load(model: str, placement: Mapping[str, str | None]) -> tuple[Engine, list[str]]:
+    import torch
+
+    dtype, device = placement["dtype"], placement["device"]
+    require_device(device)
+    if model == EMBEDDED_NAME and "OMP_NUM_THREADS" not in os.environ:
         # Its layers are too small to share among threads, which on a busy machine wait for one another a hundredfold.
         torch.set_num_threads(1)
     transformers_logging: Any = import_for("mvkernels generate", "transformers.utils.logging")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    from mvkernels.model import Engine
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         engine = Engine.from_pretrained(
-            EMBEDDED if path is None else path,
-            dtype=None if dtype is None else DTYPES[dtype],
+            model,
+            dtype=None if dtype is None else getattr(torch, dtype),
             device=device,
             device_map=placement["device_map"],
         )
@@ -94,29 +126,36 @@ def load_engine(path: str | None, placement: Mapping[str, str | None]) -> tuple[
     return engine, notes
 
 
-def check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: expected a device such as cpu or cuda:0, got {name!r}") from None
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"--device: expected a device of this machine, got {name!r}: torch does not see it")
+def own_problem(model: str, seed: int) -> GeneratedProblem:
+    """A held-out problem of the task that the model was trained on. Raises ValueError for a model of no one task."""
+    task = trained_task(checkpoint_path(model))
+    if task is None:
+        raise ValueError(f"expected a PROMPT, got none: {model} was not trained on a task that has problems of its own")
+    problem: GeneratedProblem = next(task.generate(seed, "test"))
+    return problem
 
 
-def ask(engine: Engine, text: str | None, embedded: bool, seed: int, raw: bool) -> Question:
-    """What to ask: ``text``, or without one, for the embedded model, a held-out problem.
+def ask(engine: Engine, text: str | None, problem: GeneratedProblem | None, raw: bool) -> Question:
+    """What to ask: the problem, or the text as the user's turn in the tokenizer's chat template.
 
-    A text becomes the user's turn in the tokenizer's chat template; with ``raw``, and where there is no template, it
-    stays as it is. Raises ValueError where another model is given no text.
+    With ``raw``, and where there is no template, a text stays as it is.
     """
-    if text is None:
-        if not embedded:
-            raise ValueError("expected a PROMPT, got none: only the embedded model has problems of its own")
-        problem = next(arithmetic.generate(seed, "test"))
+    if problem is not None:
         return Question(problem.prompt(), problem.question, problem, chain=problem.prompt(parallel=False))
+    assert text is not None
     if raw or getattr(engine.tokenizer, "chat_template", None) is None:
         return Question(text, text)
     return Question([{"role": "user", "content": text}], text)
+
+
+def untrained(questions: Sequence[str], model: str) -> list[str]:
+    """A note where questions are none of the only task that the model was trained on, or an empty list."""
+    task = trained_task(checkpoint_path(model))
+    others = [question for question in questions if task is not None and not task.covers(question)]
+    if task is None or not others:
+        return []
+    which = "this prompt is" if len(questions) == 1 else f"{len(others)} of {len(questions)} questions are"
+    return [f"{model} was trained on {task.name} alone ({task.range}), and {which} none of these: expect wrong answers"]
 
 
 # ---- running
@@ -124,6 +163,8 @@ def ask(engine: Engine, text: str | None, embedded: bool, seed: int, raw: bool) 
 
 def timed(events: Iterable[Event], view: View) -> tuple[Generation, float]:
     """Shows every event; returns the generation and the seconds spent waiting for events."""
+    from mvkernels.model.events import FinishEvent
+
     iterator, seconds = iter(events), 0.0
     while True:
         start = time.perf_counter()
@@ -136,6 +177,8 @@ def timed(events: Iterable[Event], view: View) -> tuple[Generation, float]:
 
 def warm_up(engine: Engine, question: Question, config: GenerationConfig) -> None:
     """The first tokens of a run. A smaller budget would not do: where the prompt ends in open blocks it is refused."""
+    from mvkernels.model.events import TokenEvent
+
     events: Any = engine.stream(question.prompt, config)
     sampled = (event for event in events if isinstance(event, TokenEvent) and not event.forced)
     for _ in islice(sampled, WARM_UP_TOKENS):
@@ -151,6 +194,8 @@ def run_once(name: str, events: Iterable[Event], view: View) -> Run:
 
 def sequential_runs(engine: Engine, question: Question, config: GenerationConfig) -> list[Run]:
     """The same text with one path at a time; and of a generated problem, the same work asked for as one chain."""
+    from mvkernels.commands.live import Silent
+
     one_path = replace(config, sequential=True)
     runs = [run_once(SEQUENTIAL, engine.stream(question.prompt, one_path), Silent())]
     if question.chain is not None:
@@ -160,34 +205,42 @@ def sequential_runs(engine: Engine, question: Question, config: GenerationConfig
 
 def run(
     prompt: str | None,
-    model: str | None,
+    model: str,
     given: Mapping[str, Any],
     placement: Mapping[str, str | None],
+    *,
     compare: bool,
     raw: bool,
+    full: bool,
     as_json: bool,
     html: Path | None,
 ) -> None:
     """Generates once, and with ``compare`` once more sequentially; prints the answer and the figures of each run.
 
-    given: the fields of GenerationConfig that were given on the command line. html: a file for the page, or None.
-    Raises ValueError for bad ones.
+    given: the fields of GenerationConfig that were given on the command line. full: also the whole text. html: a file
+    for the page, or None. Raises ValueError for bad ones, before PyTorch is imported.
     """
-    embedded = model is None
     if compare and given.get("sequential"):
         raise ValueError("expected --compare or --sequential, got both")
-    defaults: dict[str, Any] = {"max_new_tokens": EMBEDDED_MAX_NEW_TOKENS} if embedded else {}
+    if full and as_json:
+        raise ValueError("expected --full or --json, which has the whole text, got both")
+    defaults: dict[str, Any] = {"max_new_tokens": EMBEDDED_MAX_NEW_TOKENS} if model == EMBEDDED_NAME else {}
     if html is not None:
         check_page(html)
         defaults["logprobs"] = PAGE_LOGPROBS
     config = GenerationConfig(**{**defaults, **given})
+    check_model(model, placement)
+    problem = own_problem(model, config.seed) if prompt is None else None
     engine, notes = load_engine(model, placement)
-    question = ask(engine, prompt, embedded, config.seed, raw)
-    console = Console()
+    from mvkernels.commands.live import make_view, visible
+
+    question = ask(engine, prompt, problem, raw)
+    notes += untrained([question.shown], model)
+    console, remarks = Console(), Console(stderr=True) if as_json else Console()
     events = engine.stream(question.prompt, config)  # checks the prompt, and runs when it is iterated
+    for note in notes:
+        remarks.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if not as_json:
-        for note in notes:
-            console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
         console.print(visible(question.shown), style="bold", markup=False, highlight=False, soft_wrap=True)
         console.print()
     if compare:  # neither run shall pay for what is set up once in a process
@@ -200,7 +253,7 @@ def run(
         for one in runs:
             print(json.dumps(document(question, one, notes), separators=(",", ":"), allow_nan=False))
     else:
-        print_report(console, question, runs)
+        print_report(console, question, runs, full)
     if html is not None:  # behind the answer, which a full disk shall not cost
         write_page(html, engine, question, runs)
         if not as_json:
@@ -215,7 +268,7 @@ def document(question: Question, run: Run, notes: list[str]) -> dict[str, object
     known = {
         "name": run.name,
         "prompt": question.chain if run.name == CHAIN and question.chain is not None else question.prompt,
-        "expected_answer": None if question.problem is None else question.problem.answer,
+        "expected_answer": question.expected_answer,
         "correct": question.correct(run),
         "seconds": run.seconds,
         "tokens_per_second": run.tokens_per_second,
@@ -233,25 +286,30 @@ def check_page(path: Path) -> None:
 
 
 def write_page(path: Path, engine: Engine, question: Question, runs: Sequence[Run]) -> None:
+    from mvkernels.model.trace_html import TracedRun, trace_page
+
     traced = [TracedRun(run.name, run.generation, run.seconds) for run in runs]
     page = trace_page(traced, question.shown, decode=lambda token: str(engine.tokenizer.decode([token])))
     path.write_text(page, encoding="utf-8")
 
 
-def print_report(console: Console, question: Question, runs: Sequence[Run]) -> None:
-    """The merged answer, whether it is right, and the figures."""
+def print_report(console: Console, question: Question, runs: Sequence[Run], full: bool) -> None:
+    """Whether the answer is right, and the figures; before them, with ``full``, the merged text."""
+    from mvkernels.commands.live import visible
+
     first = runs[0].generation
     console.print()
-    console.rule("merged", align="left", style="dim")
-    console.print(visible(first.text.strip("\n")), markup=False, highlight=False, soft_wrap=True)
-    console.rule(style="dim")
+    if full:
+        console.rule("merged", align="left", style="dim")
+        console.print(visible(first.text.strip("\n")), markup=False, highlight=False, soft_wrap=True)
+        console.rule(style="dim")
     for warning in first.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if first.finish_reason != "stop":
         console.print(f"ended by {first.finish_reason}", style="yellow", highlight=False)
     if question.problem is not None:
         right = question.correct(runs[0])
-        verdict = "right" if right else f"wrong: expected {question.problem.answer}"
+        verdict = "right" if right else f"wrong: expected {question.problem.expected}"
         console.print(f"the answer is {verdict}", style="green" if right else "red", highlight=False)
     console.print()
     console.print(figures_table(question, runs))

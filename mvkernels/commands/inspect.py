@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,11 +17,14 @@ from rich.tree import Tree
 from mvkernels.commands.files import load_tokenizer
 from mvkernels.errors import GrammarError
 from mvkernels.grammar import INDEX_PATTERN, Block, Trace, parse_text
-from mvkernels.layout import BranchLayout
-from mvkernels.model.curator.statistics import lay_out
 from mvkernels.model.curator.trace_files import StoredTrace, read_traces
-from mvkernels.ops.mask import IntervalMask
 from mvkernels.tags import TagTokens
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mvkernels.layout import BranchLayout
+    from mvkernels.ops.mask import IntervalMask
 
 # Columns that one level of nesting takes in the tree, and that a label needs.
 INDENT, LABEL = 8, 32
@@ -71,6 +74,8 @@ def inspect_text(text: str, tokenizer_path: FilePath | None = None, semantics: s
     parsed, words = parse_text(text)
     outlines = outline_texts(parsed.blocks, words)
     tags = None if tokenizer_path is None else TagTokens.from_tokenizer(load_tokenizer(tokenizer_path))
+    from mvkernels.model.curator.statistics import lay_out  # imports PyTorch, which a malformed trace does without
+
     trace, layout = lay_out(text, tags, semantics)
     positions = layout.position_ids.cpu().numpy()
     blocks = block_figures(trace.blocks, outlines, positions, semantics)
@@ -192,6 +197,10 @@ def run(
     """Prints the figures of one trace of a file or folder, and draws its mask and positions where ``plot`` names a
     file. trace: its number.
     """
+    if plot is not None:
+        from mvkernels.commands.plots import check_plot, plot_layout
+
+        check_plot(plot)
     stored, text, more = stored_trace(file, trace)
     try:
         inspection = inspect_text(text, tokenizer, semantics)
@@ -199,8 +208,6 @@ def run(
         raise ValueError(f"{stored.name}: {error}") from None
     title = FilePath(stored.name).name
     if plot is not None:
-        from mvkernels.commands.plots import plot_layout
-
         plot_layout(inspection.mask, inspection.layout.position_ids.cpu().numpy(), inspection.unit, title, plot)
     if as_json:
         place = {"file": str(stored.file), "record": stored.record}

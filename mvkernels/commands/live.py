@@ -1,19 +1,22 @@
-"""Showing paths while they grow: panels in a terminal, otherwise one plain line at a time, marked with its path."""
+"""Showing paths while they grow: lines that are marked with their path, and in a terminal panels side by side."""
 
 from __future__ import annotations
 
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
+from mvkernels.grammar import TAG_PATTERN
 from mvkernels.model.events import Event, ForkEvent, MergeEvent, PathEndEvent, TextEvent, TokenEvent
 
 Path = tuple[int, ...]
-TRUNK_LINES, PATH_LINES = 6, 4
+#: Of a panel.
+PATH_LINES, PANEL_WIDTH = 4, 26
 REFRESH_PER_SECOND = 12
 
 
@@ -57,46 +60,67 @@ class Silent:
 
 
 class PlainLines(Silent):
-    """Each line is printed when it is whole, with its path before it: `2.1 | ...`. Paths interleave as they grow."""
+    """The answer as it grows: each line when it is whole, with its path before it, `  2.1 | ...`.
+
+    Of a path only the first and the last line are shown, and no outlines, which the first lines repeat; a line of tags
+    alone is none. So the lines of paths that run at the same time stand beside one another.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._pending: dict[Path, str] = {}
+        self._lines: dict[Path, list[str]] = {}  # of each path, those that are whole
+        self._in_goal = False
 
     def show(self, event: Event) -> None:
-        if isinstance(event, PathEndEvent):
-            self._print(event.path, self._pending.pop(event.path, ""))
-        if not isinstance(event, (TokenEvent, TextEvent)):
+        if isinstance(event, (TokenEvent, TextEvent)):
+            *lines, self._pending[event.path] = (self._pending.get(event.path, "") + event.text).split("\n")
+            for line in lines:
+                self._take(event.path, line)
+        elif isinstance(event, PathEndEvent):
+            self._end(event.path)
+
+    def _take(self, path: Path, line: str) -> None:
+        if not path:
+            self._in_goal |= "<Goal>" in line
+            outline, self._in_goal = self._in_goal, self._in_goal and "</Goal>" not in line
+            if outline:
+                return
+        text = TAG_PATTERN.sub("", line).strip()
+        if not text:
             return
-        *lines, rest = (self._pending.pop(event.path, "") + event.text).split("\n")
-        if rest == "</Parallel>":
-            lines.append(rest)
-            rest = ""
-        for line in lines:
-            self._print(event.path, line)
-        self._pending[event.path] = rest
+        kept = self._lines.setdefault(path, [])
+        if not path or not kept:
+            self._print(path, text)
+        kept.append(text)
+
+    def _end(self, path: Path) -> None:
+        self._take(path, self._pending.pop(path, ""))
+        lines = self._lines.pop(path, [])
+        if len(lines) > 1:
+            self._print(path, "... " * (len(lines) > 2) + lines[-1])
 
     def _print(self, path: Path, line: str) -> None:
-        if line.strip():
-            label = path_name(path)
-            self._console.print(f"{label:>5} | {visible(line)}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"{path_name(path):>5} | {visible(line)}", markup=False, highlight=False, soft_wrap=True)
 
     def __exit__(self, *exception: object) -> None:
-        for path, rest in sorted(self._pending.items()):
-            self._print(path, rest)
+        for path in sorted(self._pending):
+            self._end(path) if path else self._take(path, self._pending[path])
 
 
-class LivePanels(Silent):
-    """The trunk, and below it one panel per running path with the last lines of its text."""
+class LivePanels(PlainLines):
+    """The same lines, and below them, while it runs, the running paths side by side with the last lines of each."""
 
     def __init__(self, console: Console) -> None:
-        self._text: dict[Path, str] = {(): ""}
+        super().__init__(console)
+        self._text: dict[Path, str] = {}
         self._idle: set[Path] = set()  # they wait for their own paths, or for their siblings
         self._live = Live(
             console=console, transient=True, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self.render
         )
 
     def show(self, event: Event) -> None:
+        super().show(event)
         if isinstance(event, (TokenEvent, TextEvent)):
             self._text[event.path] = self._text.get(event.path, "") + event.text
         elif isinstance(event, ForkEvent):
@@ -118,16 +142,27 @@ class LivePanels(Silent):
         return [path for path in sorted(self._text) if path and path not in self._idle]
 
     def render(self) -> RenderableType:
-        panels: list[RenderableType] = [tail(self._text[()], TRUNK_LINES)]
-        for path in self.running():
-            panels.append(Panel(tail(self._text[path], PATH_LINES), title=path_name(path), title_align="left"))
-        return Group(*panels)
+        running = self.running()
+        if not running:
+            return Text(visible(self._pending.get((), "")), no_wrap=True, overflow="ellipsis")
+        columns = min(len(running), max(1, self._console.width // PANEL_WIDTH))
+        grid = Table.grid(expand=True)
+        for _ in range(columns):
+            grid.add_column(ratio=1)
+        panels = [
+            Panel(tail(self._text[path], PATH_LINES), title=path_name(path), title_align="left", height=PATH_LINES + 2)
+            for path in running
+        ]
+        for first in range(0, len(panels), columns):
+            grid.add_row(*panels[first : first + columns])
+        return grid
 
     def __enter__(self) -> Self:
         self._live.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
         self._live.stop()
 
 

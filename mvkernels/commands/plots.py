@@ -16,6 +16,8 @@ from mvkernels._lazy import import_for
 from mvkernels.ops.mask import IntervalMask
 
 MAX_CELLS = 800
+#: What matplotlib can write on every machine.
+PICTURES = (".png", ".pdf", ".svg", ".svgz", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -56,14 +58,20 @@ def keys_before(mask: IntervalMask, segment: int, edges: npt.NDArray[np.int64]) 
     return np.diff(below)
 
 
+def check_plot(out: Path) -> None:
+    """Raises ValueError where no plot can be written to ``out``: no folder, or a suffix of no picture format."""
+    if not out.parent.is_dir():
+        raise ValueError(f"expected a folder to write the plot to, found none at {out.parent}")
+    if out.suffix.lower() not in PICTURES:
+        raise ValueError(f"--plot: expected a name that ends with one of {', '.join(PICTURES)}, got {out}")
+
+
 def plot_layout(mask: IntervalMask, positions: npt.NDArray[Any], unit: str, title: str, out: Path) -> None:
     """Writes mask and positions to ``out`` (the suffix chooses the format).
 
     Raises ValueError for an empty trace, an unknown format or a missing folder, ImportError without matplotlib.
     """
     figure_module: Any = import_for("--plot", "matplotlib.figure")
-    if not out.parent.is_dir():
-        raise ValueError(f"expected a folder to write the plot to, found none at {out.parent}")
     total = mask.total_tokens
     if not total:
         raise ValueError("expected a trace to plot, got an empty one")

@@ -11,10 +11,10 @@ from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from mvkernels.commands.env import package_version
+from mvkernels.commands.files import require_writable
 from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, Scale, forget_engines, model_name
 from mvkernels.commands.reproduce_report import Report
 
@@ -37,8 +37,9 @@ def run(out: Path | None, work: Path | None, quick: bool, jobs: int = 1, task: s
     out = out or OUT.with_name(OUT.name + suffix)
     work = work or WORK.with_name(WORK.name + suffix)
     for folder in (out, work):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"expected a folder, got a file: {folder}")
+        require_writable(folder)
+    import torch
+
     console = Console(stderr=True, highlight=False)
     cells = Cells(work, scale, console.print)
     threads = torch.get_num_threads()
@@ -63,6 +64,8 @@ def _scale(quick: bool, task: str | None) -> Scale:
 
 def _side_by_side(cells: Cells, quick: bool, jobs: int) -> Iterator[str]:
     """The cells that need one model, so many models at a time; names each model when all of its are done."""
+    import torch
+
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         models = [*cells.models()]

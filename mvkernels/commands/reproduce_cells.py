@@ -20,18 +20,18 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mvkernels.commands.generate import load_engine
-from mvkernels.model import Engine, GenerationConfig
+from mvkernels.model.config import GenerationConfig
 from mvkernels.model.evaluation.questions import Question, generated_questions
 from mvkernels.model.evaluation.samples import MODES, Plan, batches
 from mvkernels.model.json_input import parse_json
 from mvkernels.model.tasks import TASKS, sat
-from mvkernels.model.training import Recipe, train
-from mvkernels.model.training.run import TRAINING_FILE
+from mvkernels.model.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mvkernels.model import Engine
 
 #: What a model is called.
 KINDS = ("multiverse", "autoregressive")
@@ -141,13 +141,15 @@ class Cells:
         """Trains the model, or goes on with it. Raises ValueError where another recipe stands in its folder."""
         folder = self.work / "models" / model_name(task, kind, seed)
         recipe = self.recipe(task, kind, seed)
-        if (folder / TRAINING_FILE).exists():
+        if (folder / Recipe.outcome).exists():
             recipe.require_equal(folder / "recipe.json")
             return
         self.say(f"training {folder.name}: {recipe.steps} steps")
         resume = any((folder / "checkpoints").glob("checkpoint-*"))
         if folder.exists() and not resume:
             shutil.rmtree(folder)  # nothing in it that could be gone on with
+        from mvkernels.model.training import train
+
         train(recipe, folder, resume=resume, progress=self.progress)
 
     # ---- answers
@@ -247,6 +249,8 @@ def forget_engines() -> None:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """For what is asked of several models at the same time; what is timed has all of the machine."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

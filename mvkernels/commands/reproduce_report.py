@@ -21,8 +21,7 @@ from mvkernels.model.evaluation.samples import Sample, read_samples
 from mvkernels.model.evaluation.statistics import exponential_fit, fit, paired_test
 from mvkernels.model.json_input import parse_json
 from mvkernels.model.tasks import sat
-from mvkernels.model.training import Recipe
-from mvkernels.model.training.run import TRAINING_FILE
+from mvkernels.model.training.recipe import Recipe
 
 FIRST, LAST = KINDS
 QUICK_NOTE = "With `--quick`: the models have hardly learned, and the figures show that everything runs, nothing else."
@@ -61,7 +60,7 @@ class Report:
             if task != self.task:
                 continue
             name = model_name(task, kind, seed)
-            file = self.cells.work / "models" / name / TRAINING_FILE
+            file = self.cells.work / "models" / name / Recipe.outcome
             if not file.exists():
                 self.missing.append(name)
                 continue

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mvkernels.commands import charts
-from mvkernels.commands.files import load_tokenizer
+from mvkernels.commands.files import load_tokenizer, require_writable
 from mvkernels.model.curator.statistics import Spread, TraceFigures, measures, spreads, trace_figures
 from mvkernels.model.curator.trace_files import read_traces
 from mvkernels.tags import TagTokens
@@ -38,8 +38,8 @@ def run(files: Sequence[Path], tokenizer: Path | None, out: Path | None, as_json
 
     out: a folder for `distributions.png` and `statistics.json`. Raises ValueError for a set without a good trace.
     """
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, got a file: {out}")
+    if out is not None:
+        require_writable(out)
     tags = None if tokenizer is None else TagTokens.from_tokenizer(load_tokenizer(tokenizer))
     unit = "words" if tags is None else "tokens"
     values: dict[str, dict[str, list[float]]] = {}

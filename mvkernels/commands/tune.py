@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mvkernels.commands.train import resumable, seconds_text
 from mvkernels.model.training.allocator import keep_freed_memory
 from mvkernels.model.training.recipe_file import check_folder
+from mvkernels.model.training.traces import read_examples
 from mvkernels.model.training.tuning_recipe import TuningRecipe, find_recipe, load_recipe, parse_overrides
 
 if TYPE_CHECKING:
@@ -38,14 +39,16 @@ def run(
     out = words.pop(0) if words and not words[0].startswith("--") else None
     recipe = load_recipe(find_recipe(recipe_file), {**given, **parse_overrides(words)})
     recipe.check_inputs()
+    if not dry_run and out is None:
+        raise ValueError("train RECIPE.toml OUT: expected a folder OUT for the model, got none")
+    _check_first_records(recipe, skip_bad)
     if dry_run:
         from mvkernels.model.training.tuning import read_data, recipe_tokenizer
 
         data = read_data(recipe, recipe_tokenizer(recipe), skip_bad)
         _print_mixture(recipe, data)
         return
-    if out is None:
-        raise ValueError("train RECIPE.toml OUT: expected a folder OUT for the model, got none")
+    assert out is not None
     first = os.environ.get("RANK", "0") == "0"
     if first:  # the other processes may find the folder begun
         check_folder(recipe, Path(out), resume)
@@ -71,6 +74,14 @@ def run(
         from mvkernels.commands import charts
 
         charts.losses({name: points for name, points in curves.items() if points}, result.folder / CHART, "losses")
+
+
+def _check_first_records(recipe: TuningRecipe, skip_bad: bool) -> None:
+    """Raises ValueError for data that is none, as the first record shows, before PyTorch is imported."""
+    for path in recipe.data:
+        first = next(read_examples([path]), None)
+        if isinstance(first, ValueError) and not skip_bad:
+            raise first
 
 
 def _print_mixture(recipe: TuningRecipe, data: TuningData) -> None:
