@@ -1,4 +1,4 @@
-"""The Python of README.md runs as it stands, and prints what the comment behind each print says."""
+"""README.md: each block runs alone, as it stands, and prints what the comment behind each print says."""
 
 from __future__ import annotations
 
@@ -8,36 +8,47 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import TRACE, invoke
-from tests.tiny_model import tiny_model, tiny_tokenizer
+from tests.test_cli import invoke
 
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON, SHELL = (re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL) for kind in ("python", "sh"))
 
 
-def test_readme_examples(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """In order, in a folder that has the package at the same place; a command's output goes where it says."""
-    (tmp_path / "mvkernels").symlink_to(ROOT / "mvkernels")
+def test_there_are_blocks():
+    assert len(PYTHON) >= 5 and len(SHELL) >= 2
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_runs_alone(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """In a fresh namespace, outside of the checkout."""
     monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```(python|sh)\n(.*?)```(?:\n\n```\n(.*?)```)?", readme, re.DOTALL)
-    assert [kind for kind, _, _ in blocks].count("python") >= 5 and "sh" in {kind for kind, _, _ in blocks}
-    model = tiny_model()
-    names: dict[str, object] = {"model": model, "tokenizer": tiny_tokenizer(), "text": TRACE}
-    for kind, block, shown in blocks:
-        if kind == "sh":
-            for line in block.splitlines():
-                program, *arguments = shlex.split(line)
-                *arguments, arrow, target = arguments
-                assert (program, arrow) == ("mvkernels", ">")
-                done = invoke(*arguments)
-                assert done.exit_code == 0, done.output
-                Path(target).write_text(done.stdout, encoding="utf-8")
-            continue
-        exec(compile(block, "README.md", "exec"), names)
-        said = [line.partition("  # ")[2] for line in block.splitlines() if line.startswith("print(")]
-        assert capsys.readouterr().out.splitlines() == (shown.splitlines() or said)
-    assert names["loss"].isfinite() and model.lm_head.weight.grad.abs().sum() > 0
-    assert "<!doctype html>" in (tmp_path / "trace.html").read_text(encoding="utf-8")
+    block = PYTHON[number]
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    said = [line.partition("  # ")[2] for line in block.splitlines() if line.startswith("print(")]
+    assert capsys.readouterr().out.splitlines() == said
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("number", range(len(SHELL)))
+def test_commands_run_alone(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """In a folder that has the examples; a command's output goes where it says."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    for line in SHELL[number].splitlines():
+        program, *arguments = shlex.split(line)
+        target = None
+        if ">" in arguments:
+            *arguments, _, target = arguments
+        assert program == "mvkernels"
+        done = invoke(*arguments)
+        assert done.exit_code == 0 and done.stdout, (line, done.output, done.exception)
+        if target is not None:
+            Path(target).write_text(done.stdout, encoding="utf-8")
+    if "--html" in SHELL[number]:
+        assert "<!doctype html>" in (tmp_path / "trace.html").read_text(encoding="utf-8")
 
 
 def test_readme_links_lead_to_files():
