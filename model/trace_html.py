@@ -1,4 +1,4 @@
-"""A generation as one self-contained HTML page: its tree, a timeline of its steps, its text with log-probabilities.
+"""A generation as one self-contained HTML page: a timeline of its paths, block by block, and its text.
 
 The page is `trace.html` with the data in it as JSON; its script makes text nodes of every string, and its policy lets
 it load nothing. So a model's text stays text.
@@ -63,7 +63,11 @@ def _run(run: TracedRun) -> dict[str, Any]:
     return {
         "name": run.name,
         "seconds": run.seconds,
-        **{name: found[name] for name in (*kept, "steps_of", "logprobs", "top_logprobs")},
+        **{name: found[name] for name in (*kept, "steps_of")},
+        "logprobs": None if g.logprobs is None else [_short(value) for value in found["logprobs"]],
+        "top_logprobs": None
+        if g.top_logprobs is None
+        else [top and [[token, _short(value)] for token, value in top] for top in found["top_logprobs"]],
         "ids": found["token_ids"][first:],
         "positions": g.layout.position_ids[first:].tolist(),
         "sampled": g.layout.sampled[first:].astype(int).tolist(),
@@ -71,8 +75,13 @@ def _run(run: TracedRun) -> dict[str, Any]:
     }
 
 
+def _short(logprob: float | str | None) -> float | str | None:
+    """With the digits that the page shows: all of them are two thirds of a long page."""
+    return round(logprob, 4) if isinstance(logprob, float) else logprob
+
+
 def _branches(g: Generation) -> list[dict[str, Any]]:
-    """Trunk and paths in sequence order, each with its path, and with its parts in order.
+    """Trunk and paths, each behind the one that it begins in, with its path and with its parts in order.
 
     A part is a pair of numbers, a half-open range of generated tokens, or {"block": the numbers of its branches}.
     """
