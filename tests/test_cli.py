@@ -18,6 +18,7 @@ from mvkernels.commands import inspect
 from mvkernels.commands.plots import mask_density
 from mvkernels.grammar import parse_text
 from mvkernels.layout import BranchLayout
+from tests.test_files import full_disk
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -197,8 +198,6 @@ def test_inspect_of_bad_files(tmp_path: Path, trace_file: Path):
     assert_one_line_error(invoke("inspect", trace_file, "--tokenizer", binary), "cannot load a tokenizer from")
     assert_one_line_error(invoke("inspect", trace_file, "--tokenizer", tmp_path / "nothing"), "tokenizer.json")
     assert_one_line_error(invoke("inspect", trace_file, "--tokenizer", tmp_path), "cannot load a tokenizer from")
-    assert_one_line_error(invoke("inspect", trace_file, "--plot", tmp_path / "no" / "a.png"), "expected a folder")
-    assert_one_line_error(invoke("inspect", trace_file, "--plot", tmp_path / "a.nope"), "nope")
 
 
 def test_unknown_options_exit_with_2(trace_file: Path):
@@ -246,6 +245,39 @@ def test_plot_shows_the_mask(trace_file: Path, tmp_path: Path):
     assert picture.shape[0] > 400 and picture.shape[1] > 800
     dark = (picture[..., 0] < 0.2) & (picture[..., 2] > 0.3) & (picture[..., 2] < 0.6)
     assert dark.mean() > 0.1, "expected the dark blue of visible pairs over a good part of the left half"
+
+
+def test_a_plot_that_cannot_be_drawn_is_said_first(trace_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before the trace is read: this one is none."""
+    trace_file.write_text("</Path>")
+    for plot, parts in (
+        (tmp_path / "nowhere" / "plot.png", ("--plot: expected a folder to write to, found none at", "nowhere")),
+        (tmp_path, ("--plot: expected a file, got a folder", str(tmp_path))),
+        (tmp_path / "plot.docx", ("--plot: expected a name that ends with one of .png", "plot.docx")),
+    ):
+        assert_one_line_error(invoke("inspect", trace_file, "--plot", plot), *parts)
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    done = invoke("inspect", trace_file, "--plot", tmp_path / "plot.png")
+    assert_one_line_error(done, "--plot needs matplotlib, which is not installed: pip install 'mvkernels[plot]'")
+
+
+def test_a_plot_is_whole_or_not_there(trace_file: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="needs the plot extra")
+    out = tmp_path / "plot.png"
+    with full_disk(4096):
+        done = invoke("inspect", trace_file, "--plot", out)
+    assert_one_line_error(done, f"File too large: '{out}'")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.xml"]
+
+
+@pytest.mark.parametrize("command", [("inspect", "--json"), ("check",)])
+def test_a_full_standard_output_is_one_line(trace_file: Path, command: tuple[str, ...]):
+    """Also at the very end of the process, where Python would say it in its own words."""
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "mvkernels", *command, str(trace_file)]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "mvkernels: error: standard output: No space left on device\n")
 
 
 @pytest.mark.real_data

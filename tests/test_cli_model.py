@@ -19,6 +19,7 @@ from mvkernels.grammar import TAGS
 from mvkernels.model import Engine, Generation, GenerationConfig
 from mvkernels.model.tasks import arithmetic
 from tests.test_cli import ROOT, assert_one_line_error, invoke
+from tests.test_files import full_disk
 from tests.test_trace_html import data_of
 from tests.tiny_model import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
@@ -74,13 +75,36 @@ def test_a_page_of_the_same_runs(checkpoint: Path, tmp_path: Path):
     [found] = generate_json(BLOCK, *options, "--logprobs", 2)
     data = data_of(page.read_text(encoding="utf-8"))
     [run] = data["runs"]
-    for name in ("texts", "logprobs", "top_logprobs", "steps_of", "steps"):
-        assert run[name] == found[name] == (compared["runs"][0] | {"top_logprobs": run["top_logprobs"]})[name], name
+    for name in ("texts", "steps_of", "steps"):
+        assert run[name] == found[name] == compared["runs"][0][name], name
+    exact = [value if value is None else round(value, 4) for value in found["logprobs"]]
+    assert run["logprobs"] == exact == compared["runs"][0]["logprobs"]
+    tops = [top and [[token, round(value, 4)] for token, value in top] for top in found["top_logprobs"]]
+    assert run["top_logprobs"] == tops
     lengths = {0 if top is None else len(top) for top in run["top_logprobs"]}
     assert lengths == {0, 2} and {len(top) for top in compared["runs"][0]["top_logprobs"] if top} == {5}
     assert run["seconds"] == found["run"]["seconds"]
     tokenizer = Engine.from_pretrained(checkpoint).tokenizer
     assert data["names"] and all(tokenizer.decode([int(token)]) == text for token, text in data["names"].items())
+
+
+def test_neither_a_full_disk_nor_a_closed_pipe_costs_both(checkpoint: Path, tmp_path: Path):
+    """The answer is printed though the page cannot be written, and the page is written though nothing reads."""
+    page = tmp_path / "out.html"
+    page.write_text("before")
+    options = ("--model", checkpoint, "--max-tokens", 90, "--raw", "--json", "--html", page)
+    with full_disk(4096):
+        done = invoke("generate", BLOCK, *options)
+    assert done.exit_code == 2 and json.loads(done.stdout)["run"]["name"] == "parallel"
+    assert done.stderr.splitlines()[-1].endswith(f"File too large: '{page}'")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.html"] and page.read_text() == "before"
+    words = [sys.executable, "-m", "mvkernels", "generate", BLOCK, *map(str, options)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert ended.returncode == 141 and "Traceback" not in ended.stderr and "Exception" not in ended.stderr
+    assert data_of(page.read_text(encoding="utf-8"))["prompt"] == BLOCK
 
 
 def test_every_option_reaches_the_config(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -321,6 +322,46 @@ def test_the_command_writes_samples_table_and_charts(tmp_path: Path) -> None:
     ]
     found = json.loads(invoke("evaluate", "arithmetic", *options, "--json").stdout)
     assert [one["name"] for one in found] == ["zero", "parallel"] and found[0]["tokens"] == 30
+
+
+NO_CHARTS = "no charts: a chart needs matplotlib, which is not installed: pip install 'mvkernels[plot]'"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_results_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    """They are printed and written; one line says that there are no charts."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    options = ("--problems", 1, "--max-tokens", 5, "--batch", 1, "--out", out, "--mode", "zero")
+    shown = invoke("evaluate", "arithmetic", *options, *(["--json"] if as_json else []))
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    assert " ".join(shown.stderr.split()).count(NO_CHARTS) == 1
+    assert sorted(path.name for path in out.iterdir()) == ["samples-zero.jsonl", "table.md"]
+    if as_json:
+        [found] = json.loads(shown.stdout)
+        assert found["name"] == "zero" and found["tokens"] == 5
+    else:
+        assert shown.stdout == (out / "table.md").read_text() and "| zero | 1 |" in shown.stdout
+
+
+def test_a_grader_that_is_missing_is_said_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    done = invoke("evaluate", file, "--out", tmp_path / "out")
+    assert_one_line_error(done, "grading mathematics needs math_verify", "pip install 'mvkernels[eval]'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_cannot_be_written_is_printed(tmp_path: Path) -> None:
+    """A table in the way of a folder: the error names it, and the figures are on stdout all the same."""
+    (tmp_path / "out" / "table.md").mkdir(parents=True)
+    options = ("--problems", 1, "--max-tokens", 5, "--batch", 1, "--out", tmp_path / "out", "--mode", "zero", "--json")
+    done = invoke("evaluate", "arithmetic", *options)
+    assert done.exit_code == 2 and json.loads(done.stdout)[0]["tokens"] == 5
+    assert f"Is a directory: '{tmp_path / 'out' / 'table.md'}'" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

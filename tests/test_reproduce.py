@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,21 @@ def test_the_report_has_every_table_and_chart(work: Path, tmp_path: Path, task: 
     figures = json.loads((tmp_path / "out" / task / "results.json").read_text())
     assert figures["wall-clock"]["speedup"] > 0
     assert task == "sat" or set(figures["batch sizes"]) == {"1", "2"}
+
+
+def test_the_report_without_matplotlib(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same figures, without links to charts that are not there."""
+    for name, missing in (("with", False), ("without", True)):
+        if missing:
+            monkeypatch.setitem(sys.modules, "matplotlib", None)
+        Report(Cells(work, TINY, print), "sat", tmp_path / name).write("here")
+    files = {name: {path.name for path in (tmp_path / name / "sat").iterdir()} for name in ("with", "without")}
+    assert files["without"] == {"README.md", "results.json"} and len(files["with"]) == 5
+    results = [(tmp_path / name / "sat" / "results.json").read_text() for name in ("with", "without")]
+    assert results[0] == results[1]
+    texts = {name: (tmp_path / name / "sat" / "README.md").read_text() for name in ("with", "without")}
+    assert "Latency of a token" in texts["without"] or 'latency_fit": null' in results[0]
+    assert "![" in texts["with"] and "![" not in texts["without"]
 
 
 def test_what_is_not_run_yet_is_named_and_left_out(tmp_path: Path) -> None:

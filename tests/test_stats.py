@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,9 +217,26 @@ def test_stats_has_a_table_a_set_and_writes_its_figures(tmp_path: Path) -> None:
     assert single["measures"]["width (of a block)"]["count"] == 2
     assert single["measures"]["# parallel"]["min"] == 1
     assert (out / "distributions.png").read_bytes().startswith(b"\x89PNG")
+    assert result.stderr.splitlines()[-2:] == [
+        f"figures: {out / 'statistics.json'}",
+        f"chart: {out / 'distributions.png'}",
+    ]
     shown = invoke("stats", tmp_path / "a.xml", "--tokenizer", tokenizer_file(tmp_path))
     assert shown.exit_code == 0, shown.output
     assert "tokens of a path" in shown.stdout and "1 trace" in shown.stdout
+
+
+def test_stats_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "a.xml").write_text(TRACE)
+    out = tmp_path / "out"
+    result = invoke("stats", tmp_path / "a.xml", "--out", out)
+    assert result.exit_code == 0 and "words of a path" in result.stdout, result.output
+    assert result.stdout.splitlines()[-2:] == [
+        f"figures: {out / 'statistics.json'}",
+        "no charts: a chart needs matplotlib, which is not installed: pip install 'mvkernels[plot]'",
+    ]
+    assert [path.name for path in out.iterdir()] == ["statistics.json"]
 
 
 def tokenizer_file(folder: Path) -> Path:

@@ -6,7 +6,6 @@ taken away when the folder is opened again; its chain is then done again, from t
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 from mvkernels._lazy import import_for
 from mvkernels.model.curator.prompts import STAGES
+from mvkernels.model.files import errors_name, whole_file, write_whole
 from mvkernels.model.json_input import parse_json
 
 TRACES, REJECTED, PARQUET, MANIFEST = "traces.jsonl", "rejected.jsonl", "traces.parquet", "manifest.json"
@@ -67,7 +67,8 @@ class OutputFolder:
         name = TRACES if good else REJECTED
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         file = self._files[name]
-        written = file.write(line)
+        with errors_name(self.folder / name):
+            written = file.write(line)
         if written != len(line):  # the disk is full: the torn line is taken away when the folder is opened again
             raise OSError(f"{self.folder / name}: could not write a line of {len(line)} bytes")
         self.done.add(record["id"])
@@ -125,7 +126,7 @@ def write_parquet(folder: Path) -> Path:
     tries = arrow.struct([(stage, arrow.int32()) for stage in STAGES])
     others = [("distance", arrow.float64()), ("tries", tries), ("tokens", arrow.int64())]
     schema = arrow.schema([*texts, *others, ("warnings", arrow.list_(arrow.string()))])
-    with replacing(folder / PARQUET) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+    with whole_file(folder / PARQUET) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         batch: list[dict[str, Any]] = []
         for record in read_lines(folder / TRACES):
             batch.append(record)
@@ -137,8 +138,7 @@ def write_parquet(folder: Path) -> Path:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with replacing(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -153,17 +153,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ValueError(f"{path}: expected the manifest of a run, got something else")
     return manifest
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write to that takes the place of `path` at the end, at once."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def hash_of(path: Path) -> str:

@@ -8,7 +8,6 @@ not what it should be, is unknown; a line that is no JSON object (the last one o
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from mvkernels.model.curator.report_parts import histogram, number, trace_boxes
 from mvkernels.model.curator.statistics import TraceFigures, trace_figures
+from mvkernels.model.files import whole_file
 from mvkernels.model.json_input import parse_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -60,16 +60,14 @@ def write_report(out: Path) -> Path:
     totals = _count(traces, rejected)
     head, _, tail = TEMPLATE.read_text(encoding="utf-8").partition("<!--BODY-->\n")
     report = out / "report.html"
-    partial = out / ".report.html.partial"
     # JSON can hold half a surrogate pair, which UTF-8 cannot.
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as page:
+    with whole_file(report) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as page:
         page.write(head)
         page.writelines(_overview(manifest, totals, note))
         page.writelines(_charts(totals))
         page.writelines(_shown_traces(traces, totals.traces))
         page.writelines(_shown_rejects(rejected, totals))
         page.write(tail)
-    os.replace(partial, report)
     return report
 
 

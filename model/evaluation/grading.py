@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mvkernels._lazy import import_for
@@ -13,6 +14,12 @@ _NAMED = re.compile(r"\banswer\b\W*(?:is|:)?\W*\(?([A-Z])\b", re.IGNORECASE)
 #: What math-verify may take to read an expression, and to compare two; then it gives up, and the answer is wrong.
 _SECONDS = 5
 _ALONE = re.compile(r"\s*\(?([A-Z])[).]?\s*")
+
+
+def require_graders(graders: Iterable[Callable[[str], bool]]) -> None:
+    """Raises ImportError where one of them needs math-verify and it is missing: before anything is asked."""
+    if any(getattr(grader, "func", None) is same_math for grader in graders):
+        import_for("grading mathematics", "math_verify")
 
 
 def same_math(text: str, expected: str) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mvkernels.model.config import GenerationConfig
 from mvkernels.model.evaluation.questions import Question
+from mvkernels.model.files import errors_name, write_whole
 from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.tasks.common import PARALLEL_ENDING, SEQUENTIAL_ENDING
 
@@ -253,15 +254,13 @@ def _resume(path: Path, header: dict[str, Any], n: int, asked: set[str]) -> set[
             if question in asked and sorted(one.sample for one in some) == whole
         }
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
     lines = [header, *(asdict(sample) for some in kept.values() for sample in some)]
-    fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    fresh.replace(path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     return set(kept)
 
 
 def _append(path: Path, samples: Sequence[Sample]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with errors_name(path), path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
         file.flush()
         os.fsync(file.fileno())

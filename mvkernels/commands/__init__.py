@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from mvkernels._lazy import EXTRAS, missing_message
@@ -12,6 +14,8 @@ from mvkernels.errors import BackendError, CacheError
 
 #: What bad input or a bad file raises. All else but a missing optional package is a defect, and shows its traceback.
 INPUT_ERRORS = (ValueError, OSError, BackendError, CacheError)
+#: What a write says where there is no room.
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 @contextmanager
@@ -19,7 +23,9 @@ def one_line_errors() -> Iterator[None]:
     """Turns an error that the input caused into one line on stderr and exit status 2."""
     try:
         yield
+        sys.stdout.flush()  # so that what cannot be written is an error, and not a word at the very end of the process
     except BrokenPipeError:
+        _discard_stdout()
         sys.stderr.close()  # the reader has gone: no message can reach it, and none about that may follow
         raise SystemExit(141) from None
     except ModuleNotFoundError as error:
@@ -32,7 +38,16 @@ def one_line_errors() -> Iterator[None]:
             raise
         fail(str(error))
     except INPUT_ERRORS as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:  # a file would be named
+            _discard_stdout()
+            fail(f"standard output: {error.strerror}")
         fail(str(error) or type(error).__name__)
+
+
+def _discard_stdout() -> None:
+    """What could not be written there is still in the buffer, and would be tried again at the end of the process."""
+    with suppress(OSError):  # of a test's, which is no file of the system
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str) -> NoReturn:

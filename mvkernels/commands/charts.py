@@ -1,26 +1,36 @@
 """The charts of ``evaluate`` and ``reproduce``: curves over budgets, latency over # parallel, speed-ups, growth.
 
-Of ``stats``: distributions. Of ``train``: losses.
+Of ``stats``: distributions. Of ``train``: losses. Without matplotlib nothing is drawn and nothing fails: a chart is
+beside a result, which no missing package may cost. `left_out` says so in one line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mvkernels._lazy import import_for
+from mvkernels._lazy import import_for, missing_message
 from mvkernels.model.evaluation.figures import MEASURES, budget_curve
 from mvkernels.model.evaluation.samples import Sample
 from mvkernels.model.evaluation.statistics import Fit, inverse_fit
+from mvkernels.model.files import whole_file
 
 _POINTS = 200
 
 
+def left_out() -> str:
+    """Why no chart is drawn, and how to get what it needs, in one line; "" where charts are drawn. Imports nothing."""
+    return "" if find_spec("matplotlib") else f"no charts: {missing_message('a chart', 'matplotlib')}"
+
+
 def budgets(runs: Mapping[str, Sequence[Sample]], out: Path, title: str) -> None:
     """Accuracy over budgets, a line a run: on the critical path at the left, on seconds at the right."""
+    if left_out():
+        return
     figure, panels = _figure(title, len(MEASURES))
     for axes, (measure, taken) in zip(panels, MEASURES.items(), strict=True):
         top = max(taken(sample) for samples in runs.values() for sample in samples)
@@ -43,10 +53,12 @@ def latency(runs: Mapping[str, Sequence[Sample]], out: Path, title: str) -> Fit 
 
     None, and no curve, where all answers are as parallel. The answers are to have run alone.
     """
-    figure, (axes,) = _figure(title, 1)
     every = [sample for samples in runs.values() for sample in samples]
     spread = [sample.parallelism for sample in every]
     fitted = inverse_fit(spread, [1e3 * one.seconds / one.tokens for one in every]) if len(set(spread)) > 1 else None
+    if left_out():
+        return fitted
+    figure, (axes,) = _figure(title, 1)
     for name, samples in runs.items():
         y = [1e3 * sample.seconds / sample.tokens for sample in samples]
         axes.plot([sample.parallelism for sample in samples], y, ".", alpha=0.5, label=name)
@@ -69,6 +81,8 @@ def lines(
     logarithmic: str = "",
 ) -> None:
     """One line a series over the same x. labels: of both axes. logarithmic: "x", "y", or both."""
+    if left_out():
+        return
     figure, (axes,) = _figure(title, 1)
     for name, values in series.items():
         axes.plot(x, values, marker="o", label=name)
@@ -86,6 +100,8 @@ def lines(
 
 def losses(curves: Mapping[str, Sequence[tuple[int, float]]], out: Path, title: str) -> None:
     """A line for each curve of (step, loss)."""
+    if left_out():
+        return
     figure, (axes,) = _figure(title, 1)
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
@@ -101,6 +117,8 @@ def distributions(sets: Mapping[str, Mapping[str, Sequence[float]]], out: Path, 
     """
     if not sets:
         raise ValueError("distributions: expected at least one set, got none")
+    if left_out():
+        return
     names = [*next(iter(sets.values()))]
     figure, panels = _figure(title, min(4, len(names)), rows=-(-len(names) // 4))
     for axes, name in zip(panels, names, strict=False):
@@ -137,4 +155,5 @@ def _figure(title: str, panels: int, rows: int = 1) -> tuple[Any, Any]:
 
 def _save(figure: Any, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(str(out), dpi=120)
+    with whole_file(out) as scratch:
+        figure.savefig(scratch, format=out.suffix[1:], dpi=120)

@@ -47,10 +47,10 @@ def run(make_job: Callable[[str], Job], key_variable: str | None, quiet: bool, a
     make_job: the job with the key. Raises ValueError for bad input and where the endpoint cannot be used.
     """
     job = make_job(key_of(key_variable))
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
 
     def say(message: str) -> None:
-        console.print(f"note: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"note: {message}", style="yellow", highlight=False, soft_wrap=True)
 
     for change in changes_since(job):
         say(change)

@@ -17,9 +17,11 @@ from mvkernels.commands.files import require_writable
 from mvkernels.commands.generate import check_model, load_engine, untrained
 from mvkernels.model.config import GenerationConfig
 from mvkernels.model.evaluation.figures import Summary, accuracies, markdown_table, summarize
+from mvkernels.model.evaluation.grading import require_graders
 from mvkernels.model.evaluation.questions import Question, generated_questions, read_questions
 from mvkernels.model.evaluation.samples import MODES, Plan, Sample, collect, read_begun
 from mvkernels.model.evaluation.statistics import paired_test
+from mvkernels.model.files import write_whole
 from mvkernels.model.tasks import TASKS
 
 DEFAULT_MAX_TOKENS = 32768
@@ -54,7 +56,7 @@ def run(
     raw: bool,
     as_json: bool,
 ) -> None:
-    """Answers what is missing in ``out``; writes there the samples, the table and the charts, and prints the table.
+    """Answers what is missing in ``out``; prints the table, and writes there samples, table and charts.
 
     given: the fields of GenerationConfig that were given on the command line. Raises ValueError for bad ones.
     """
@@ -63,6 +65,7 @@ def run(
         raise ValueError(f"--mode: expected one of {', '.join(MODES)}, got {unknown[0]!r}")
     require_writable(out)
     questions, most = questions_of(what, problems, int(given.get("seed", 0)), raw)
+    require_graders(question.grade for question in questions)
     config = GenerationConfig(**{"max_new_tokens": most, **given})
     chosen = [MODES[name] for name in dict.fromkeys(modes or MODES)]
     # Weights read in another dtype give other answers, so the samples name it.
@@ -73,8 +76,8 @@ def run(
         read_begun(samples_file(out, plan), plan.header(questions))
     engine, notes = load_engine(model, placement)
     notes += untrained([question.text for question in questions], model)
-    console = Console(stderr=True)
-    for note in notes:
+    console = Console(stderr=True, markup=False)
+    for note in [*notes, *filter(None, [charts.left_out()])]:
         console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
     runs: dict[str, list[Sample]] = {}
     for plan in plans:
@@ -82,9 +85,11 @@ def run(
             runs[plan.mode.name] = collect(engine, questions, plan, samples_file(out, plan), progress)
     summaries = [summarize(name, samples) for name, samples in runs.items()]
     text = report(what, plans[0], summaries, runs, notes)
-    (out / "table.md").write_text(text, encoding="utf-8")
+    try:
+        print(json.dumps([asdict(one) for one in summaries]) if as_json else text, end="\n" if as_json else "")
+    finally:
+        write_whole(out / "table.md", text)
     draw(what, runs, batch, out)
-    print(json.dumps([asdict(one) for one in summaries]) if as_json else text, end="\n" if as_json else "")
 
 
 def samples_file(out: Path, plan: Plan) -> Path:

@@ -1,4 +1,7 @@
-"""Reading a tokenizer that the user named. Every failure is one clear ValueError or ImportError."""
+"""Reading a tokenizer that the user named, and whether what the user named can be written.
+
+Every failure is one clear ValueError or ImportError.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,16 @@ from typing import Any
 
 from mvkernels._lazy import import_for
 from mvkernels.model.checkpoint_files import hub_hint
+
+
+def require_file(path: Path, option: str) -> None:
+    """Raises ValueError where a file cannot be written to, before the work whose result it is to hold."""
+    if path.is_dir():
+        raise ValueError(f"{option}: expected a file, got a folder: {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: expected a folder to write to, found none at {path.parent}")
+    if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
+        raise ValueError(f"{option}: expected a file that can be written, got {path}: no permission")
 
 
 def load_tokenizer(path: Path) -> Any:

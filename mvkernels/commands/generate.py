@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mvkernels._lazy import import_for
+from mvkernels.commands.files import require_file
 from mvkernels.model.checkpoint import EMBEDDED, EMBEDDED_NAME, checkpoint_path, require_device, trained_task
 from mvkernels.model.checkpoint_files import require_checkpoint
 from mvkernels.model.config import GenerationConfig
+from mvkernels.model.files import write_whole
 from mvkernels.model.tasks import GeneratedProblem, grade
 
 if TYPE_CHECKING:
@@ -226,7 +228,7 @@ def run(
         raise ValueError("expected --full or --json, which has the whole text, got both")
     defaults: dict[str, Any] = {"max_new_tokens": EMBEDDED_MAX_NEW_TOKENS} if model == EMBEDDED_NAME else {}
     if html is not None:
-        check_page(html)
+        require_file(html, "--html")
         defaults["logprobs"] = PAGE_LOGPROBS
     config = GenerationConfig(**{**defaults, **given})
     check_model(model, placement)
@@ -249,15 +251,17 @@ def run(
     runs = [run_once(name, events, make_view(console, quiet=as_json))]
     if compare:
         runs += sequential_runs(engine, question, config)
-    if as_json:
-        for one in runs:
-            print(json.dumps(document(question, one, notes), separators=(",", ":"), allow_nan=False))
-    else:
-        print_report(console, question, runs, full)
-    if html is not None:  # behind the answer, which a full disk shall not cost
-        write_page(html, engine, question, runs)
-        if not as_json:
-            console.print(f"\npage: {html}", markup=False, highlight=False, soft_wrap=True)
+    try:
+        if as_json:
+            for one in runs:
+                print(json.dumps(document(question, one, notes), separators=(",", ":"), allow_nan=False))
+        else:
+            print_report(console, question, runs, full)
+    finally:  # neither a full disk nor a reader that has gone shall cost both
+        if html is not None:
+            write_page(html, engine, question, runs)
+    if html is not None:
+        remarks.print(f"\npage: {html}", markup=False, highlight=False, soft_wrap=True)
 
 
 # ---- reporting
@@ -277,20 +281,12 @@ def document(question: Question, run: Run, notes: list[str]) -> dict[str, object
     return {"run": known, **run.generation.to_dict()}
 
 
-def check_page(path: Path) -> None:
-    """Raises ValueError where no page can be written, before anything runs."""
-    if path.is_dir():
-        raise ValueError(f"--html: expected a file, got a folder: {path}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--html: expected a folder to write the page to, found none at {path.parent}")
-
-
 def write_page(path: Path, engine: Engine, question: Question, runs: Sequence[Run]) -> None:
     from mvkernels.model.trace_html import TracedRun, trace_page
 
     traced = [TracedRun(run.name, run.generation, run.seconds) for run in runs]
     page = trace_page(traced, question.shown, decode=lambda token: str(engine.tokenizer.decode([token])))
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
 
 
 def print_report(console: Console, question: Question, runs: Sequence[Run], full: bool) -> None:

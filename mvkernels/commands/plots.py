@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mvkernels._lazy import import_for
+from mvkernels.commands.files import require_file
+from mvkernels.model.files import whole_file
 from mvkernels.ops.mask import IntervalMask
 
 MAX_CELLS = 800
@@ -59,17 +61,17 @@ def keys_before(mask: IntervalMask, segment: int, edges: npt.NDArray[np.int64]) 
 
 
 def check_plot(out: Path) -> None:
-    """Raises ValueError where no plot can be written to ``out``: no folder, or a suffix of no picture format."""
-    if not out.parent.is_dir():
-        raise ValueError(f"expected a folder to write the plot to, found none at {out.parent}")
+    """Raises ValueError where no plot can be written to ``out``, ImportError without matplotlib; before any work."""
+    require_file(out, "--plot")
     if out.suffix.lower() not in PICTURES:
         raise ValueError(f"--plot: expected a name that ends with one of {', '.join(PICTURES)}, got {out}")
+    import_for("--plot", "matplotlib")
 
 
 def plot_layout(mask: IntervalMask, positions: npt.NDArray[Any], unit: str, title: str, out: Path) -> None:
-    """Writes mask and positions to ``out`` (the suffix chooses the format).
+    """Writes mask and positions to ``out``, which `check_plot` has checked (the suffix chooses the format).
 
-    Raises ValueError for an empty trace, an unknown format or a missing folder, ImportError without matplotlib.
+    Raises ValueError for an empty trace.
     """
     figure_module: Any = import_for("--plot", "matplotlib.figure")
     total = mask.total_tokens
@@ -90,4 +92,5 @@ def plot_layout(mask: IntervalMask, positions: npt.NDArray[Any], unit: str, titl
     right.legend(frameon=False, markerscale=4)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(str(out), dpi=150)
+    with whole_file(out) as scratch:
+        figure.savefig(scratch, format=out.suffix[1:].lower(), dpi=150)

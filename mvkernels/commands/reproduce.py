@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mvkernels.commands import charts
 from mvkernels.commands.env import package_version
 from mvkernels.commands.files import require_writable
 from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, Scale, forget_engines, model_name
@@ -40,7 +41,9 @@ def run(out: Path | None, work: Path | None, quick: bool, jobs: int = 1, task: s
         require_writable(folder)
     import torch
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
+    if charts.left_out():
+        console.print(f"note: {charts.left_out()}", soft_wrap=True)
     cells = Cells(work, scale, console.print)
     threads = torch.get_num_threads()
     where = f"torch {package_version('torch')}, {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
@@ -80,7 +83,7 @@ def _side_by_side(cells: Cells, quick: bool, jobs: int) -> Iterator[str]:
 
 
 def _of_model(work: Path, quick: bool, task: str, kind: str, seed: int) -> None:
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     for _ in Cells(work, QUICK if quick else FULL, console.print, progress=False).of_model(task, kind, seed):
         pass
     forget_engines()  # this process goes on with other models

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from mvkernels.commands.generate import load_engine
 from mvkernels.model.config import GenerationConfig
 from mvkernels.model.evaluation.questions import Question, generated_questions
 from mvkernels.model.evaluation.samples import MODES, Plan, batches
+from mvkernels.model.files import write_whole
 from mvkernels.model.json_input import parse_json
 from mvkernels.model.tasks import TASKS, sat
 from mvkernels.model.training.recipe import Recipe
@@ -201,7 +201,7 @@ class Cells:
                 engine.generate(prompts, config)
                 row[kind] = time.perf_counter() - started
             done[str(size)] = row
-            _write(path, json.dumps(done))
+            write_whole(path, json.dumps(done))
 
     def samples(self, name: str) -> Path:
         return self.work / "samples" / f"{name}.jsonl"
@@ -257,10 +257,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _write(path: Path, text: str) -> None:
-    """At once: a file that is there is whole."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)

@@ -19,6 +19,7 @@ from mvkernels.commands.reproduce_cells import ASKED, KINDS, Cells, model_name
 from mvkernels.model.evaluation.figures import accuracies, markdown, markdown_table, percent, summarize
 from mvkernels.model.evaluation.samples import Sample, read_samples
 from mvkernels.model.evaluation.statistics import exponential_fit, fit, paired_test
+from mvkernels.model.files import write_whole
 from mvkernels.model.json_input import parse_json
 from mvkernels.model.tasks import sat
 from mvkernels.model.training.recipe import Recipe
@@ -49,8 +50,8 @@ class Report:
         ]
         if self.missing:
             parts += ["## Not run yet", ", ".join(f"`{name}`" for name in self.missing)]
-        (self.out / "README.md").write_text("\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8")
-        (self.out / "results.json").write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+        write_whole(self.out / "README.md", "\n\n".join(part.strip("\n") for part in parts) + "\n")
+        write_whole(self.out / "results.json", json.dumps(self.figures, indent=1) + "\n")
 
     # ---- models
 
@@ -155,8 +156,8 @@ class Report:
         )
         if fitted is not None:
             text += f" Latency of a token: {fitted.a:.3f} + {fitted.b:.3f} / # parallel ms (R² = {fitted.r2:.2f})."
-        pictures = "\n".join(f"![{what}]({what}.png)" for what in ("budgets", "latency"))
-        return ["## Wall-clock", markdown_table([summarize(*pair) for pair in runs.items()]), text, pictures]
+        table = markdown_table([summarize(*pair) for pair in runs.items()])
+        return ["## Wall-clock", table, text, *self._pictures("budgets", "latency")]
 
     def _batches(self) -> list[str]:
         path = self.cells.work / "batches.json"
@@ -174,7 +175,7 @@ class Report:
             labels = ("problems at once", "seconds autoregressive / seconds in parallel")
             charts.lines(list(found), speedups, self.out / "batches.png", "speed-up over batch size", labels, "x")
         names = ["problems at once", "seconds in parallel", "seconds autoregressive", "speed-up"]
-        return ["## Speed-up over batch size", markdown(names, rows), "![speed-up](batches.png)"]
+        return ["## Speed-up over batch size", markdown(names, rows), *self._pictures("batches")]
 
     # ---- growth
 
@@ -212,7 +213,11 @@ class Report:
             return []
         labels = ("variables", "tokens")
         charts.lines(sizes, series, self.out / "growth.png", "refutations of random 3-SAT", labels, "y")
-        return [*parts, "![growth](growth.png)"]
+        return [*parts, *self._pictures("growth")]
+
+    def _pictures(self, *names: str) -> list[str]:
+        """Links to the charts, where they are drawn."""
+        return [] if charts.left_out() else ["\n".join(f"![{name}]({name}.png)" for name in names)]
 
     def _complete(self, name: str, count: int) -> list[Sample] | None:
         """The samples of a cell, or None where it is not done."""

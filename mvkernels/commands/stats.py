@@ -16,6 +16,7 @@ from mvkernels.commands import charts
 from mvkernels.commands.files import load_tokenizer, require_writable
 from mvkernels.model.curator.statistics import Spread, TraceFigures, measures, spreads, trace_figures
 from mvkernels.model.curator.trace_files import read_traces
+from mvkernels.model.files import write_whole
 from mvkernels.tags import TagTokens
 
 
@@ -36,7 +37,8 @@ def file_sets(files: Sequence[Path]) -> dict[str, list[Path]]:
 def run(files: Sequence[Path], tokenizer: Path | None, out: Path | None, as_json: bool) -> None:
     """Prints a table a set of traces. A malformed trace is left out, and named on stderr.
 
-    out: a folder for `distributions.png` and `statistics.json`. Raises ValueError for a set without a good trace.
+    out: a folder for `statistics.json` and `distributions.png`, whose paths are printed. Raises ValueError for a set
+    without a good trace.
     """
     if out is not None:
         require_writable(out)
@@ -65,12 +67,15 @@ def run(files: Sequence[Path], tokenizer: Path | None, out: Path | None, as_json
         if not as_json:
             console.print(_table(name, len(figures), bad, found))
             console.print()
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        charts.distributions(values, out / "distributions.png", "Traces")
-        (out / "statistics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(report, indent=1))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        figures_file, chart = out / "statistics.json", out / "distributions.png"
+        write_whole(figures_file, json.dumps(report, indent=1) + "\n")
+        charts.distributions(values, chart, "Traces")
+        said = [f"figures: {figures_file}", charts.left_out() or f"chart: {chart}"]
+        print("\n".join(said), file=sys.stderr if as_json else sys.stdout)
 
 
 def _table(name: str, traces: int, bad: int, found: dict[str, Spread]) -> Table:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,10 +70,11 @@ def run(
         f"{seconds_text(result.seconds)}, last loss {result.losses[-1][1]:.4f}{measured}"
     )
     curves = {"trained on": result.losses, "held out": result.held_out_losses}
-    if importlib.util.find_spec("matplotlib") is not None:
-        from mvkernels.commands import charts
+    from mvkernels.commands import charts
 
-        charts.losses({name: points for name, points in curves.items() if points}, result.folder / CHART, "losses")
+    if charts.left_out():
+        print(charts.left_out(), file=sys.stderr)
+    charts.losses({name: points for name, points in curves.items() if points}, result.folder / CHART, "losses")
 
 
 def _check_first_records(recipe: TuningRecipe, skip_bad: bool) -> None:
