@@ -1,0 +1,143 @@
+"""The pictures of README.md, made from the code and the data of today: ``python -m benchmarks.figures [--check]``.
+
+docs/trace.png is the page of `mvkernels generate --seed 5 --compare`, as chromium shows it;
+benchmarks/results/smollm2-lora/losses.png is drawn from the CSV file beside it. Each picture holds, in a text chunk,
+what it was made of. `--check` compares that with today's and draws nothing; the tests do so too. The charts of
+benchmarks/results are written by the suites that measure (`benchmarks.run`, `mvkernels reproduce`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mvkernels.commands import charts
+from mvkernels.model import Generation
+from mvkernels.model.files import whole_file
+from mvkernels.model.trace_html import TEMPLATE, TracedRun, trace_page
+
+ROOT = Path(__file__).resolve().parent.parent
+#: The command whose page the picture shows; it stands in README.md.
+COMMAND = ("generate", "--seed", "5", "--compare", "--json", "--html")
+TRACE = ROOT / "docs" / "trace.png"
+LOSSES = ROOT / "benchmarks" / "results" / "smollm2-lora" / "losses.png"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SIZE = (1150, 1000)
+_KEYWORD = b"mvkernels"
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+Origin = dict[str, object]
+
+
+def answers() -> list[str]:
+    """The lines of JSON that the command prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "mvkernels", *COMMAND, str(Path(folder, "trace.html"))]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def trace_origin(lines: Sequence[str]) -> Origin:
+    """What the picture of the page is made of: tokens and steps of each run, and a hash of all that has no rounding.
+
+    lines: as `answers` gives them.
+    """
+    found = [json.loads(line) for line in lines]
+    exact = [[run[name] for name in ("token_ids", "texts", "steps_of", "layout", "steps")] for run in found]
+    page = TEMPLATE.read_bytes() + json.dumps(exact).encode()
+    figures = {run["run"]["name"]: [run["total_tokens"], run["critical_path"], run["steps"]] for run in found}
+    return {"figures": figures, "sha256": hashlib.sha256(page).hexdigest()}
+
+
+def draw_trace(lines: Sequence[str]) -> None:
+    """Raises ValueError without a browser. Without the seconds: they are of one machine and one moment."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise ValueError(f"{TRACE.name}: expected {', '.join(BROWSERS)} on the PATH, found none")
+    runs = [TracedRun(json.loads(line)["run"]["name"], Generation.from_json(line)) for line in lines]
+    prompt = json.loads(lines[0])["run"]["prompt"].partition(" Think")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        page, picture = Path(folder, "trace.html"), Path(folder, "trace.png")
+        page.write_text(trace_page(runs, prompt), encoding="utf-8")
+        size = f"--window-size={SIZE[0]},{SIZE[1]}"
+        flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000")
+        profile = f"--user-data-dir={Path(folder, 'profile')}"
+        command = [browser, *flags, size, profile, f"--screenshot={picture}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        write_picture(TRACE, picture.read_bytes(), trace_origin(lines))
+
+
+def losses_origin() -> Origin:
+    return {"sha256": hashlib.sha256(LOSSES.with_suffix(".csv").read_bytes()).hexdigest()}
+
+
+def draw_losses() -> None:
+    """Raises ValueError without matplotlib."""
+    if charts.left_out():
+        raise ValueError(charts.left_out())
+    with LOSSES.with_suffix(".csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    columns = {"trained on": "loss", "held out": "held_out_loss"}
+    curves = {
+        name: [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+        for name, column in columns.items()
+    }
+    charts.losses(curves, LOSSES, "losses")
+    write_picture(LOSSES, LOSSES.read_bytes(), losses_origin())
+
+
+def write_picture(path: Path, png: bytes, origin: Origin) -> None:
+    """Writes a PNG file with its origin in a text chunk before the last one. Raises ValueError for what is no PNG."""
+    last = png[-12:]
+    if not png.startswith(_SIGNATURE) or last[4:8] != b"IEND":
+        raise ValueError(f"{path}: expected a PNG file, got {png[:8]!r}")
+    body = b"tEXt" + _KEYWORD + b"\0" + json.dumps(origin).encode()
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    with whole_file(path) as scratch:
+        scratch.write_bytes(png[:-12] + chunk + last)
+
+
+def read_origin(path: Path) -> Origin | None:
+    """What a picture was made of; None where it does not say."""
+    png = path.read_bytes()
+    at = len(_SIGNATURE)
+    while at + 12 <= len(png):
+        (length,) = struct.unpack(">I", png[at : at + 4])
+        kind, body = png[at + 4 : at + 8], png[at + 8 : at + 8 + length]
+        if kind == b"tEXt" and body.startswith(_KEYWORD + b"\0"):
+            found: Origin = json.loads(body.partition(b"\0")[2])
+            return found
+        at += 12 + length
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the pictures that are not of today, or with --check names them. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="draw nothing; exit status 1 where a picture is old")
+    check = parser.parse_args(arguments).check
+    lines = answers()
+    pictures: dict[Path, tuple[Origin, Callable[[], None]]] = {
+        TRACE: (trace_origin(lines), lambda: draw_trace(lines)),
+        LOSSES: (losses_origin(), draw_losses),
+    }
+    old = [path for path, (origin, _) in pictures.items() if read_origin(path) != origin]
+    for path in old:
+        if not check:
+            pictures[path][1]()
+        print(f"{path.relative_to(ROOT)}: {'old' if check else 'made'}")
+    return int(check and bool(old))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
