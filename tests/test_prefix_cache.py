@@ -229,12 +229,25 @@ def test_random_requests_with_common_beginnings_and_few_pages() -> None:
 
 @pytest.mark.skipif(compile_reason() is not None, reason=str(compile_reason()))
 def test_a_strict_engine_has_the_same_bits_behind_what_it_finds() -> None:
-    engine, plain = make(strict=True), make(strict=True, prefix_cache=False)
-    config = config_for(engine, logprobs=0)
-    for prompt in ("the product", "the product of the parts", "the product of the sum"):
-        outs = [e.generate(prompt, config, follow(e, CASES["nested"]))[0] for e in (engine, plain)]
-        assert outs[0].token_ids == outs[1].token_ids and outs[0].logprobs == outs[1].logprobs
-    assert engine.prefix_hits
+    """Cold and warm, each alone and all at once with few pages, where they are preempted."""
+    engine, plain = make(strict=True, num_pages=90), make(strict=True, prefix_cache=False)
+    config, names = config_for(engine, logprobs=0, temperature=0.8), ["nested", "two paths", "nested", "small nested"]
+    prompts = ["the product", "the product of the parts", "the product of the sum", "the product of the parts"]
+    pairs = list(zip(prompts, names, strict=True))
+    alone = [plain.generate(prompt, config, follow(plain, CASES[name]))[0] for prompt, name in pairs]
+    rounds = []
+    for together in (False, True, True):
+        before = engine.prefix_hits, engine.preemptions
+        if together:
+            sampler = by_request([follow(engine, CASES[name]) for name in names])
+            outs = engine.generate(prompts, config, sampler)
+        else:
+            outs = [engine.generate(prompt, config, follow(engine, CASES[name]))[0] for prompt, name in pairs]
+        for out, wanted in zip(outs, alone, strict=True):
+            assert out.token_ids == wanted.token_ids and out.logprobs == wanted.logprobs
+        rounds.append((engine.prefix_hits - before[0], engine.preemptions - before[1]))
+    assert all(hits for hits, _ in rounds) and all(preempted for _, preempted in rounds[1:]), rounds
+    check_pages(engine)
 
 
 def test_released_semantics() -> None:
