@@ -7,11 +7,11 @@ TORCH ?= torch==2.13.0
 EXTRAS := hf,train,plot,dev
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --progress-bar off
 # Behind a command that may say nothing for long, as pip does while it unpacks a wheel: its lines, without those on each
-# small package, and one after every 5 seconds without any.
+# small package, and one after every 3 seconds without any.
 NOISE := *' (from '*|*'kB)'|'Processing '*|'  Preparing '*|'  Getting '*|'  Checking '*|*' editable'*|'  Created wheel'*|'  Stored '*|*'it is neither a file'*
-AWAIT = 2>&1 | { last=$$SECONDS; while :; do IFS= read -r -t 5 line; status=$$?; \
+AWAIT = 2>&1 | { last=$$SECONDS; while :; do IFS= read -r -t 3 line; status=$$?; \
   ((status == 0 || status > 128)) || break; ((status)) && line=; \
-  case $$line in ''|$(NOISE)) ((SECONDS - last < 5)) && continue; \
+  case $$line in ''|$(NOISE)) ((SECONDS - last < 3)) && continue; \
     line="... $$SECONDS s, $$(du -sm $(VENV) 2>/dev/null | cut -f1) MB in $(VENV)";; esac; \
   echo "  $$line"; last=$$SECONDS; done; }
 run = @echo "$(1)"; $(1) $(AWAIT)
