@@ -139,7 +139,7 @@ class PagedKVCache:
         cut = find_cut(state.head, seen - num_tokens, self.page_size)
         self._discard("discarded by a fork")
         if cut.after is not None:
-            return self._make_branch(cut.after.before, cut.after.node.predecessors, None)
+            return self._cut_off(cut.after.before, cut.after.node.predecessors)
         if cut.link is None:
             return self.new()
         self._made += 1
@@ -147,7 +147,7 @@ class PagedKVCache:
         self._nodes[front.id] = front
         if self.device_tables is not None:
             self.device_tables.rows.split(cut.link.node, front)
-        return self._make_branch(cut.link.before, (front,), None)
+        return self._cut_off(cut.link.before, (front,))
 
     def merge(self, parent: Branch, children: Sequence[Branch]) -> None:
         """Joins all children of `parent` into it: page lists are concatenated, and no key or value moves.
@@ -172,12 +172,13 @@ class PagedKVCache:
             for node in suffix(child.head, before):
                 last = make_link(node, last)
         tails = tuple(child.tail for child in joined)
-        state.head = self._make_tail(last, tails, forked=False)
+        before.node.writer = None
+        state.head = self._make_tail(last, tails, state.id, forked=False)
         if self.device_tables is not None:
             self.device_tables.rows.merged(before.node, tails, state.tail)
         state.children.clear()
         for child, tail in zip(joined, tails, strict=True):
-            child.merged, child.parent, tail.merged_branch = True, None, child.id
+            child.merged, child.parent = True, None
             if tail.frozen:  # by tokens of branches that outlived their parent: the handle can take no more
                 self._forget_merged(tail)
         for head in (before, *(child.head for child in joined)):
@@ -197,6 +198,7 @@ class PagedKVCache:
         for child in state.children:
             self._branches[child].parent = None
         del self._branches[state.id]
+        state.tail.writer = None
         self._release(state.head)
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -445,25 +447,32 @@ class PagedKVCache:
         node.pages.extend(planned.pages[:used])
         return planned.pages[used:]
 
-    def _make_tail(self, chain: Link | None, predecessors: tuple[Node, ...], forked: bool) -> Link:
+    def _make_tail(self, chain: Link | None, predecessors: tuple[Node, ...], writer: int, forked: bool) -> Link:
         """The held link of a new empty node."""
         self._made += 1
-        node = Node(self._made, chain, predecessors)
+        node = Node(self._made, chain, predecessors, writer=writer)
         self._nodes[node.id] = node
         head = make_link(node, chain, forked)
         hold(head)
         return head
 
     def _make_branch(self, chain: Link | None, predecessors: tuple[Node, ...], parent: int | None) -> Branch:
-        state = BranchState(self._made + 1, self._make_tail(chain, predecessors, forked=True), parent)
-        self._branches[state.id] = state
-        return Branch(self, state.id)
+        number = self._made + 1
+        state = BranchState(number, self._make_tail(chain, predecessors, number, forked=True), parent)
+        self._branches[number] = state
+        return Branch(self, number)
+
+    def _cut_off(self, chain: Link | None, predecessors: tuple[Node, ...]) -> Branch:
+        """A branch of its own behind a list that never changes any more."""
+        if chain is not None:
+            chain.fixed = True
+        return self._make_branch(chain, predecessors, None)
 
     def _forget_merged(self, node: Node) -> None:
         """The node takes no more tokens: the merged handle that may write it, if any, is dead."""
-        if node.merged_branch is not None:
-            del self._branches[node.merged_branch]
-            node.merged_branch = None
+        if node.writer is not None and self._branches[node.writer].merged:
+            del self._branches[node.writer]
+            node.writer = None
 
     def _release(self, head: Link) -> None:
         for node in release(head):

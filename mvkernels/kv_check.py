@@ -39,6 +39,9 @@ def check_cache(
         start = max((ends[before] for before in node.predecessors), default=0)
         _expect(f"start of node {node.id} with {node.length} tokens", start if node.length else None, node.start)
         ends[node] = start + node.length
+    for link in held:
+        if link.fixed:
+            _check_fixed(link)
     _check_handles(branches, refs)
     owned = [page for node in refs for page in node.pages]
     _check_pages(owned, free, reserved, num_pages)
@@ -94,7 +97,6 @@ def _expect(what: str, expected: object, got: object) -> None:
 def _check_branches(branches: Mapping[int, BranchState]) -> None:
     """Parents and children name each other; no two branches write one node."""
     _expect("branches that share a tail", len(branches), len({state.tail for state in branches.values()}))
-    _expect("branches that write a sealed node", [], [number for number, b in branches.items() if b.tail.sealed])
     for number, state in branches.items():
         _expect("number of a branch", number, state.id)
         _expect(f"children of branch {number} that are listed twice", len(state.children), len(set(state.children)))
@@ -138,14 +140,28 @@ def _check_contents(link: Link, page_size: int) -> None:
     _expect(f"tokens up to a link of node {link.node.id}", sum(counts), link.contents.tokens)
 
 
+def _check_fixed(link: Link) -> None:
+    """What a branch was cut off behind never changes: each node has no handle, or some behind it in the list see it."""
+    frozen: set[Node] = set()
+    for before in link.back():
+        node = before.node
+        if node.writer is not None and node not in frozen:
+            raise CacheError(
+                f"a list that branches were cut off behind: expected nodes that no branch can change, got {node} of "
+                f"branch {node.writer}"
+            )
+        if node.length:
+            frozen |= _seen(node)
+
+
 def _check_handles(branches: Mapping[int, BranchState], refs: Collection[Node]) -> None:
-    """A merged handle lives as long as its node may still be written, and its node says so."""
+    """A node names the branch that writes it. A merged handle lives as long as its node may still be written."""
     merged = {state.id: state.tail for state in branches.values() if state.merged}
     for number, tail in merged.items():
         _expect(f"node of merged branch {number} is live", True, tail in refs)
         _expect(f"tokens after merged branch {number}", False, tail.frozen)
-    named = {node.merged_branch: node for node in refs if node.merged_branch is not None}
-    _expect("merged branches and their nodes", merged, named)
+    named = {node: node.writer for node in refs if node.writer is not None}
+    _expect("nodes and the branches that write them", {b.tail: number for number, b in branches.items()}, named)
 
 
 def _check_pages(owned: list[int], free: Collection[int], reserved: Collection[int], num_pages: int) -> None:

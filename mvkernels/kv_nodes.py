@@ -47,10 +47,8 @@ class Node:
     pages: list[int] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     refs: int = 0
-    # The handle of a merged branch whose tail this is: it may still write here until the node may not grow.
-    merged_branch: int | None = None
-    # The front of a node that was cut in two, or what a branch was cut off behind: no handle writes here.
-    sealed: bool = False
+    # The branch whose tail this is, merged or not; None where no handle can add or take back tokens any more.
+    writer: int | None = None
     _page_array: Int32Array | None = None
     # Where its pages stand in the tables on the device, if the cache keeps some and it ever had a token.
     spot: Spot | None = field(default=None, init=False)
@@ -87,12 +85,14 @@ class Node:
 class Link:
     """A node at one place of a list. forked: the first of a forked child, whose siblings stand beside it.
 
-    contents: of the list up to here, as it was when the node had `seen` tokens.
+    fixed: a branch was cut off behind it (`fork_at`), so the list up to here never changes. contents: of the list up to
+    here, as it was when the node had `seen` tokens.
     """
 
     node: Node
     before: Link | None
     forked: bool = False
+    fixed: bool = False
     refs: int = 0
     after: int = 0
     contents: Contents | None = None

@@ -33,31 +33,34 @@ def find_cut(head: Link, dropped: int, page_size: int) -> Cut:
     if link is None:
         return Cut(None)
     tokens = link.node.length - dropped
-    if not dropped:
-        for after in reversed(behind):
-            if _begins_for_good(after):
-                for (
-                    before
-                ) in after.node.predecessors:  # fronts, ended paths, what stands before a block that was merged
-                    before.sealed = True
-                return Cut(after)
-            if after.node.length:
-                break
-    elif tokens % page_size:
+    if dropped and tokens % page_size:
         raise BranchError(f"fork_at: expected a cut at the end of a page of {page_size}, got one {tokens} tokens in")
+    if not dropped and is_fixed(link):
+        for after in reversed(behind):
+            if after.node.chain is after.before:
+                return Cut(after)
+            if after.node.length or after.node.writer is not None:
+                break
     if link.node.chain is not link.before:
         raise BranchError("fork_at: expected a cut outside of merged blocks, or behind the join and its first token")
     return Cut(None, link, tokens)
 
 
-def _begins_for_good(link: Link) -> bool:
-    """Whether the node begins here, and nothing right before it can grow any more, even if the node dies."""
-    node = link.node
-    if node.chain is not link.before:
-        return False
-    if link.forked:  # behind what its parent may go on with, unless it came from a cut
-        return all(before.sealed for before in node.predecessors)
-    return all(before.merged_branch is None for before in node.predecessors)
+def is_fixed(link: Link | None) -> bool:
+    """Whether no node of the list up to a link can change as long as the list is held.
+
+    Empty nodes fix nothing before them: what counts is a node with tokens and without a writer, whose chain is frozen.
+    """
+    tokens = False
+    while link is not None:
+        node = link.node
+        if node.writer is not None:  # a merged branch is never frozen; all that stands behind another one sees it
+            return tokens and node.frozen
+        if node.length and node.chain is link.before:
+            return True
+        tokens = tokens or node.length > 0
+        link = link.before
+    return True
 
 
 def split(node: Node, tokens: int, number: int, page_size: int) -> Node:
@@ -67,7 +70,7 @@ def split(node: Node, tokens: int, number: int, page_size: int) -> Node:
     """
     pages = -(-tokens // page_size)
     chain = node.chain
-    front = Node(number, chain, node.predecessors, tokens, node.start, node.pages[:pages], refs=node.refs, sealed=True)
+    front = Node(number, chain, node.predecessors, tokens, node.start, node.pages[:pages], refs=node.refs)
     own = next(link for link in node.links if link.before is chain)
     for link in node.links:
         first = make_link(front, link.before, link.forked)

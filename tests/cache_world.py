@@ -305,7 +305,7 @@ def sees(viewer: ReferenceBranch, path: ReferenceBranch) -> bool:
 
 def snapshot(cache: PagedKVCache) -> tuple[object, ...]:
     """All host state that an operation could change."""
-    fields = ("length", "start", "refs", "frozen", "merged_branch")
+    fields = ("length", "start", "refs", "frozen", "writer")
     nodes = {
         n.id: (*n.pages, *(getattr(n, field) for field in fields), *((link.refs, link.after) for link in n.links))
         for n in cache._nodes.values()

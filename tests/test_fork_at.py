@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mvkernels.errors import BranchError, StaleStep
+from mvkernels.errors import BranchError, CacheError, StaleStep
 from tests.cache_world import Unchanged, World, poisoned_cache
 
 TABLES = [None, (16, 64)]
@@ -170,3 +170,67 @@ def test_device_tables_are_not_laid_anew_for_a_cut() -> None:
     cut = world.fork_at(trunk, 16)
     world.step((trunk, 1), (cut, 1))
     assert rows.uploaded_entries - uploaded == 1 and rows.laid_anew == anew, "one page, of the new branch"
+
+
+def grow_all(world: World) -> None:
+    """One token more for every handle that may take one."""
+    for branch in [*world.live, *world.merged]:
+        if branch in (*world.live, *world.merged) and world.may_grow(branch):
+            world.step((branch, 1))
+            world.check()
+
+
+def test_behind_empty_blocks_what_was_cut_off_does_not_grow() -> None:
+    """Nodes without tokens fix nothing: the branch before the block goes on, and its tokens came into the cut."""
+    world = make()
+    trunk = world.new()
+    world.step((trunk, 3))
+    [path] = world.fork(trunk, 1)
+    world.fork(path, 2)
+    world.merge(path)
+    cut = world.fork_at(path, 3)
+    world.check()
+    world.step((trunk, 2))
+    world.check()
+    assert cut.num_tokens == cut.next_position == 3 and path.num_tokens == 5
+    grow_all(world)
+
+
+@pytest.mark.parametrize("write", ["nothing", "child", "join", "truncated"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_cut_behind_blocks_of_any_depth_sees_its_own_copy(depth: int, write: str) -> None:
+    """Blocks in one another, all merged into a child of the trunk; with tokens in the innermost child, or once behind
+    the join, or taken back there.
+    """
+    world = make(page_size=3)
+    trunk = world.new()
+    world.step((trunk, 3))
+    [path] = world.fork(trunk, 1)
+    opened = [path]
+    for _ in range(depth):
+        opened.append(world.fork(opened[-1], 2)[0])
+    if write == "child":
+        world.step((opened[-1], 2))
+    for parent in opened[-2::-1]:
+        world.merge(parent)
+    if write in ("join", "truncated"):
+        world.step((path, 1))
+    if write == "truncated":
+        world.truncate(path, 1)
+    for count in (0, 3, 3):
+        world.fork_at(path, count)
+        world.check()
+    grow_all(world)
+
+
+def test_the_check_finds_a_cut_behind_what_may_grow(monkeypatch) -> None:
+    monkeypatch.setattr("mvkernels.kv_split.is_fixed", lambda link: True)
+    world = make()
+    trunk = world.new()
+    world.step((trunk, 3))
+    [path] = world.fork(trunk, 1)
+    world.fork(path, 2)
+    world.merge(path)
+    world.cache.fork_at(path, 3)
+    with pytest.raises(CacheError, match="expected nodes that no branch can change, got Node"):
+        world.cache.check()

@@ -60,10 +60,7 @@ class CacheMachine(RuleBasedStateMachine):
     def fork_at(self, data, ends):
         """ends: where a node ends, or one of its pages, so that most calls succeed."""
         branch = data.draw(st.sampled_from(list(self.world.live)))
-        size, places = self.cache.page_size, [0]
-        nodes = self.cache._state(branch).nodes
-        for node in nodes:
-            places += [places[-1] + min(size, node.length - done) for done in range(0, node.length, size)]
+        places = self.ends(branch)
         if not ends:
             places = range(places[-1] + 1)
         count = data.draw(st.sampled_from(places))
@@ -76,6 +73,39 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.rollback(held)
         with Unchanged(self.cache, BranchError, "fork_at: expected a cut"):
             self.cache.fork_at(branch, count)
+
+    @precondition(lambda self: 0 < len(self.world.live) < 8)
+    @rule(data=st.data(), widths=st.lists(st.integers(1, 2), min_size=1, max_size=3), merged=st.integers(0, 3))
+    def cut_then_grow(self, data, widths, merged):
+        """Blocks in one another, some merged while they are empty; cuts at every end; then all that may grow does.
+
+        No cut branch may see a token more or less: each has its own copy in the reference.
+        """
+        self.close()
+        trunk = branch = data.draw(st.sampled_from(list(self.world.live)))
+        opened = []
+        for width in widths:
+            opened.append(branch)
+            branch = self.world.fork(branch, width)[0]
+        for parent in opened[: -merged - 1 : -1]:
+            if any(self.world.children[child] for child in self.world.children[parent]):
+                break  # it had children already, which have some
+            self.world.merge(parent)
+            branch = parent
+        cut = [self.world.fork_at(branch, count) for count in {*self.ends(branch)} if self.cuts(branch, count)]
+        for handle in [trunk, *data.draw(st.permutations([h for h in self.handles() if h not in cut]))[:4]]:
+            if handle in self.handles() and self.world.may_grow(handle) and self.pages_needed([(handle, 1)]) == 0:
+                self.world.step((handle, 1))
+                self.world.check()
+        for branch in cut:
+            self.world.free(branch)
+
+    def ends(self, branch) -> list[int]:
+        """How many tokens a branch sees up to the end of each of its nodes, and of their pages."""
+        size, places = self.cache.page_size, [0]
+        for node in self.cache._state(branch).nodes:
+            places += [places[-1] + min(size, node.length - done) for done in range(0, node.length, size)]
+        return places
 
     def cuts(self, branch, count) -> bool:
         """Whether a branch can see just so many tokens: by the reference, and by where nodes and pages end."""
@@ -93,12 +123,18 @@ class CacheMachine(RuleBasedStateMachine):
         if count < before:
             return own and (link.node.length - before + count) % self.cache.page_size == 0
         for after in behind[::-1]:  # where a join has a token, or nobody is left to go on with its paths
-            ended = all(n.sealed if after.forked else n.merged_branch is None for n in after.node.predecessors)
-            if after.node.chain is after.before and ended:
+            if after.node.chain is after.before and self.stays(after.before):
                 return True
             if after.node.length:
                 break
         return own
+
+    def stays(self, link) -> bool:
+        """Whether no handle can change what a list holds: its nodes have none, or tokens in the list see them."""
+        nodes = [before.node for before in link.back()]
+        written = {state.tail for state in self.cache._branches.values()}
+        seen = {before.node for n in nodes if n.length and n.chain is not None for before in n.chain.back()}
+        return not (written & {*nodes}) - seen
 
     @rule(data=st.data())
     def merge(self, data):

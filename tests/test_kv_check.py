@@ -29,7 +29,7 @@ def _freed_page(cache, root, child):
 
 
 def _handle_of_dead(cache, root, child):
-    cache._state(root).tail.merged_branch = 77
+    cache._state(root).tail.writer = 77
 
 
 def _set(name, value, of="root"):
@@ -67,7 +67,7 @@ DAMAGE = {
     "length beyond the pages": (_set("length", 7), "pages of node"),
     "start moved": (_set("start", 3, "child"), "start of node"),
     "node not seen": (_parent_not_seen, "sees first"),
-    "unknown merged handle": (_handle_of_dead, "merged branches"),
+    "unknown writer": (_handle_of_dead, "branches that write"),
     "node forgotten": (lambda cache, root, child: cache._nodes.popitem(), "live nodes"),
     "child unknown": (lambda cache, root, child: cache._state(root).children.pop(), "listed by its parent"),
 }
