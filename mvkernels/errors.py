@@ -6,6 +6,14 @@ A plain `ValueError` means that the caller passed something wrong; the types bel
 from __future__ import annotations
 
 
+def described(value: object) -> str:
+    """What came, in a few words for a message: `None`, `list`, `Tensor [2, 3] torch.int64`."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is not None and dtype is not None:
+        return f"{type(value).__name__} {list(shape)} {dtype}"
+    return "None" if value is None else type(value).__name__
+
+
 class GrammarError(ValueError):
     """A token sequence is not a well-formed trace.
 

@@ -12,20 +12,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mvkernels.errors import described
 from mvkernels.grammar import SEMANTICS as SEMANTICS
 from mvkernels.grammar import WHITESPACE, Block, Kind, Trace, Tree, parse
 from mvkernels.layout_build import Runs, released_runs, tree_runs
+from mvkernels.ops.device import checked_device
 from mvkernels.ops.mask import IntervalMask
 from mvkernels.ops.mask_table import MaskTable
 from mvkernels.tags import TagTokens, as_id_list
 
 Value = TypeVar("Value")
+MAX_DENSE = 2**16  # tokens of a dense mask: 4 GiB
 IGNORE_INDEX = -100
 
 
@@ -51,7 +55,16 @@ class BranchLayout:
     _table: MaskTable = field(init=False, repr=False)
     _made: MaskTable | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        documents = f"{self.num_documents} document{'s' if self.num_documents != 1 else ''}"
+        figures = f"critical path {self.critical_path}, parallelism {self.parallelism:.2f}"
+        return f"BranchLayout({self.total_tokens} tokens, {documents}, {figures}, {self.device})"
+
     def __post_init__(self) -> None:
+        expected = (torch.int32, (self.mask.total_tokens,))
+        if (self.position_ids.dtype, tuple(self.position_ids.shape)) != expected:
+            got = described(self.position_ids)
+            raise ValueError(f"position_ids: expected [{self.mask.total_tokens}] torch.int32, got {got}")
         # All that an attention call reads is made here: torch.compile can trace attributes, but not NumPy on the host.
         starts = np.append(self.mask.first_key, np.int32(self.mask.total_tokens))
         documents = np.diff(starts[np.diff(starts, prepend=-1) > 0])
@@ -80,7 +93,11 @@ class BranchLayout:
         """
         if semantics not in SEMANTICS:
             raise ValueError(f"semantics: expected one of {SEMANTICS}, got {semantics!r}")
+        if not isinstance(tags, TagTokens):
+            raise TypeError(f"tags: expected TagTokens, got {described(tags)}")
         values = as_id_list(ids)
+        if not isinstance(prompt_length, Integral):
+            raise TypeError(f"prompt_length: expected an integer, got {prompt_length!r}")
         if not 0 <= prompt_length <= len(values):
             raise ValueError(f"prompt_length: expected 0 to {len(values)} (the number of ids), got {prompt_length}")
         kinds = tags.kinds(values)
@@ -120,13 +137,19 @@ class BranchLayout:
 
         Raises ValueError for an empty list.
         """
+        if not isinstance(layouts, Iterable):
+            raise TypeError(f"pack: expected a list of BranchLayouts, got {described(layouts)}")
         layouts = list(layouts)
+        for layout in layouts:
+            if not isinstance(layout, BranchLayout):
+                raise TypeError(f"pack: expected BranchLayouts, got {described(layout)} among them")
         if not layouts:
             raise ValueError("pack: expected at least one layout, got none")
         offsets = np.cumsum([0] + [layout.total_tokens for layout in layouts], dtype=np.int64)
-        if offsets[-1] > np.iinfo(np.int32).max:
-            raise ValueError(f"pack: expected fewer than 2**31 tokens in all, got {offsets[-1]}")
-        gap_offsets = np.cumsum([0] + [len(layout.mask.gaps) for layout in layouts])
+        gap_offsets = np.cumsum([0] + [len(layout.mask.gaps) for layout in layouts], dtype=np.int64)
+        for what, total in (("tokens", offsets[-1]), ("gaps", gap_offsets[-1])):
+            if total > np.iinfo(np.int32).max:
+                raise ValueError(f"pack: expected fewer than 2**31 {what} in all, got {total}")
         pairs = list(zip(layouts, offsets[:-1].astype(np.int32), strict=True))
         device = layouts[0].device
         mask = IntervalMask(
@@ -165,11 +188,12 @@ class BranchLayout:
         positions = rows + np.repeat(shift, lengths)
         predecessor = rows - 1
         predecessor[starts[:-1]] = runs.predecessors
+        gap_ptr, gaps = runs.gap_arrays()
         mask = IntervalMask(
             segment_starts=starts,
             first_key=np.zeros(len(lengths), dtype=np.int32),
-            gap_ptr=np.cumsum([0] + [len(gaps) for gaps in runs.gaps], dtype=np.int32),
-            gaps=np.array([gap for gaps in runs.gaps for gap in gaps], dtype=np.int32).reshape(-1, 2),
+            gap_ptr=gap_ptr,
+            gaps=gaps,
             total_tokens=runs.total_tokens,
         )
         return cls(
@@ -207,8 +231,11 @@ class BranchLayout:
 
     def dense_mask(self) -> torch.Tensor:
         """[T, T] bool on the layout's device, True where row i sees key j. T squared bytes: for tests and small
-        inputs.
+        inputs. Raises ValueError for more than 2**16 tokens.
         """
+        if self.total_tokens > MAX_DENSE:
+            expected = f"at most {MAX_DENSE} tokens, as it has T squared bytes"
+            raise ValueError(f"dense_mask: expected {expected}, got {self.total_tokens}")
         visible = np.tri(self.total_tokens, dtype=np.bool_)
         mask = self.mask
         for s in range(mask.num_segments):
@@ -241,15 +268,8 @@ class BranchLayout:
         return rows, values[torch.from_numpy(chosen).to(self.device)]
 
     def to(self, device: torch.device | str) -> BranchLayout:
-        """The same layout with its tensors on `device`. Derived data are kept.
-
-        Raises ValueError for a device that PyTorch does not have here.
-        """
-        try:
-            torch.empty(0, device=device)
-        except (AssertionError, RuntimeError) as error:  # without CUDA it asserts
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"device: expected one of this machine, got {str(device)!r}: {reason}") from error
+        """The same layout with its tensors on `device`. Derived data are kept. Raises ValueError without it."""
+        device = checked_device(device)
         with torch.inference_mode(False):
             moved = self.position_ids.to(device)
             cu_seqlens = self.cu_seqlens.to(device)
@@ -261,7 +281,10 @@ class BranchLayout:
         return self._table.cached(key, build)
 
     def _ids_tensor(self, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        values = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
+        given = ids if isinstance(ids, torch.Tensor) else torch.tensor(as_id_list(ids), dtype=torch.int64)
+        if given.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+            raise ValueError(f"ids: expected integers, got {described(given)}")
+        values = given.to(self.device, torch.int64)
         if values.shape != (self.total_tokens,):
             expected = f"shape [{self.total_tokens}], the layout's tokens"
             raise ValueError(f"ids: expected {expected}, got shape {list(values.shape)}")

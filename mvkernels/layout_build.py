@@ -10,28 +10,50 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from mvkernels.grammar import FIRST_TAG, Kind, Tree
 
 MAX_TOKENS = 2**31 - 1  # positions and offsets are int32
-Gaps = tuple[tuple[int, int], ...]
 _END = object()  # of a sequence
+#: Gaps of all runs of a document. They grow with the square of the depth, and of the paths of a released block, between
+#: which visible newlines stand: 2**22 is 2896 such paths, and 32 MiB.
+MAX_GAPS = 2**22
+MAX_DEPTH = 2**17  # of a tree; a list that holds itself has no end
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Gaps:
+    """Half-open intervals of hidden keys: `before`, then one more. Runs share them, so a walk needs linear memory."""
+
+    before: Gaps | None
+    first: int
+    end: int
+    count: int
+
+
+def _hide(before: Gaps | None, first: int, end: int) -> Gaps:
+    return Gaps(before, first, end, 1 if before is None else before.count + 1)
 
 
 @dataclass
 class Runs:
     """Runs of tokens in order; none is empty.
 
-    starts: first token. positions: position of the first token. gaps: half-open intervals of hidden keys.
-    predecessors: the token that predicts the run's first, -1 for none or several.
+    starts: first token. positions: position of the first token. gaps: of each run, None where it sees all.
+    predecessors: the token that predicts the run's first, -1 for none or several. total_gaps: of all runs.
     """
 
     starts: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    gaps: list[Gaps] = field(default_factory=list)
+    gaps: list[Gaps | None] = field(default_factory=list)
     predecessors: list[int] = field(default_factory=list)
     total_tokens: int = 0
+    total_gaps: int = 0
 
-    def add(self, length: int, position: int, gaps: Gaps, predecessor: int) -> None:
+    def add(self, length: int, position: int, gaps: Gaps | None, predecessor: int) -> None:
+        """Raises ValueError beyond what int32 offsets or memory hold."""
         if self.total_tokens + length > MAX_TOKENS:
             raise ValueError(f"expected at most {MAX_TOKENS} tokens, got {self.total_tokens + length} or more")
         if length:
@@ -40,6 +62,32 @@ class Runs:
             self.gaps.append(gaps)
             self.predecessors.append(predecessor)
             self.total_tokens += length
+            self.total_gaps += gaps.count if gaps is not None else 0
+            if self.total_gaps > MAX_GAPS:
+                raise ValueError(
+                    f"expected a mask of at most {MAX_GAPS} gaps, got more by token {self.total_tokens}: they grow "
+                    "with the square of the depth, and in released semantics with the square of a block's paths"
+                )
+
+    def gap_arrays(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """gap_ptr [runs + 1] and gaps [G, 2], as `IntervalMask` has them."""
+        flat: list[int] = []
+        written: dict[Gaps, int] = {}  # where those of a run begin; the next run's often go on from there
+        ends = [0]
+        for gaps in self.gaps:
+            new: list[int] = []
+            known = gaps
+            while known is not None and known not in written:
+                new += (known.end, known.first)
+                known = known.before
+            start = len(flat)
+            if known is not None:
+                flat += flat[written[known] : written[known] + 2 * known.count]
+            flat += reversed(new)
+            if gaps is not None:
+                written[gaps] = start
+            ends.append(len(flat) // 2)
+        return np.array(ends, dtype=np.int32), np.array(flat, dtype=np.int32).reshape(-1, 2)
 
 
 @dataclass
@@ -50,18 +98,18 @@ class _Fork:
     start: int  # first token of its first path
     position: int  # where each path starts
     predecessor: int
-    gaps: Gaps
+    gaps: Gaps | None
     rest: Iterator[Any]  # what follows the block in its sequence
     highest: int = 0
     ends: set[int] = field(default_factory=set)
 
 
 def tree_runs(tree: Tree) -> Runs:
-    """Canonical runs of a tree. Raises ValueError where the tree is malformed. No recursion: depth has no limit."""
+    """Canonical runs of a tree. Raises ValueError where the tree is malformed. No recursion."""
     runs = Runs()
     items = _items(tree)
     position, predecessor = 0, -1
-    gaps = Gaps()
+    gaps: Gaps | None = None
     forks: list[_Fork] = []
     while True:
         item = next(items, _END)
@@ -73,6 +121,8 @@ def tree_runs(tree: Tree) -> Runs:
             position += item
             predecessor = runs.total_tokens - 1 if item else predecessor
         elif item is not _END:
+            if len(forks) >= MAX_DEPTH:
+                raise ValueError(f"tree: expected blocks nested at most {MAX_DEPTH} deep, got more")
             forks.append(_open_fork(item, runs.total_tokens, position, predecessor, gaps, items))
             items = iter(())
             forks[-1].highest = position
@@ -98,26 +148,27 @@ def _items(sequence: Any) -> Iterator[Any]:
     return iter(sequence)
 
 
-def _open_fork(block: Any, start: int, position: int, predecessor: int, gaps: Gaps, rest: Iterator[Any]) -> _Fork:
+def _open_fork(
+    block: Any, start: int, position: int, predecessor: int, gaps: Gaps | None, rest: Iterator[Any]
+) -> _Fork:
     if not isinstance(block, (list, tuple)) or not block:
         got = reprlib.repr(block)  # safe for any depth
         raise ValueError(f"tree: expected a text length or a block (a list of at least one sequence), got {got}")
     return _Fork(iter(block), start, position, predecessor, gaps, rest)
 
 
-def _next_path(fork: _Fork, cursor: int) -> tuple[Iterator[Any], Gaps]:
+def _next_path(fork: _Fork, cursor: int) -> tuple[Iterator[Any], Gaps | None]:
     """The next path's items and what it does not see: the paths before it, as one interval. StopIteration after the
     last.
     """
     items = _items(next(fork.paths))
-    hidden = ((fork.start, cursor),) if cursor > fork.start else ()
-    return items, fork.gaps + hidden
+    return items, _hide(fork.gaps, fork.start, cursor) if cursor > fork.start else fork.gaps
 
 
 @dataclass
 class _ReleasedBlock:
+    hidden: Gaps | None  # in its next path: the paths that have ended, behind what is hidden in the block
     goal_position: int = 0
-    closed: list[tuple[int, int]] = field(default_factory=list)  # spans of the paths that have ended
     path_start: int = 0
     highest: int = -1  # highest position of a `</Path>`
 
@@ -131,7 +182,7 @@ def released_runs(kinds: bytes) -> Runs:
     """
     runs = Runs()
     blocks: list[_ReleasedBlock] = []
-    gaps_of: list[Gaps] = [()]  # what is hidden in the open paths, from the outside in
+    gaps_of: list[Gaps | None] = [None]  # what is hidden in the open paths, from the outside in
     start, position = 0, 0  # of the run that is being read
 
     def cut(offset: int, next_position: int) -> None:
@@ -144,17 +195,17 @@ def released_runs(kinds: bytes) -> Runs:
             continue
         here = position + offset - start
         if kind == Kind.PARALLEL:
-            blocks.append(_ReleasedBlock())
+            blocks.append(_ReleasedBlock(gaps_of[-1]))
         elif kind == Kind.GOAL_END:
             blocks[-1].goal_position = here
         elif kind == Kind.PATH:
             cut(offset, blocks[-1].goal_position + 1)
             blocks[-1].path_start = offset
-            gaps_of.append(gaps_of[-1] + tuple(blocks[-1].closed))
+            gaps_of.append(blocks[-1].hidden)
         elif kind == Kind.PATH_END:
             cut(offset + 1, here + 1)
             gaps_of.pop()
-            blocks[-1].closed.append((blocks[-1].path_start, offset + 1))
+            blocks[-1].hidden = _hide(blocks[-1].hidden, blocks[-1].path_start, offset + 1)
             blocks[-1].highest = max(blocks[-1].highest, here)
         elif kind == Kind.CONCLUSION:
             cut(offset, blocks[-1].highest + 1)

@@ -10,8 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
+from operator import index
 from typing import Any
 
+from mvkernels.errors import described
 from mvkernels.grammar import FIRST_TAG, INDEX_PATTERN, TAG_PATTERN, TAGS, WHITESPACE, Kind
 
 # How vocabularies spell whitespace: byte-level BPE (GPT-2, Qwen, Llama 3) and SentencePiece. Bytes are `<0x0A>`.
@@ -42,7 +45,15 @@ class TagTokens:
     tokenizer: Any = field(default=None, repr=False, compare=False)
     texts: Mapping[int, str] = field(default_factory=dict, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        spaces, indices = len(self.space_ids), len(self.index_ids) + len(self.index_end_ids)
+        tokenizer = "no tokenizer" if self.tokenizer is None else type(self.tokenizer).__name__
+        ids = f"tags {min(self.ids)} .. {max(self.ids)}"
+        return f"TagTokens({ids}, {spaces} whitespace and {indices} index tokens, {tokenizer})"
+
     def __post_init__(self) -> None:
+        if not isinstance(self.ids, (tuple, list)) or not all(isinstance(i, Integral) and i >= 0 for i in self.ids):
+            raise ValueError(f"expected {len(TAGS)} tag ids, integers of at least 0, got {self.ids!r}")
         if len(self.ids) != len(TAGS) or len(set(self.ids)) != len(TAGS):
             raise ValueError(f"expected {len(TAGS)} different tag ids in the order of {TAGS}, got {self.ids}")
 
@@ -51,8 +62,11 @@ class TagTokens:
         """Look the twelve tags up, and the whitespace and index tokens.
 
         tokenizer: a transformers tokenizer, or anything with `get_vocab`, `decode` and `encode`.
-        Raises ValueError when a tag is no single token of the vocabulary.
+        Raises TypeError for what is no tokenizer, ValueError when a tag is no single token of the vocabulary.
         """
+        if not all(hasattr(tokenizer, name) for name in ("get_vocab", "decode", "encode")):
+            expected = "a transformers tokenizer, or anything with get_vocab, decode and encode"
+            raise TypeError(f"tokenizer: expected {expected}, got {described(tokenizer)}")
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         missing = [tag for tag in TAGS if tag not in vocabulary]
         if missing:
@@ -210,10 +224,20 @@ def split_pieces(text: str) -> list[str]:
 
 
 def as_id_list(ids: Any) -> list[int]:
-    """Token ids as a list of ints, from a sequence or a 1-D tensor. Raises ValueError for another shape."""
-    if hasattr(ids, "tolist"):
-        if ids.ndim != 1:
-            raise ValueError(f"expected token ids of shape [T], got shape {tuple(ids.shape)}")
-        values: list[int] = ids.tolist()
-        return values
-    return [int(token) for token in ids]
+    """Token ids as a list of ints, from a sequence or a 1-D tensor or array. Raises ValueError for anything else."""
+    if hasattr(ids, "tolist") and ids.ndim != 1:
+        raise ValueError(f"expected token ids of shape [T], got shape {tuple(ids.shape)}")
+    try:
+        values = list(map(index, ids.tolist() if hasattr(ids, "tolist") else ids))
+    except TypeError:
+        expected = "integers, a list or a tensor of shape [T]"
+        got = described(ids) if hasattr(ids, "dtype") or not isinstance(ids, (list, tuple)) else _first_other(ids)
+        raise ValueError(f"ids: expected {expected}, got {got}") from None
+    if values and min(values) < 0:
+        raise ValueError(f"ids: expected token ids of at least 0, got {min(values)}")
+    return values
+
+
+def _first_other(ids: Any) -> str:
+    """The first item that is no integer, for a message."""
+    return next(f"{token!r} among them" for token in ids if not hasattr(token, "__index__"))

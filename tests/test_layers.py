@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "grammar": set(),
     "tags": {"grammar"},
     "ops": set(),
-    "layout": {"grammar", "tags", "ops.mask", "ops.mask_table"},
+    "layout": {"grammar", "tags", "ops.device", "ops.mask", "ops.mask_table"},
     "reference": {"grammar"},
     "attention": {"layout", "ops", "reference"},
     "rope": {"ops", "reference"},

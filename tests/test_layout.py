@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,20 @@ def test_to_keeps_the_memory_of_derived_data() -> None:
     assert calls == [1]
 
 
+def many_gaps() -> BranchLayout:
+    """A layout that says that it has 2**30 gaps; they are two numbers in memory."""
+    layout = BranchLayout.causal(3)
+    gaps = np.broadcast_to(np.zeros(2, dtype=np.int32), (2**30, 2))
+    return replace(layout, mask=replace(layout.mask, gaps=gaps), _made=layout._table)
+
+
+def endless_tree() -> list:
+    """A path that holds its own block."""
+    tree: list = []
+    tree.append([tree])
+    return tree
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -140,6 +156,12 @@ def test_to_keeps_the_memory_of_derived_data() -> None:
         (lambda: BranchLayout.from_token_ids([20], TEST_TAGS, prompt_length=2), "prompt_length: expected 0 to 1"),
         (lambda: BranchLayout.from_token_ids(torch.zeros(1, 2), TEST_TAGS), r"expected token ids of shape \[T\]"),
         (lambda: TagTokens(ids=(1, 2)), "expected 12 different tag ids"),
+        (
+            lambda: BranchLayout.causal(2**16 + 1).dense_mask(),
+            "dense_mask: expected at most 65536 tokens, .* got 65537",
+        ),
+        (lambda: BranchLayout.pack([many_gaps()] * 2), rf"pack: expected fewer than 2\*\*31 gaps in all, got {2**31}"),
+        (lambda: BranchLayout.from_tree(endless_tree()), "tree: expected blocks nested at most 131072 deep"),
     ],
 )
 def test_bad_arguments_say_what_was_expected(build, message: str) -> None:
@@ -165,6 +187,52 @@ def test_depth_has_no_limit() -> None:
         tree = [1, [tree], 1]
     layout = BranchLayout.from_tree(tree)
     assert layout.critical_path == layout.total_tokens == 6001
+
+
+def nested(depth: int) -> list:
+    """Two paths at each level, the second one with the next level in it."""
+    tree: list = [1]
+    for _ in range(depth):
+        tree = [1, [[1], tree], 1]
+    return tree
+
+
+def wide(paths: int) -> list[int]:
+    """One block, with a visible newline between its paths."""
+    outlines, bodies = [OUTLINE, 20, OUTLINE + 1] * paths, [12, PATH, 20, PATH + 1] * paths
+    return [20, PARALLEL, GOAL, *outlines, GOAL + 1, *bodies, 12, CONCLUSION, 20, CONCLUSION + 1, PARALLEL + 1, 20]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: BranchLayout.from_token_ids(wide(8000), TEST_TAGS, semantics="released"),
+        lambda: BranchLayout.from_tree(nested(10_000)),
+        lambda: BranchLayout.from_tree([1, *[[[1]] * 2] * 10, *nested(20_000)]),
+    ],
+    ids=["released", "deep", "deeper"],
+)
+def test_masks_that_grow_with_the_square_are_refused_before_memory_is_taken(build) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"expected a mask of at most 4194304 gaps, got more by token \d+"):
+            build()
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_gaps_of_many_paths() -> None:
+    """Path k sees none of the k paths before it: their spans one by one, or as one interval."""
+    paths = 300
+    released = BranchLayout.from_token_ids(wide(paths), TEST_TAGS, semantics="released").mask
+    released.check()
+    assert len(released.gaps) == paths * (paths - 1) // 2
+    start = 3 + 3 * paths + 1  # behind the goal
+    last = released.gaps[-(paths - 1) :]
+    assert last.tolist() == [[start + 1 + 4 * k, start + 4 + 4 * k] for k in range(paths - 1)]
+    canonical = BranchLayout.from_token_ids(wide(paths), TEST_TAGS).mask
+    assert canonical.gaps.tolist() == [[start, start + 4 * k] for k in range(1, paths)]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,16 @@
+"""Devices that callers name."""
+
+from __future__ import annotations
+
+import torch
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """The device that is meant. Raises ValueError where PyTorch knows no such device, or this machine has none."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device: expected a device that PyTorch has here, got {device!r}: {reason}") from None
+    return found
