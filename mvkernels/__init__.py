@@ -26,6 +26,7 @@ __all__ = [
     "StaleStep",
     "TagTokens",
     "errors",
+    "is_patched",
     "merge_branches",
     "multiverse_attention",
     "patch_model",
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from mvkernels.attention import multiverse_attention
     from mvkernels.decode import tree_decode
     from mvkernels.errors import BackendError, BranchError, CacheError, GrammarError, OutOfPages, StaleStep
-    from mvkernels.hf import patch_model, unpatch_model
+    from mvkernels.hf import is_patched, patch_model, unpatch_model
     from mvkernels.hf_graph import DecodeGraph
     from mvkernels.kv_cache import PagedKVCache
     from mvkernels.kv_tables import BranchTables, merge_branches
@@ -61,6 +62,7 @@ else:
         "StaleStep": "mvkernels.errors",
         "TagTokens": "mvkernels.tags",
         "errors": "mvkernels.errors",
+        "is_patched": "mvkernels.hf",
         "merge_branches": "mvkernels.kv_tables",
         "multiverse_attention": "mvkernels.attention",
         "patch_model": "mvkernels.hf",

@@ -7,9 +7,13 @@ A patched model takes two more keyword arguments:
                              with batch_invariant=True by its batch-invariant way, and there may be spare rows behind
                              the step's, of any ids and positions: they are written nowhere and attend to nothing
 
-With neither it is the model it was, on transformers' `sdpa`. Any decoder will do whose attention goes through
-transformers' attention interface and is plain softmax attention: Qwen2, Qwen3, Llama, Mistral and their like. Position
-ids must be [1, T]; several documents are packed into one row instead of padded into several.
+An unpatched model ignores these keywords silently, as transformers ignores every keyword that it does not know: check
+with `is_patched(model)`. Without both keywords a patched model computes what it did before, on transformers' `sdpa`,
+but refuses keywords that nothing reads, and positions of branches (`hf_inputs`).
+
+Any decoder will do whose attention goes through transformers' attention interface and is plain softmax attention:
+Qwen2, Qwen3, Llama, Mistral and their like. Position ids must be [1, T]; several documents are packed into one row
+instead of padded into several.
 
 How it reaches the layers: the attention function is registered under a name of its own, the layout travels there in
 the keyword arguments that transformers hands through, and a forward pre-hook passes a one-element 4-D attention mask,
@@ -33,7 +37,8 @@ from transformers.masking_utils import sdpa_mask
 from mvkernels.attention import multiverse_attention
 from mvkernels.attention_parallel import split_context
 from mvkernels.decode import tree_decode
-from mvkernels.errors import BackendError
+from mvkernels.errors import BackendError, described
+from mvkernels.hf_inputs import known_keywords, parameter_names, refuse_falling, refuse_unknown
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Step
 from mvkernels.layout import BranchLayout
@@ -86,7 +91,10 @@ def patch_model(model: Model, backend: str = "auto", group: dist.ProcessGroup | 
 
     # The base model, so that both `model(...)` and `model.model(...)` pass through it, and once only. A partial and no
     # closure, so that a patched model can be pickled.
-    hook = model.base_model.register_forward_pre_hook(partial(_prepare, backend=backend, group=group), with_kwargs=True)
+    base = model.base_model
+    names = tuple(parameter_names(type(base).forward)[1:])  # behind self
+    prepare = partial(_prepare, names=names, known=known_keywords(model), backend=backend, group=group)
+    hook = base.register_forward_pre_hook(prepare, with_kwargs=True)
     setattr(model, _STATE, _Patch(before, hook, backend))
     return model
 
@@ -105,8 +113,12 @@ def unpatch_model(model: Model) -> Model:
 
 
 def is_patched(model: PreTrainedModel) -> bool:
-    """Whether `patch_model` is in force."""
-    return hasattr(model, _STATE)
+    """Whether `patch_model` is in force.
+
+    An unpatched transformers model accepts `branch_layout=` like any other keyword and ignores it, so ask before the
+    first forward. A model whose attention implementation was set after `patch_model` is not patched any more.
+    """
+    return hasattr(model, _STATE) and model.base_model.config._attn_implementation == ATTENTION_NAME
 
 
 def patched_backend(model: PreTrainedModel) -> str:
@@ -134,22 +146,37 @@ def _prepare(
     module: torch.nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    names: tuple[str, ...],
+    known: frozenset[str],
     backend: str,
     group: dist.ProcessGroup | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of the base model: check what came along, and keep transformers from building a mask."""
+    """Forward pre-hook of the base model: check what came along, and keep transformers from building a mask.
+
+    names: its parameters in their order. known: the keywords that are read.
+    """
+    if not kwargs.keys() <= known:
+        refuse_unknown(kwargs, known)
+    positional = dict(zip(names, args, strict=False))
+    if len(args) > len(positional) or not kwargs.keys().isdisjoint(positional):
+        return None  # the forward itself refuses such calls
+    kwargs = {**positional, **kwargs}
     layout, paged = kwargs.get("branch_layout"), kwargs.get("paged_kv")
+    if paged is None and kwargs.get("batch_invariant"):
+        beside = "nothing" if layout is None else "branch_layout="
+        raise ValueError(f"expected batch_invariant=True beside paged_kv=, got it beside {beside}")
     if layout is None and paged is None:
+        refuse_falling(kwargs)
         return None
+    config: Any = module.config
+    if config._attn_implementation != ATTENTION_NAME:
+        raise ValueError(
+            "expected a model patched by patch_model, got one whose attention was set to "
+            f"{config._attn_implementation!r} since then: patch it again"
+        )
     if layout is not None and paged is not None:
         raise ValueError("expected branch_layout= or paged_kv=, got both")
-    if layout is not None and kwargs.get("batch_invariant"):
-        raise ValueError("expected batch_invariant=True beside paged_kv=, got it beside branch_layout=")
-    ids = args[0] if args else kwargs.get("input_ids")
-    inputs = ids if ids is not None else kwargs.get("inputs_embeds")
-    if inputs is None:
-        raise ValueError("expected input_ids or inputs_embeds, got neither")
-    kwargs = dict(kwargs)
+    inputs = _inputs(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     if layout is not None:
         if not isinstance(layout, BranchLayout):
             raise ValueError(f"branch_layout: expected a BranchLayout, got {type(layout).__name__}")
@@ -161,20 +188,32 @@ def _prepare(
     else:
         _, step = _unpack(paged)
         tokens, positions = step.total_rows, step.positions
-        if kwargs.get("batch_invariant") and inputs.shape[-1] > tokens:
-            positions = torch.nn.functional.pad(positions, (0, inputs.shape[-1] - tokens))
+        if kwargs.get("batch_invariant") and inputs.shape[1] > tokens:
+            positions = torch.nn.functional.pad(positions, (0, inputs.shape[1] - tokens))
             tokens = len(positions)
     kwargs["position_ids"] = _position_ids(kwargs.get("position_ids"), inputs, tokens, positions)
-    if len(args) > 1 or kwargs.get("attention_mask") is not None:
+    if kwargs.get("attention_mask") is not None:
         raise ValueError("expected no attention_mask beside branch_layout= or paged_kv=: what is visible is in them")
-    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+    if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")) or kwargs.get("use_cache"):
         raise ValueError(
             "expected use_cache=False and no past_key_values beside branch_layout= or paged_kv=, got a cache"
         )
     kwargs["use_cache"] = False
     kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
     kwargs["branch_backend"] = backend
-    return args, kwargs
+    return (), kwargs
+
+
+def _inputs(ids: Any, embeds: Any) -> torch.Tensor:
+    """Token ids [1, T] or embeddings [1, T, hidden], whichever is given."""
+    for name, given, dims in (("input_ids", ids, 2), ("inputs_embeds", embeds, 3)):
+        if given is None:
+            continue
+        if not isinstance(given, torch.Tensor) or given.dim() != dims:
+            expected = "a tensor of shape [1, T]" if dims == 2 else "a tensor of shape [1, T, hidden]"
+            raise ValueError(f"{name}: expected {expected}, got {described(given)}")
+        return given
+    raise ValueError("expected input_ids or inputs_embeds, got neither")
 
 
 def _unpack(paged: Any) -> tuple[PagedKVCache, Step]:
@@ -182,7 +221,7 @@ def _unpack(paged: Any) -> tuple[PagedKVCache, Step]:
         cache, step = paged
         if isinstance(cache, PagedKVCache) and isinstance(step, Step):
             return cache, step
-    raise ValueError(f"paged_kv: expected (PagedKVCache, Step), got {paged!r}")
+    raise ValueError(f"paged_kv: expected (PagedKVCache, Step), got {described(paged)}")
 
 
 def _position_ids(given: Any, inputs: torch.Tensor, tokens: int, positions: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -57,8 +58,12 @@ def ids_of(tokens: int) -> torch.Tensor:
 
 def dense_logits(model, ids: torch.Tensor, layout: BranchLayout) -> torch.Tensor:
     """The unpatched model with an explicit mask: transformers hands a 4-D mask through."""
-    mask = layout.dense_mask()[None, None]
-    return model(ids, position_ids=layout.position_ids[None].long(), attention_mask=mask, use_cache=False).logits
+    positions = layout.position_ids[None].long()
+    return model(ids, position_ids=positions, attention_mask=dense(layout), use_cache=False).logits
+
+
+def dense(layout: BranchLayout) -> torch.Tensor:
+    return layout.dense_mask()[None, None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -205,6 +210,7 @@ def test_no_mask_of_the_sequence_squared_is_built(monkeypatch: pytest.MonkeyPatc
 
 
 LAYOUT = BranchLayout.causal(4)
+BRANCHED = BranchLayout.from_tree([2, [[1], [2]], 2])
 
 
 @pytest.mark.parametrize(
@@ -218,11 +224,110 @@ LAYOUT = BranchLayout.causal(4)
         ({"input_ids": ids_of(4), "branch_layout": "wide"}, "expected a BranchLayout, got str"),
         ({"input_ids": ids_of(4), "paged_kv": LAYOUT}, r"expected \(PagedKVCache, Step\)"),
         ({"input_ids": ids_of(4), "paged_kv": 1, "branch_layout": LAYOUT}, "got both"),
+        ({"input_ids": ids_of(4)[0], "branch_layout": LAYOUT}, r"input_ids: expected .* \[1, T\], got Tensor \[4\]"),
+        ({"input_ids": ids_of(4).numpy(), "branch_layout": LAYOUT}, r"input_ids: expected a tensor .* got ndarray"),
+        ({"inputs_embeds": torch.ones(4, 32), "branch_layout": LAYOUT}, r"inputs_embeds: expected .* \[1, T, hidden\]"),
+        ({"branch_layout": LAYOUT}, "expected input_ids or inputs_embeds, got neither"),
+        ({"input_ids": ids_of(4), "branch_layout": LAYOUT, "cache": DynamicCache()}, "got a cache"),
+        (
+            {"input_ids": ids_of(4), "batch_invariant": True},
+            "expected batch_invariant=True beside paged_kv=, .* nothing",
+        ),
+        ({"input_ids": ids_of(4), "branch_layouts": LAYOUT}, "got branch_layouts=; the nearest one is branch_layout="),
+        ({"input_ids": ids_of(4), "paged_kvs": 1}, "got paged_kvs=; the nearest one is paged_kv="),
+        ({"input_ids": ids_of(4), "branch_layout": LAYOUT, "batch_invarient": True}, "nearest one is batch_invariant="),
+        (
+            {"input_ids": ids_of(7), "position_ids": BRANCHED.position_ids[None]},
+            "neither branch_layout= .* got 2 after 2",
+        ),
+        (
+            {
+                "input_ids": ids_of(7),
+                "position_ids": BRANCHED.position_ids[None],
+                "attention_mask": torch.ones(1, 7, dtype=torch.long),
+            },
+            "position_ids: expected positions that go up by one or restart at 0",
+        ),
+        (
+            {"input_ids": ids_of(14).view(2, 7), "position_ids": torch.stack([torch.arange(7), BRANCHED.position_ids])},
+            "got 2 after 2",
+        ),
+        (
+            {"input_ids": ids_of(6), "position_ids": BranchLayout.from_tree([[[3], [2]], 1]).position_ids[None]},
+            "got 3 after 1",
+        ),
     ],
 )
 def test_bad_calls_say_what_was_expected(call: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         patch_model(make("qwen2"))(**call)
+
+
+def test_positional_arguments_are_read_like_keywords() -> None:
+    model = patch_model(make("qwen2"))
+    ids, positions = ids_of(7), BRANCHED.position_ids[None]
+    with torch.no_grad():
+        wanted = model(ids, branch_layout=BRANCHED).logits
+        assert torch.equal(model(ids, None, positions, branch_layout=BRANCHED).logits, wanted)
+        hidden = model.model(ids, None, positions, branch_layout=BRANCHED).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), wanted)
+        with pytest.raises(ValueError, match="got 2 after 2"):
+            model.model(ids, None, positions)
+        with pytest.raises(ValueError, match="no attention_mask"):
+            model.model(ids, torch.ones(1, 7), positions, branch_layout=BRANCHED)
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.equal(model(inputs_embeds=embeds, branch_layout=BRANCHED).logits, wanted)
+
+
+def test_what_transformers_passes_is_accepted() -> None:
+    """Padding, packed documents, chunks behind a cache, and every keyword that transformers' own code passes."""
+    plain = make("qwen2")
+    patched = patch_model(copy.deepcopy(plain))
+    ids = ids_of(8).view(2, 4)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    left = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # 1, 1, 0, 1
+    labels = {"labels": ids, "num_items_in_batch": torch.tensor(6), "shift_labels": ids}
+    sizes = torch.tensor([0, 3, 8], dtype=torch.int32)
+    flash = {"cu_seq_lens_q": sizes, "cu_seq_lens_k": sizes, "max_length_q": 5, "max_length_k": 5}
+    documents = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    calls = [
+        {"input_ids": ids, "attention_mask": mask, "position_ids": left},
+        {"input_ids": ids_of(8), "position_ids": documents, **flash},
+        {"input_ids": ids, "output_hidden_states": True, "output_attentions": False, "return_dict": True},
+        {"input_ids": ids, "logits_to_keep": 1, "cache_position": torch.arange(4), "use_cache": False},
+        {"input_ids": ids, **labels},
+        {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "is_causal": True},
+        {"input_ids": ids, "position_ids": torch.arange(5, 9)[None]},
+        {"input_ids": ids_of(7), "position_ids": BRANCHED.position_ids[None].long(), "attention_mask": dense(BRANCHED)},
+    ]
+    with torch.no_grad():
+        for call in calls:
+            assert torch.equal(patched(**call).logits, plain(**call).logits)
+    arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    lookup = {"prompt_lookup_num_tokens": 2, "attention_mask": mask[1:]}
+    for rows, more in ((ids, {}), (ids, {"num_beams": 2}), (ids[1:], lookup)):
+        given = {**arguments, **more}
+        assert torch.equal(patched.generate(rows, **given), plain.generate(rows, **given))
+
+
+def test_a_model_whose_attention_was_set_since_is_refused() -> None:
+    model = patch_model(make("qwen2"))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attention was set to 'sdpa' since then: patch it again"):
+        model(ids_of(4), branch_layout=LAYOUT)
+    assert patch_model(model)(ids_of(4), branch_layout=LAYOUT).logits.isfinite().all()
+
+
+def test_spare_rows_of_embeddings() -> None:
+    """Rows were counted by the last dimension, which of embeddings is the hidden size."""
+    model, ids = patch_model(make("qwen2")), ids_of(6)
+    logits = []
+    for given in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)}):
+        cache = PagedKVCache(4, 4, 2, 2, 8)
+        step = cache.plan([(cache.new(), 4)])
+        with torch.no_grad():
+            logits.append(model(**given, paged_kv=(cache, step), batch_invariant=True).logits[0, :4])
+    assert torch.equal(*logits)
 
 
 def test_models_with_other_attention_are_refused_by_name() -> None:
