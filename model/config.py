@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from reprlib import repr as shorten
 from typing import Any
 
-_WHOLE = ("max_new_tokens", "max_width", "max_depth", "top_k", "seed")
-_WHOLE_OR_NONE = ("max_critical_path", "max_path_tokens", "logprobs")
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_NAMES = {"int": "an integer", "float": "a number", "bool": "True or False"}
 
 
 def as_ids(name: str, given: Any) -> tuple[int, ...]:
@@ -23,7 +21,7 @@ def as_ids(name: str, given: Any) -> tuple[int, ...]:
     values = given.tolist() if hasattr(given, "tolist") else given
     found = []
     for value in values if isinstance(values, Iterable) and not isinstance(values, (str, bytes)) else (values,):
-        number = None if isinstance(value, bool) else _whole(value)
+        number = _whole(value)
         if number is None:
             raise ValueError(f"{name}: expected token ids, got {shorten(value)}")
         found.append(number)
@@ -33,7 +31,7 @@ def as_ids(name: str, given: Any) -> tuple[int, ...]:
 def _whole(value: Any) -> int | None:
     """The integer that a value of any library is, or None."""
     try:
-        return operator.index(value)
+        return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
 
@@ -93,16 +91,22 @@ class GenerationConfig:
     eos_token_ids: tuple[int, ...] | None = None
     sequential: bool = False
 
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        changed = [f"{f.name}={value!r}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
+        return f"GenerationConfig({', '.join(changed)})"
+
     def __post_init__(self) -> None:
-        for name in (*_WHOLE, *_WHOLE_OR_NONE):
-            value = getattr(self, name)
-            if value is not None or name in _WHOLE:
-                number = _whole(value)
-                self._require(name, "a whole number", number is not None)
-                object.__setattr__(self, name, number)
-        for name in _NUMBERS:
-            self._require(name, "a number", isinstance(getattr(self, name), Real))
-        self._require("max_seconds", "a number > 0, or None", isinstance(self.max_seconds, (Real, type(None))))
+        for f in fields(self):
+            kind, *optional = str(f.type).split(" | ")
+            value = getattr(self, f.name)
+            if kind not in _NAMES or (value is None and optional):
+                continue
+            if kind == "int" and (number := _whole(value)) is not None:
+                object.__setattr__(self, f.name, number)
+                continue
+            right = kind == "bool" if isinstance(value, bool) else kind == "float" and isinstance(value, Real)
+            self._require(f.name, f"{_NAMES[kind]}{', or None' if optional else ''}", right)
         self._require("max_new_tokens", "at least 1", self.max_new_tokens >= 1)
         for name in ("max_critical_path", "max_path_tokens"):
             value = getattr(self, name)

@@ -116,6 +116,8 @@ class Engine:
         fast_linear: bool | None = None,
         strict: bool = False,
     ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
         if page_size < 1 or (num_pages is not None and num_pages < 1):
             expected = "page_size of at least 1 and num_pages of at least 1, or None"
             raise ValueError(f"expected {expected}, got {page_size} and {num_pages}")
@@ -154,6 +156,11 @@ class Engine:
             warnings.warn(f"the engine generates sequentially: {error}", stacklevel=2)
         self._writer = None if self.tags is None else TagWriter(self.tags, semantics or trained or "canonical")
         self._masks: TokenMasks | None = None
+
+    def __repr__(self) -> str:
+        model, tags = type(self.model).__name__, "sequential" if self.tags is None else "parallel"
+        size = f"{self.model.num_parameters()} parameters, {self.model.dtype}, {self.model.device}"
+        return f"Engine({model} of {size}, {tags})"
 
     @classmethod
     def from_pretrained(

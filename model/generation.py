@@ -57,6 +57,11 @@ class Generation:
     error: str | None = None
     request_id: str = ""
 
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 40 else self.text[:37] + "..."
+        figures = f"{self.total_tokens} tokens, critical path {self.critical_path}, parallelism {self.parallelism:.2f}"
+        return f"Generation({text!r}, {figures}, {self.finish_reason!r}, {len(self.warnings)} warnings)"
+
     @property
     def parallelism(self) -> float:
         """Generated tokens / critical path."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from mvkernels.errors import BackendError
+from mvkernels.errors import BackendError, described
 from mvkernels.layout import BranchLayout
 from mvkernels.ops.mask import IntervalMask
 
@@ -115,9 +115,10 @@ def attend(
     split = split_context(layout, ranks)
     own = len(split.rows[rank])
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3 or x.shape[0] != own:
+        if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[0] != own:
             expected = f"[{own}, heads, head_dim], the rows of rank {rank} of {ranks} (split_context)"
-            raise ValueError(f"{name}: expected shape {expected}, got {list(x.shape)}")
+            got = list(x.shape) if isinstance(x, torch.Tensor) else described(x)
+            raise ValueError(f"{name}: expected shape {expected}, got {got}")
     if k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(f"expected k and v of one shape and dtype, got {list(k.shape)} and {list(v.shape)}")
     if backend == "flash":

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Integral
+from operator import index
 
 import torch
 from transformers import PreTrainedModel
 
 from mvkernels.decode_fixed import fixed_reason, plan_fixed
-from mvkernels.errors import BackendError, OutOfPages
+from mvkernels.errors import BackendError, OutOfPages, described
 from mvkernels.hf import is_patched, patched_backend
 from mvkernels.hf_buckets import Bucket, Buckets
 from mvkernels.kv_cache import PagedKVCache
@@ -73,6 +75,10 @@ class DecodeGraph:
     def __init__(self, model: PreTrainedModel, cache: PagedKVCache, reserve: int = 64, backend: str = "auto") -> None:
         if not isinstance(model, PreTrainedModel) or not is_patched(model):
             raise ValueError(f"model: expected a model patched by patch_model, got {type(model).__name__}")
+        if not isinstance(cache, PagedKVCache):
+            raise TypeError(f"cache: expected a PagedKVCache, got {described(cache)}")
+        if not isinstance(reserve, Integral):
+            raise TypeError(f"reserve: expected an integer number of tokens, got {reserve!r}")
         if model.device != cache.device:
             raise ValueError(f"cache: expected the model's device {model.device}, got {cache.device}")
         if reserve < 0:
@@ -85,6 +91,12 @@ class DecodeGraph:
         self._window: int | None = getattr(config, "sliding_window", None) or None
         self._plan: _Plan | None = None
         self._buckets = Buckets(cache.device)
+
+    def __repr__(self) -> str:
+        model = type(self.model).__name__
+        return (
+            f"DecodeGraph({model}, {self.backend}, {self.captures} graphs, reserve {self.reserve}, {self.cache.device})"
+        )
 
     @property
     def captures(self) -> int:
@@ -135,7 +147,10 @@ class DecodeGraph:
                 raise ValueError(f"token_ids: expected [T] int64 or int32, got {got}")
             ids = token_ids
         else:
-            ids = torch.tensor(token_ids, dtype=torch.int64)
+            try:
+                ids = torch.tensor([*map(index, token_ids)], dtype=torch.int64)
+            except TypeError:
+                raise TypeError(f"token_ids: expected integers, got {token_ids!r}") from None
         if len(ids) != expected:
             raise ValueError(f"token_ids: expected {expected} tokens for these entries, got {len(ids)}")
         if ids.device.type == "cpu" and expected:

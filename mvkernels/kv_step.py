@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mvkernels.errors import StaleStep
+from mvkernels.errors import BranchError, StaleStep
 from mvkernels.kv_nodes import contents_of
 from mvkernels.kv_pages import Contents, PageLog
 from mvkernels.kv_spots import Target
@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 class Branch:
     """Handle of a branch, made by `PagedKVCache.new` and `fork`. Two handles are equal when they are the same one."""
 
-    cache: PagedKVCache = field(repr=False)
+    cache: PagedKVCache
     id: int
+
+    def __repr__(self) -> str:
+        try:
+            return f"Branch({self.id}, {self.num_tokens} tokens, next position {self.next_position})"
+        except BranchError:
+            return f"Branch({self.id}, gone)"
 
     @property
     def next_position(self) -> int:
@@ -116,6 +122,10 @@ class Step:
     index: int = 0
     spare: bool = False
     on_host: HostTensors | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        branches = f"{len(self.entries)} branch{'es' if len(self.entries) != 1 else ''}"
+        return f"Step({self.total_rows} rows of {branches}, {self.state.closed or 'open'})"
 
     @cached_property
     def longest_context(self) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from mvkernels.errors import CacheError
 from mvkernels.ops.backends import choose_backend
+from mvkernels.ops.device import checked_device
 from mvkernels.ops.kv_merge import (
     ERROR_INVALID,
     ERROR_OVERFLOW,
@@ -47,7 +48,13 @@ class BranchTables:
     position: torch.Tensor
     error: torch.Tensor
 
+    def __repr__(self) -> str:
+        branches, capacity = self.pages.shape
+        return f"BranchTables({branches} branches, {capacity} pages each, {self.pages.device})"
+
     def __post_init__(self) -> None:
+        if not isinstance(self.pages, torch.Tensor):
+            raise ValueError(f"pages: expected a tensor, got {type(self.pages).__name__}")
         if self.pages.dim() != 2 or not 1 <= self.pages.shape[1] <= MAX_CAPACITY:
             raise ValueError(
                 f"pages: expected shape [B, C] with C of 1 .. {MAX_CAPACITY}, got {list(self.pages.shape)}"
@@ -64,6 +71,7 @@ class BranchTables:
         """Tables of branches that own nothing, with next position 0."""
         if min(num_branches, capacity) < 1:
             raise ValueError(f"expected num_branches and capacity of at least 1, got {num_branches} and {capacity}")
+        device = checked_device(device)
         shapes = ((num_branches, capacity), (num_branches, capacity), (num_branches,), (num_branches,), (1,))
         return cls(*(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes))
 
@@ -155,7 +163,7 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int], device:
 def _check_indices(
     tables: BranchTables, parents: torch.Tensor, children: torch.Tensor, child_ptr: torch.Tensor
 ) -> None:
-    for name, index in (("parents", parents), ("children", children)):
+    for name, index in (("parents", parents), ("children", children), ("child_ptr", child_ptr)):
         if not isinstance(index, torch.Tensor) or index.dim() != 1:
             got = list(index.shape) if isinstance(index, torch.Tensor) else type(index).__name__
             raise ValueError(f"{name}: expected a tensor of one dimension, got {got}")
