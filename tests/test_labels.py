@@ -164,8 +164,8 @@ def test_labels_of_a_cut_are_the_first_ones_of_the_whole(tags: TagTokens) -> Non
                 part = parse(tags.kinds(ids[:cut]), allow_open=True)
                 assert sampled_tokens(ids[:cut], tags, part).tolist() == whole_trace.sampled[:cut].tolist()
             cut = draw.randrange(1, len(ids))
-            part = BranchLayout.from_token_ids(ids[:cut], tags, allow_open=True)
-            assert part.labels(ids[:cut]).tolist() == labels[:cut]
+            layout = BranchLayout.from_token_ids(ids[:cut], tags, allow_open=True)
+            assert layout.labels(ids[:cut]).tolist() == labels[:cut]
 
 
 @given(traces())
