@@ -166,7 +166,7 @@ class _Reader:
         self._found = found
 
     def one(self, name: str, kind: type) -> Any:
-        value = self._found.get(name)
+        value: Any = self._found.get(name)
         if not _is(value, kind):
             raise ValueError(f"generation: expected {name} of type {kind.__name__}, got {shown(value)}")
         if kind is int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -198,7 +199,11 @@ def test_an_interrupted_run_goes_on_to_the_same_samples(engine: Engine, tmp_path
 
 #: Of each field another value than that of the plan below.
 OTHER_PLANS = {"model": "m", "mode": MODES["zero"], "n": 2, "batch": 3}
-OTHER_CONFIGS: dict[str, Any] = OTHERS
+OTHER_CONFIGS: dict[str, Any] = {
+    **{"max_new_tokens": 13, "max_critical_path": 11, "max_path_tokens": 5, "max_seconds": 99.0, "max_width": 3},
+    **{"max_depth": 2, "grammar": False, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1},
+    **{"repetition_penalty": 1.1, "logprobs": 0, "seed": 1, "stop": ("a",), "eos_token_ids": (5,), "sequential": True},
+}
 
 
 @pytest.mark.parametrize(
@@ -220,8 +225,8 @@ def test_a_bad_sample_says_where_and_what(tmp_path: Path, change: dict[str, Any]
     lines = [{"format": "mvkernels.samples", "version": 1}, good, {**good, "sample": 1, "seconds": 1}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert len(read_samples(path)) == 2
-    del good["steps"]
-    for line, said in (({**lines[1], **change}, message), (good, "got one without steps")):
+    without = {name: value for name, value in good.items() if name != "steps"}
+    for line, said in (({**good, **change}, message), (without, "got one without steps")):
         path.write_text("".join(json.dumps(one) + "\n" for one in (*lines, line)))
         with pytest.raises(ValueError, match=rf"x.jsonl, line 4: .*{said}"):
             read_samples(path)
@@ -229,6 +234,10 @@ def test_a_bad_sample_says_where_and_what(tmp_path: Path, change: dict[str, Any]
 
 def test_a_file_of_another_run_is_refused_and_kept(engine: Engine, tmp_path: Path) -> None:
     plan, path = Plan("tiny", MODES["parallel"], CONFIG), tmp_path / "x.jsonl"
+    listed = replace(plan, config=replace(CONFIG, stop=("no such",), eos_token_ids=(3,)))
+    assert collect(engine, questions(2), listed, tmp_path / "y.jsonl") == (
+        collect(engine, questions(2), listed, tmp_path / "y.jsonl")
+    ), "what JSON has as lists is the same run"
     collect(engine, questions(2), plan, path)
     before = path.read_text()
     refused = r"x.jsonl: expected a file of the same run to go on with"

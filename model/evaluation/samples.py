@@ -231,6 +231,7 @@ def read_begun(path: Path, header: dict[str, Any]) -> list[Sample] | None:
     if not path.exists() or not path.stat().st_size:
         return None
     found, samples = _read(path)
+    header = json.loads(json.dumps(header))  # as it is in the file: with lists for tuples
     for key in header:
         if found.get(key) != header[key]:
             raise ValueError(
