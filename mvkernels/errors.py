@@ -5,6 +5,8 @@ A plain `ValueError` means that the caller passed something wrong; the types bel
 
 from __future__ import annotations
 
+from numbers import Integral
+
 
 def described(value: object) -> str:
     """What came, in a few words for a message: `None`, `list`, `Tensor [2, 3] torch.int64`."""
@@ -12,6 +14,11 @@ def described(value: object) -> str:
     if shape is not None and dtype is not None:
         return f"{type(value).__name__} {list(shape)} {dtype}"
     return "None" if value is None else type(value).__name__
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer, be it one of NumPy."""
+    return isinstance(value, Integral)
 
 
 class GrammarError(ValueError):

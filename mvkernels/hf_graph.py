@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from numbers import Integral
 from operator import index
 
 import torch
 from transformers import PreTrainedModel
 
 from mvkernels.decode_fixed import fixed_reason, plan_fixed
-from mvkernels.errors import BackendError, OutOfPages, described
+from mvkernels.errors import BackendError, OutOfPages, described, is_integer
 from mvkernels.hf import is_patched, patched_backend
 from mvkernels.hf_buckets import Bucket, Buckets
 from mvkernels.kv_cache import PagedKVCache
@@ -77,7 +76,7 @@ class DecodeGraph:
             raise ValueError(f"model: expected a model patched by patch_model, got {type(model).__name__}")
         if not isinstance(cache, PagedKVCache):
             raise TypeError(f"cache: expected a PagedKVCache, got {described(cache)}")
-        if not isinstance(reserve, Integral):
+        if not is_integer(reserve):
             raise TypeError(f"reserve: expected an integer number of tokens, got {reserve!r}")
         if model.device != cache.device:
             raise ValueError(f"cache: expected the model's device {model.device}, got {cache.device}")

@@ -27,7 +27,7 @@ from numbers import Integral
 
 import torch
 
-from mvkernels.errors import BranchError, OutOfPages, StaleStep, described
+from mvkernels.errors import BranchError, OutOfPages, StaleStep, described, is_integer
 from mvkernels.kv_check import check_cache
 from mvkernels.kv_device import DeviceTables, default_size
 from mvkernels.kv_nodes import (
@@ -77,7 +77,7 @@ class PagedKVCache:
         table_size: tuple[int, int] | None = None,
     ) -> None:
         shape = (num_pages, page_size, num_kv_heads, head_dim)
-        if not all(isinstance(size, Integral) for size in (num_layers, *shape)):
+        if not all(is_integer(size) for size in (num_layers, *shape)):
             raise TypeError(
                 "expected num_pages, page_size, num_layers, num_kv_heads and head_dim as integers, "
                 f"got {num_pages!r}, {page_size!r}, {num_layers!r}, {num_kv_heads!r} and {head_dim!r}"
@@ -128,7 +128,7 @@ class PagedKVCache:
         state = self._state(branch)
         if state.merged:
             raise BranchError(f"fork: expected a branch that was not merged, got merged branch {branch.id}")
-        if not isinstance(count, Integral):
+        if not is_integer(count):
             raise TypeError(f"fork: expected an integer count, got {count!r}")
         if count < 1:
             raise ValueError(f"fork: expected a count of at least 1, got {count}")
@@ -150,7 +150,7 @@ class PagedKVCache:
         state = self._state(branch)
         if state.merged:
             raise BranchError(f"fork_at: expected a branch that was not merged, got merged branch {branch.id}")
-        if not isinstance(num_tokens, Integral):
+        if not is_integer(num_tokens):
             raise TypeError(f"fork_at: expected an integer number of tokens, got {num_tokens!r}")
         seen = self.num_tokens(branch)
         if not 0 <= num_tokens <= seen:
@@ -233,7 +233,7 @@ class PagedKVCache:
         if not entries:
             raise ValueError("plan: expected at least one entry, got none")
         try:
-            kinds = {type(reserve), *(type(count) for _, count in entries)}
+            kinds: set[type] = {type(reserve), *(type(count) for _, count in entries)}
         except (TypeError, ValueError):
             raise TypeError(f"plan: expected (branch, number of tokens) pairs, got {entries!r}") from None
         if not all(issubclass(kind, Integral) for kind in kinds):
@@ -359,7 +359,7 @@ class PagedKVCache:
         merge, and seen by no other token. Raises BranchError, or ValueError for a bad number.
         """
         node = self._state(branch).tail
-        if not isinstance(num_tokens, Integral):
+        if not is_integer(num_tokens):
             raise TypeError(f"truncate: expected an integer number of tokens, got {num_tokens!r}")
         if num_tokens < 0:
             raise ValueError(f"truncate: expected a number of tokens of at least 0, got {num_tokens}")

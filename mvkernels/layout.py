@@ -12,14 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mvkernels.errors import described
+from mvkernels.errors import described, is_integer
 from mvkernels.grammar import SEMANTICS as SEMANTICS
 from mvkernels.grammar import WHITESPACE, Block, Kind, Trace, Tree, parse
 from mvkernels.layout_build import Runs, released_runs, tree_runs
@@ -96,7 +95,7 @@ class BranchLayout:
         if not isinstance(tags, TagTokens):
             raise TypeError(f"tags: expected TagTokens, got {described(tags)}")
         values = as_id_list(ids)
-        if not isinstance(prompt_length, Integral):
+        if not is_integer(prompt_length):
             raise TypeError(f"prompt_length: expected an integer, got {prompt_length!r}")
         if not 0 <= prompt_length <= len(values):
             raise ValueError(f"prompt_length: expected 0 to {len(values)} (the number of ids), got {prompt_length}")

@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral
 from operator import index
 from typing import Any
 
-from mvkernels.errors import described
+from mvkernels.errors import described, is_integer
 from mvkernels.grammar import FIRST_TAG, INDEX_PATTERN, TAG_PATTERN, TAGS, WHITESPACE, Kind
 
 # How vocabularies spell whitespace: byte-level BPE (GPT-2, Qwen, Llama 3) and SentencePiece. Bytes are `<0x0A>`.
@@ -52,7 +51,7 @@ class TagTokens:
         return f"TagTokens({ids}, {spaces} whitespace and {indices} index tokens, {tokenizer})"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ids, (tuple, list)) or not all(isinstance(i, Integral) and i >= 0 for i in self.ids):
+        if not isinstance(self.ids, (tuple, list)) or not all(is_integer(i) and i >= 0 for i in self.ids):
             raise ValueError(f"expected {len(TAGS)} tag ids, integers of at least 0, got {self.ids!r}")
         if len(self.ids) != len(TAGS) or len(set(self.ids)) != len(TAGS):
             raise ValueError(f"expected {len(TAGS)} different tag ids in the order of {TAGS}, got {self.ids}")
