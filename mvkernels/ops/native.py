@@ -29,7 +29,7 @@ from pathlib import Path
 HEADER = Path(__file__).with_name("native.h")
 # -Bsymbolic-functions: a library calls its own functions, whatever else in the process has their names.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-Wl,-Bsymbolic-functions")
-SECONDS = 120  # that a compilation may take
+SECONDS = 600  # that a compilation may take: 20 when the machine is idle
 SCRATCH, LOCK = ".mvkernels-build-", ".mvkernels-lock"
 WITHOUT = (
     "mvkernels: no compiled CPU kernels: {}. PyTorch's operations are used instead; on a CPU the engine then takes "
