@@ -1,4 +1,4 @@
-"""What README.md states and shows: pictures are of today's code and data, figures those of the engine and of the CSV."""
+"""What README.md shows and states: pictures of today's code and data, figures of the engine and of benchmarks."""
 
 from __future__ import annotations
 
