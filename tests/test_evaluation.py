@@ -347,8 +347,9 @@ def test_results_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert " ".join(shown.stderr.split()).count(NO_CHARTS) == 1
     assert sorted(path.name for path in out.iterdir()) == ["samples-zero.jsonl", "table.md"]
     if as_json:
+        assert "NaN" not in shown.stdout  # which is no JSON: of one question there is no standard error
         [found] = json.loads(shown.stdout)
-        assert found["name"] == "zero" and found["tokens"] == 5
+        assert found["name"] == "zero" and found["tokens"] == 5 and found["error"] is None
     else:
         assert shown.stdout == (out / "table.md").read_text() and "| zero | 1 |" in shown.stdout
 

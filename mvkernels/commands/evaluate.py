@@ -86,7 +86,10 @@ def run(
     summaries = [summarize(name, samples) for name, samples in runs.items()]
     text = report(what, plans[0], summaries, runs, notes)
     try:
-        print(json.dumps([asdict(one) for one in summaries]) if as_json else text, end="\n" if as_json else "")
+        print(
+            json.dumps([known(one) for one in summaries], allow_nan=False) if as_json else text,
+            end="\n" if as_json else "",
+        )
     finally:
         write_whole(out / "table.md", text)
     draw(what, runs, batch, out)
@@ -114,6 +117,11 @@ def report(
     )
     lines += [f"Note: {note}.\n" for note in notes]
     return "\n".join(lines)
+
+
+def known(summary: Summary) -> dict[str, Any]:
+    """The figures for JSON, which has no NaN: the standard error over a single question is null."""
+    return {name: None if value != value else value for name, value in asdict(summary).items()}
 
 
 def draw(what: str, runs: Mapping[str, Sequence[Sample]], batch: int, out: Path) -> None:
