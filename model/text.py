@@ -173,11 +173,11 @@ class _Vocabulary:
     def last_tokens(self, tokens: Sequence[int]) -> tuple[list[int], int]:
         """The last tokens, as many as the text of the next one may depend on, and how many of them have been told."""
         if self.may_wait:
-            window = list(tokens[-_LONGEST_WAIT:])
-            told = len(window)
-            while told and self.text(window[:told]).endswith(_UNFINISHED):
+            last = list(tokens[-_LONGEST_WAIT:])
+            told = len(last)
+            while told and self.text(last[:told]).endswith(_UNFINISHED):
                 told -= 1
-            return window, told
+            return last, told
         window: list[int] = []
         run = b""
         for token in reversed(tokens):

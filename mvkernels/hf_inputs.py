@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 #: What `patch_model` adds.
 OWN_KEYWORDS = ("branch_layout", "paged_kv", "batch_invariant")
@@ -81,4 +81,4 @@ def refuse_falling(kwargs: Mapping[str, Any]) -> None:
 
 def _is_traced(tensor: torch.Tensor) -> bool:
     capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta or capturing
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or tensor.is_meta or capturing

@@ -183,8 +183,9 @@ def _read_sample(line: dict[str, Any], where: str) -> Sample:
         value = line.get(field.name)
         kind = _TYPES[field.name]
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        number = isinstance(value, (int, float)) and kind not in (bool, bool | None)
-        if not fits or (number and (isinstance(value, bool) or value < 0)):
+        if kind not in (bool, bool | None) and isinstance(value, (int, float)):
+            fits = fits and not isinstance(value, bool) and value >= 0
+        if not fits:
             raise ValueError(f"{where}: expected {field.name} of type {field.type}, got {shown(value)}")
     return Sample(**{name: line[name] for name in _TYPES if name in line})
 
