@@ -14,7 +14,7 @@ from typing import Literal, overload
 import torch
 import torch.distributed as dist
 
-from mvkernels.errors import described
+from mvkernels.errors import require_type
 from mvkernels.layout import BranchLayout
 from mvkernels.ops import attention_flash
 from mvkernels.ops.attention_config import HEAD_DIMS
@@ -147,9 +147,8 @@ def _flash_reason(q: torch.Tensor, layout: BranchLayout | None, return_lse: bool
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BranchLayout) -> None:
     """Raise one ValueError that says what was expected and what came."""
+    require_type(torch.Tensor, q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {described(x)}")
         if x.dim() != 3:
             raise ValueError(f"{name}: expected 3 dimensions [tokens, heads, head_dim], got shape {list(x.shape)}")
         if not x.is_floating_point():

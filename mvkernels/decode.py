@@ -15,7 +15,7 @@ from typing import Literal, overload
 
 import torch
 
-from mvkernels.errors import described
+from mvkernels.errors import require_type
 from mvkernels.kv_step import Step
 from mvkernels.ops.backends import choose_backend, dtype_names, triton_interpreted, triton_reason
 from mvkernels.ops.decode_calls import plan_calls
@@ -129,12 +129,9 @@ def decode_path(
 
 def check_arguments(q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tensor, step: Step) -> None:
     """Raises ValueError, or StaleStep, when the arguments of `tree_decode` do not fit together."""
-    if not isinstance(step, Step):
-        raise TypeError(f"step: expected a Step of PagedKVCache.plan, got {described(step)}")
+    require_type(Step, "Step of PagedKVCache.plan", step=step)
     step.require_open()
-    for name, tensor in (("q", q), ("k_layer", k_layer), ("v_layer", v_layer)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {described(tensor)}")
+    require_type(torch.Tensor, q=q, k_layer=k_layer, v_layer=v_layer)
     if q.dim() != 3 or q.shape[0] != step.total_rows:
         raise ValueError(f"q: expected shape [{step.total_rows}, Hq, D], got {list(q.shape)}")
     if k_layer.dim() != 4 or k_layer.shape[1] != step.views.page_size or k_layer.shape[3] != q.shape[2]:

@@ -21,6 +21,20 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral)
 
 
+def require_integer(expected: str, *values: object) -> None:
+    """Raise ValueError where a value is no integer. expected: the message up to what came."""
+    for value in values:
+        if not is_integer(value):
+            raise ValueError(f"{expected}, got {value!r}")
+
+
+def require_type(kind: type, expected: str | None = None, **values: object) -> None:
+    """Raise ValueError where one of the values, by their names, is of another type. expected: default, the type."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{name}: expected a {expected or kind.__name__}, got {described(value)}")
+
+
 class GrammarError(ValueError):
     """A token sequence is not a well-formed trace.
 

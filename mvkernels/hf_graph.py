@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mvkernels.decode_fixed import fixed_reason, plan_fixed
-from mvkernels.errors import BackendError, OutOfPages, described, is_integer
+from mvkernels.errors import BackendError, OutOfPages, require_integer, require_type
 from mvkernels.hf import is_patched, patched_backend
 from mvkernels.hf_buckets import Bucket, Buckets
 from mvkernels.kv_cache import PagedKVCache
@@ -74,10 +74,8 @@ class DecodeGraph:
     def __init__(self, model: PreTrainedModel, cache: PagedKVCache, reserve: int = 64, backend: str = "auto") -> None:
         if not isinstance(model, PreTrainedModel) or not is_patched(model):
             raise ValueError(f"model: expected a model patched by patch_model, got {type(model).__name__}")
-        if not isinstance(cache, PagedKVCache):
-            raise TypeError(f"cache: expected a PagedKVCache, got {described(cache)}")
-        if not is_integer(reserve):
-            raise TypeError(f"reserve: expected an integer number of tokens, got {reserve!r}")
+        require_type(PagedKVCache, cache=cache)
+        require_integer("reserve: expected an integer number of tokens", reserve)
         if model.device != cache.device:
             raise ValueError(f"cache: expected the model's device {model.device}, got {cache.device}")
         if reserve < 0:
@@ -149,7 +147,7 @@ class DecodeGraph:
             try:
                 ids = torch.tensor([*map(index, token_ids)], dtype=torch.int64)
             except TypeError:
-                raise TypeError(f"token_ids: expected integers, got {token_ids!r}") from None
+                raise ValueError(f"token_ids: expected integers, got {token_ids!r}") from None
         if len(ids) != expected:
             raise ValueError(f"token_ids: expected {expected} tokens for these entries, got {len(ids)}")
         if ids.device.type == "cpu" and expected:

@@ -23,11 +23,10 @@ return to the free ones, and its use raises StaleStep. So a step that is abandon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 
-from mvkernels.errors import BranchError, OutOfPages, StaleStep, described, is_integer
+from mvkernels.errors import BranchError, OutOfPages, StaleStep, require_integer, require_type
 from mvkernels.kv_check import check_cache
 from mvkernels.kv_device import DeviceTables, default_size
 from mvkernels.kv_nodes import (
@@ -45,7 +44,7 @@ from mvkernels.kv_nodes import (
 )
 from mvkernels.kv_pages import FreePages
 from mvkernels.kv_split import find_cut, split
-from mvkernels.kv_step import Branch, PlannedNode, Step, make_step, next_step
+from mvkernels.kv_step import Branch, PlannedNode, Step, make_step, next_step, require_pairs
 from mvkernels.ops.append import append_rows
 from mvkernels.ops.device import checked_device
 from mvkernels.rope import Rope, rotate
@@ -77,13 +76,10 @@ class PagedKVCache:
         table_size: tuple[int, int] | None = None,
     ) -> None:
         shape = (num_pages, page_size, num_kv_heads, head_dim)
-        if not all(is_integer(size) for size in (num_layers, *shape)):
-            raise TypeError(
-                "expected num_pages, page_size, num_layers, num_kv_heads and head_dim as integers, "
-                f"got {num_pages!r}, {page_size!r}, {num_layers!r}, {num_kv_heads!r} and {head_dim!r}"
-            )
+        expected = "expected num_pages, page_size, num_layers, num_kv_heads and head_dim as integers"
+        require_integer(expected, num_layers, *shape)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype!r}")
+            raise ValueError(f"dtype: expected a floating torch.dtype, got {dtype!r}")
         device = checked_device(device)
         if min(num_layers, *shape) < 1:
             raise ValueError(
@@ -97,10 +93,8 @@ class PagedKVCache:
         self.k = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
         self.v = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
         self.device = self.k[0].device
-        if device_tables is None:
-            device_tables = self.device.type == "cuda"
         self.device_tables: DeviceTables | None = None
-        if device_tables:
+        if self.device.type == "cuda" if device_tables is None else device_tables:
             self.device_tables = DeviceTables(*(table_size or default_size(num_pages)), page_size, self.device)
         self._free = FreePages(num_pages)
         self._nodes: dict[int, Node] = {}
@@ -110,8 +104,7 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         pages = f"{self.num_pages} pages of {self.page_size} tokens, {self.num_free_pages} free"
-        shape = f"{self.num_layers} layers of {self.num_kv_heads} x {self.head_dim}"
-        return f"PagedKVCache({pages}, {len(self._branches)} branches, {shape}, {self.dtype}, {self.device})"
+        return f"PagedKVCache({pages}, {len(self._branches)} branches, {self.num_layers} layers, {self.device})"
 
     # -- the tree ------------------------------------------------------------------------------------------------
 
@@ -128,8 +121,7 @@ class PagedKVCache:
         state = self._state(branch)
         if state.merged:
             raise BranchError(f"fork: expected a branch that was not merged, got merged branch {branch.id}")
-        if not is_integer(count):
-            raise TypeError(f"fork: expected an integer count, got {count!r}")
+        require_integer("fork: expected an integer count", count)
         if count < 1:
             raise ValueError(f"fork: expected a count of at least 1, got {count}")
         self._discard("discarded by a fork")
@@ -150,8 +142,7 @@ class PagedKVCache:
         state = self._state(branch)
         if state.merged:
             raise BranchError(f"fork_at: expected a branch that was not merged, got merged branch {branch.id}")
-        if not is_integer(num_tokens):
-            raise TypeError(f"fork_at: expected an integer number of tokens, got {num_tokens!r}")
+        require_integer("fork_at: expected an integer number of tokens", num_tokens)
         seen = self.num_tokens(branch)
         if not 0 <= num_tokens <= seen:
             raise ValueError(f"fork_at: expected 0 to {seen} tokens, which branch {branch.id} sees, got {num_tokens}")
@@ -232,12 +223,7 @@ class PagedKVCache:
         """
         if not entries:
             raise ValueError("plan: expected at least one entry, got none")
-        try:
-            kinds: set[type] = {type(reserve), *(type(count) for _, count in entries)}
-        except (TypeError, ValueError):
-            raise TypeError(f"plan: expected (branch, number of tokens) pairs, got {entries!r}") from None
-        if not all(issubclass(kind, Integral) for kind in kinds):
-            raise TypeError(f"plan: expected integer numbers of tokens, got {entries!r} and a reserve of {reserve!r}")
+        require_pairs(entries, reserve)
         if reserve < 0:
             raise ValueError(f"plan: expected a reserve of at least 0 tokens, got {reserve}")
         starts: dict[Node, int] = {}
@@ -300,9 +286,7 @@ class PagedKVCache:
         callers that have not. Raises StaleStep, ValueError for a wrong layer, shape, dtype or device, and BackendError.
         """
         self._require_open(step)
-        for name, given in (("k_new", k_new), ("v_new", v_new)):
-            if not isinstance(given, torch.Tensor):
-                raise TypeError(f"{name}: expected a tensor, got {described(given)}")
+        require_type(torch.Tensor, k_new=k_new, v_new=v_new)
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"append: expected a layer of 0 .. {self.num_layers - 1}, got {layer}")
         rotation = None if rope is None else rope.at(step.positions)
@@ -359,8 +343,7 @@ class PagedKVCache:
         merge, and seen by no other token. Raises BranchError, or ValueError for a bad number.
         """
         node = self._state(branch).tail
-        if not is_integer(num_tokens):
-            raise TypeError(f"truncate: expected an integer number of tokens, got {num_tokens!r}")
+        require_integer("truncate: expected an integer number of tokens", num_tokens)
         if num_tokens < 0:
             raise ValueError(f"truncate: expected a number of tokens of at least 0, got {num_tokens}")
         if node.frozen or num_tokens > node.length:
@@ -436,17 +419,15 @@ class PagedKVCache:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _state(self, branch: Branch) -> BranchState:
-        if not isinstance(branch, Branch) or branch.cache is not self:
-            if not isinstance(branch, Branch):
-                raise TypeError(f"expected a Branch of this cache, got {described(branch)}")
+        require_type(Branch, branch=branch)
+        if branch.cache is not self:
             raise BranchError(f"expected a branch of this cache, got {branch!r} of another")
         if branch.id not in self._branches:
             raise BranchError(f"expected a live branch, got {branch.id}, which was freed, or merged and passed by")
         return self._branches[branch.id]
 
     def _require_open(self, step: Step) -> None:
-        if not isinstance(step, Step):
-            raise TypeError(f"step: expected a Step of PagedKVCache.plan, got {described(step)}")
+        require_type(Step, "Step of PagedKVCache.plan", step=step)
         step.require_open()
         if self._open is None or step.state is not self._open.state:
             raise StaleStep("expected a step of this cache, got one of another")
@@ -492,8 +473,8 @@ class PagedKVCache:
 
     def _make_branch(self, chain: Link | None, predecessors: tuple[Node, ...], parent: int | None) -> Branch:
         number = self._made + 1
-        state = BranchState(number, self._make_tail(chain, predecessors, number, forked=True), parent)
-        self._branches[number] = state
+        tail = self._make_tail(chain, predecessors, number, forked=True)
+        self._branches[number] = BranchState(number, tail, parent)
         return Branch(self, number)
 
     def _cut_off(self, chain: Link | None, predecessors: tuple[Node, ...]) -> Branch:

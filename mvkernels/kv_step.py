@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -159,6 +160,16 @@ class Step:
         """Raise StaleStep unless the step was neither committed nor rolled back, and its tree is unchanged."""
         if self.state.closed is not None:
             raise StaleStep(f"expected an open step, got one that was {self.state.closed}")
+
+
+def require_pairs(entries: Sequence[tuple[Branch, int]], reserve: int) -> None:
+    """Raise ValueError where `entries` are no pairs of something and an integer, or `reserve` is no integer."""
+    try:
+        kinds: set[type] = {type(reserve), *(type(count) for _, count in entries)}
+    except (TypeError, ValueError):
+        raise ValueError(f"plan: expected (branch, number of tokens) pairs, got {entries!r}") from None
+    if not all(issubclass(kind, Integral) for kind in kinds):
+        raise ValueError(f"plan: expected integer numbers of tokens, got {entries!r} and a reserve of {reserve!r}")
 
 
 def make_step(

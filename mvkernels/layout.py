@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mvkernels.errors import described, is_integer
+from mvkernels.errors import described, require_integer, require_type
 from mvkernels.grammar import SEMANTICS as SEMANTICS
 from mvkernels.grammar import WHITESPACE, Block, Kind, Trace, Tree, parse
 from mvkernels.layout_build import Runs, released_runs, tree_runs
@@ -92,11 +92,9 @@ class BranchLayout:
         """
         if semantics not in SEMANTICS:
             raise ValueError(f"semantics: expected one of {SEMANTICS}, got {semantics!r}")
-        if not isinstance(tags, TagTokens):
-            raise TypeError(f"tags: expected TagTokens, got {described(tags)}")
+        require_type(TagTokens, tags=tags)
         values = as_id_list(ids)
-        if not is_integer(prompt_length):
-            raise TypeError(f"prompt_length: expected an integer, got {prompt_length!r}")
+        require_integer("prompt_length: expected an integer", prompt_length)
         if not 0 <= prompt_length <= len(values):
             raise ValueError(f"prompt_length: expected 0 to {len(values)} (the number of ids), got {prompt_length}")
         kinds = tags.kinds(values)
@@ -137,11 +135,11 @@ class BranchLayout:
         Raises ValueError for an empty list.
         """
         if not isinstance(layouts, Iterable):
-            raise TypeError(f"pack: expected a list of BranchLayouts, got {described(layouts)}")
+            raise ValueError(f"pack: expected a list of BranchLayouts, got {described(layouts)}")
         layouts = list(layouts)
         for layout in layouts:
             if not isinstance(layout, BranchLayout):
-                raise TypeError(f"pack: expected BranchLayouts, got {described(layout)} among them")
+                raise ValueError(f"pack: expected BranchLayouts, got {described(layout)} among them")
         if not layouts:
             raise ValueError("pack: expected at least one layout, got none")
         offsets = np.cumsum([0] + [layout.total_tokens for layout in layouts], dtype=np.int64)

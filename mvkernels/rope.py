@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mvkernels.errors import described
+from mvkernels.errors import described, require_type
 from mvkernels.ops.backends import choose_backend, triton_reason
 from mvkernels.ops.device import checked_device
 from mvkernels.ops.rope import Rotation, check_rotation, inverse_frequencies, rotate_rows, rotation_reason
@@ -34,7 +34,7 @@ class Rope:
 
     def __post_init__(self) -> None:
         if not isinstance(self.inv_freq, torch.Tensor):
-            raise TypeError(f"inv_freq: expected a tensor [H] torch.float32, got {described(self.inv_freq)}")
+            raise ValueError(f"inv_freq: expected a tensor [H] torch.float32, got {described(self.inv_freq)}")
         if self.inv_freq.dim() != 1 or not len(self.inv_freq) or self.inv_freq.dtype != torch.float32:
             got = f"{list(self.inv_freq.shape)} {self.inv_freq.dtype}"
             raise ValueError(f"inv_freq: expected [H] torch.float32, got {got}")
@@ -46,7 +46,7 @@ class Rope:
         Raises ValueError for other types, and for parameters that differ from layer to layer or are missing.
         """
         if not hasattr(config, "get_text_config"):
-            raise TypeError(f"config: expected a transformers model config, got {described(config)}")
+            raise ValueError(f"config: expected a transformers model config, got {described(config)}")
         text = config.get_text_config()
         parameters = getattr(text, "rope_parameters", None)
         if not parameters or any(isinstance(value, Mapping) for value in parameters.values()):
@@ -85,9 +85,8 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, rope: Rope, backend: str = 
     2 H <= D. backend: "auto", "cpu", "triton" or "reference". Raises ValueError for arguments that do not fit, and
     BackendError with the reason when the backend cannot do it.
     """
-    for name, given, kind in (("x", x, torch.Tensor), ("positions", positions, torch.Tensor), ("rope", rope, Rope)):
-        if not isinstance(given, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__}, got {described(given)}")
+    require_type(torch.Tensor, x=x, positions=positions)
+    require_type(Rope, rope=rope)
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x: expected floating point [N, heads, D], got {x.dtype} {list(x.shape)}")
     rotation = rope.at(positions)
