@@ -156,10 +156,9 @@ def _prepare(
 
     names: its parameters in their order. known: the keywords that are read.
     """
-    if not kwargs.keys() <= known:
-        refuse_unknown(kwargs, known)
+    refuse_unknown(kwargs, known)
     positional = dict(zip(names, args, strict=False))
-    if len(args) > len(positional) or not kwargs.keys().isdisjoint(positional):
+    if len(args) > len(positional) or any(name in kwargs for name in positional):
         return None  # the forward itself refuses such calls
     kwargs = {**positional, **kwargs}
     layout, paged = kwargs.get("branch_layout"), kwargs.get("paged_kv")

@@ -234,7 +234,7 @@ def test_generate_with_bad_input(checkpoint: Path, tmp_path: Path):
     for device in ("cuda:99", torch.device("cuda", 99)):
         with pytest.raises(ValueError, match="expected a GPU that PyTorch sees, got 'cuda:99': it sees"):
             Engine.from_pretrained(checkpoint, device=device)
-        with pytest.raises(ValueError, match="expected one of this machine, got 'cuda:99'"):
+        with pytest.raises(ValueError, match="expected a device that PyTorch has here, got 'cuda:99'"):
             BranchLayout.causal(2).to(device)
     assert_one_line_error(invoke("generate", "two", *on, "--compare", "--sequential"), "--compare or --sequential")
     assert_one_line_error(invoke("generate", "a </Path> b", *on, "--raw"), "expected", "found </Path>")
