@@ -8,7 +8,7 @@ EXTRAS := hf,train,plot,dev
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --progress-bar off
 # Behind a command that may say nothing for long, as pip does while it unpacks a wheel: its lines, without those on each
 # small package, and one after every 3 seconds without any.
-NOISE := *' (from '*|*'kB)'|'Processing '*|'  Preparing '*|'  Getting '*|'  Checking '*|*' editable'*|'  Created wheel'*|'  Stored '*|*'it is neither a file'*
+NOISE := *' (from '*|*'kB)'|'Processing '*|'  Preparing '*|'  Getting '*|'  Checking '*|*' editable'*|'  Created wheel'*|'  Stored '*
 AWAIT = 2>&1 | { last=$$SECONDS; while :; do IFS= read -r -t 3 line; status=$$?; \
   ((status == 0 || status > 128)) || break; ((status)) && line=; \
   case $$line in ''|$(NOISE)) ((SECONDS - last < 3)) && continue; \
@@ -65,8 +65,8 @@ $(STAMPS)/venv:
 	fi
 	@mkdir -p $(STAMPS) && touch $@
 
-# torch first, and pinned, so that nothing below chooses another one. Where the package index has the CUDA build,
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment gets the CPU build, which is a quarter.
+# torch first, and pinned, so that nothing below chooses another one. PyPI has the build with CUDA, which is larger; with
+# PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL, TORCH=torch==2.13.0+cpu gets the small one.
 $(STAMPS)/torch: $(STAMPS)/venv
 	$(call run,$(PIP) '$(TORCH)')
 	@touch $@

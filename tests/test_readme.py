@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,11 @@ def test_python_runs_alone(
     """In a fresh namespace, outside of the checkout."""
     monkeypatch.chdir(tmp_path)
     block = PYTHON[number]
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(block, "README.md", "exec"), namespace)
+    if "model" in namespace:
+        gradients = [weight.grad for weight in namespace["model"].parameters()]
+        assert all(one is not None and one.isfinite().all() and one.any() for one in gradients)
     said = [line.partition("  # ")[2] for line in block.splitlines() if line.startswith("print(")]
     assert capsys.readouterr().out.splitlines() == said
     assert [*tmp_path.iterdir()] == []
