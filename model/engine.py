@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mvkernels.errors import OutOfPages
-from mvkernels.hf import ATTENTION_NAME, is_patched, patch_model, patched_backend
+from mvkernels.hf import ATTENTION_NAME, patch_model, patched_backend
 from mvkernels.hf_graph import DecodeGraph
 from mvkernels.hf_layers import fuse_layers
 from mvkernels.hf_linear import narrow_bytes, narrow_rows, pack_linear, packs_without_memory
@@ -315,12 +315,11 @@ class Engine:
 
     def _require_patched(self) -> None:
         """Raises ValueError where the model is no longer patched as this engine has done it."""
-        if not is_patched(self.model):
-            got = "one that is not patched"
+        attention = self.model.config.get_text_config()._attn_implementation
+        if attention != ATTENTION_NAME:
+            got = f"one with attention implementation {attention!r}"
         elif (backend := patched_backend(self.model)) != self.backend:
             got = f"one patched with backend {backend!r}"
-        elif (attention := self.model.config.get_text_config()._attn_implementation) != ATTENTION_NAME:
-            got = f"one with attention implementation {attention!r}"
         else:
             return
         call = f"patch_model(engine.model, backend={self.backend!r})"

@@ -182,6 +182,7 @@ class _Pack:
                 or layer.weight.device.type != "cpu"
                 or x.dtype is not layer.weight.dtype
                 or x.dtype not in DTYPES
+                or (x.dtype is torch.bfloat16 and not _takes(torch.bfloat16))
                 or torch.is_autocast_enabled("cpu")
                 or not all(map(_is_regular, self.layers))
                 or x.shape[-1] != layer.weight.shape[1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mvkernels.errors import CacheError
+from mvkernels.errors import CacheError, require_type
 from mvkernels.ops.backends import choose_backend
 from mvkernels.ops.device import checked_device
 from mvkernels.ops.kv_merge import (
@@ -163,10 +163,11 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int], device:
 def _check_indices(
     tables: BranchTables, parents: torch.Tensor, children: torch.Tensor, child_ptr: torch.Tensor
 ) -> None:
-    for name, index in (("parents", parents), ("children", children), ("child_ptr", child_ptr)):
+    for name, index in (("parents", parents), ("children", children)):
         if not isinstance(index, torch.Tensor) or index.dim() != 1:
             got = list(index.shape) if isinstance(index, torch.Tensor) else type(index).__name__
             raise ValueError(f"{name}: expected a tensor of one dimension, got {got}")
+    require_type(torch.Tensor, "tensor", child_ptr=child_ptr)
     on_host = parents.device.type == "cpu"
     for name, index, length in (
         ("parents", parents, len(parents)),

@@ -156,6 +156,8 @@ def test_tables_that_are_first_built_in_a_later_step(small_chunks):
 def test_batch_invariance(page_size, monkeypatch):
     """Alone or among others, in another order, beside a prefill: the same bits for the same branch."""
     monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 16)
+    if interpreting():  # by NumPy, whose products of matrices have other bits for a row in another place
+        monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ik,kj->ij", a, b, dtype=dtype))
     w = make_world(page_size, tokens=400)
     assert_batch_invariant(w, "triton")
 

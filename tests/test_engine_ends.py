@@ -258,7 +258,7 @@ def test_a_model_that_was_changed_behind_the_engine() -> None:
     [expected] = engine.generate("so", config, sampler)
     opened = engine.stream("so", config, sampler)
     changes = {
-        "one that is not patched": lambda model: unpatch_model(model),
+        "one with attention implementation 'sdpa'": lambda model: unpatch_model(model),
         "one patched with backend 'reference'": lambda model: patch_model(model, backend="reference"),
         "one with attention implementation 'eager'": lambda model: model.set_attn_implementation("eager"),
     }

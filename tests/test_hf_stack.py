@@ -174,7 +174,7 @@ ASKED: dict[str, Callable[[Any], Any]] = {
     "embeddings": lambda model: [
         model(**prompt(model, input_ids=None, inputs_embeds=model.model.embed_tokens(IDS[:, :3]))).logits
     ],
-    "an argument that nobody knows": lambda model: [model(**prompt(model, something=True)).logits],
+    "another argument": lambda model: [model(**prompt(model, num_items_in_batch=3)).logits],
 }
 
 

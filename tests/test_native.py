@@ -371,7 +371,7 @@ def test_the_command_line_says_that_there_is_no_compiler(
 ) -> None:
     env, generate = pytest.importorskip("mvkernels.commands.env"), pytest.importorskip("mvkernels.commands.generate")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    _, notes = generate.load_engine(None, {"dtype": None, "device": "cpu", "device_map": None})
+    _, notes = generate.load_engine("embedded", {"dtype": None, "device": "cpu", "device_map": None})
     reason = "expected the C++ compiler no-such-compiler, which is not installed"
     assert notes == [native.WITHOUT.format(reason)]
     for _ in range(2):

@@ -63,7 +63,7 @@ def run(
     unknown = [name for name in modes if name not in MODES]
     if unknown:
         raise ValueError(f"--mode: expected one of {', '.join(MODES)}, got {unknown[0]!r}")
-    require_writable(out)
+    require_writable(out, "--out")
     questions, most = questions_of(what, problems, int(given.get("seed", 0)), raw)
     require_graders(question.grade for question in questions)
     config = GenerationConfig(**{"max_new_tokens": most, **given})

@@ -43,10 +43,10 @@ def load_tokenizer(path: Path) -> Any:
         raise ValueError(f"cannot load a tokenizer from {path}: {reason}") from None
 
 
-def require_writable(folder: Path) -> None:
-    """Raises ValueError where a folder is none, or cannot be made or written to."""
+def require_writable(folder: Path, option: str) -> None:
+    """Raises ValueError where a folder is none, or cannot be made or written to. option: that names it."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"expected a folder, got a file: {there}")
+        raise ValueError(f"{option}: expected a folder, got a file: {there}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"expected a folder that can be written to, got {folder}: no permission in {there}")
+        raise ValueError(f"{option}: expected a folder that can be written to, got {folder}: no permission in {there}")

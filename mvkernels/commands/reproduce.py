@@ -37,8 +37,8 @@ def run(out: Path | None, work: Path | None, quick: bool, jobs: int = 1, task: s
     suffix = QUICK_SUFFIX if quick else ""
     out = out or OUT.with_name(OUT.name + suffix)
     work = work or WORK.with_name(WORK.name + suffix)
-    for folder in (out, work):
-        require_writable(folder)
+    require_writable(out, "--out")
+    require_writable(work, "--work")
     import torch
 
     console = Console(stderr=True, highlight=False, markup=False)

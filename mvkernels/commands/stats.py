@@ -41,7 +41,7 @@ def run(files: Sequence[Path], tokenizer: Path | None, out: Path | None, as_json
     without a good trace.
     """
     if out is not None:
-        require_writable(out)
+        require_writable(out, "--out")
     tags = None if tokenizer is None else TagTokens.from_tokenizer(load_tokenizer(tokenizer))
     unit = "words" if tags is None else "tokens"
     values: dict[str, dict[str, list[float]]] = {}

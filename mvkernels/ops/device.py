@@ -9,7 +9,8 @@ def checked_device(device: torch.device | str) -> torch.device:
     """The device that is meant. Raises ValueError where PyTorch knows no such device, or this machine has none."""
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        if found.type != "cpu":
+            torch.empty(0, device=found)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"device: expected a device that PyTorch has here, got {str(device)!r}: {reason}") from None
