@@ -108,15 +108,16 @@ def test_attention_and_its_gradients(backend: str) -> None:
         torch.testing.assert_close(got.cpu().double(), expected.detach(), rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("loose", ["q", "kv"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_of_one_head_for_all(backend: str) -> None:
-    """Strides of 0, as `expand` gives them, of heads and of tokens; and a last dimension that is not dense."""
+def test_attention_of_one_head_for_all(backend: str, loose: str) -> None:
+    """Strides of 0, as `expand` gives them, of heads and of tokens; and a last dimension of `loose` not dense."""
     layout = BranchLayout.from_tree([5, [[3], [2]], 2])
     total = layout.total_tokens
     apart = Apart(backend)
-    q = apart(normal(0, total, 4, 32), dense_last=False)
-    k = apart(normal(1, total, 1, 32)).expand(total, 2, 32)
-    v = apart(normal(2, 1, 2, 32)).expand(total, 2, 32)
+    q = apart(normal(0, total, 4, 32), "q" not in loose)
+    k = apart(normal(1, total, 1, 32), "k" not in loose).expand(total, 2, 32)
+    v = apart(normal(2, 1, 2, 32), "v" not in loose).expand(total, 2, 32)
     grad_out = torch.ones(1, 1, 1, device=q.device).expand(total, 4, 32)
     exact = [x.double().cpu().requires_grad_() for x in (q, k, v)]
     wanted, _ = reference_attention(*exact, visible_pairs(layout))
