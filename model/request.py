@@ -406,7 +406,8 @@ class Request:
         interp = self.interpreter
         while self.finish_reason is None and self._touched:
             number = self._touched.pop()
-            reason = interp.hit(number) if interp.is_running(number) else None
+            # An end of text or a stop string that ended a path may have been the last token of all.
+            reason = interp.hit(number) if interp.is_running(number) or interp.spare() < 1 else None
             if reason == "max_new_tokens":
                 self._run(interp.close_all(reason))
             elif reason is not None:

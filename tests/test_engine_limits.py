@@ -147,6 +147,20 @@ def test_end_of_text_inside_a_path_closes_it(engine: Engine) -> None:
     assert torch.equal(parsed.position_ids, out.layout.position_ids)
 
 
+@pytest.mark.parametrize("last", [END, "so"])
+def test_paths_that_end_in_one_step_share_a_budget(engine: Engine, last: str) -> None:
+    """The last token of all may be what ends a path: its siblings, which come later in the step, get none."""
+    prompt = f"the{goal('1:', '2:', '3:', '4:')}"
+    case = {"": f"{CONCLUDE}{END}"} | {str(path): f" a{last}" for path in range(1, 5)}
+    config = config_for(engine, stop=("so",))
+    [whole] = engine.generate(prompt, config, follow(engine, case))
+    assert whole.text.count("</Path>") == 4 and whole.finish_reason == "stop"
+    for budget in range(whole.total_tokens - 8, whole.total_tokens):
+        [out] = engine.generate(prompt, replace(config, max_new_tokens=budget), follow(engine, case))
+        assert out.total_tokens <= budget and out.finish_reason == "max_new_tokens"
+        check_closed(engine, out)
+
+
 def test_end_of_text_in_an_open_block(engine: Engine) -> None:
     """Of a sampler that ignores its mask: between the parts of a block it is text, within one it ends the block."""
     config = config_for(engine, grammar=False)  # with it, the first outline is there as soon as the block is
