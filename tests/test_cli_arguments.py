@@ -23,7 +23,7 @@ for arguments, part in json.loads(sys.argv[1]):
         except SystemExit as ended:
             status = ended.code
     assert status == 2 and part in " ".join(shown.getvalue().split()), (arguments, part, status, shown.getvalue())
-    heavy = {"torch", "transformers", "triton"} & sys.modules.keys()
+    heavy = {"torch", "transformers", "triton", "numpy", "matplotlib"} & sys.modules.keys()
     assert not heavy, (arguments, heavy)
 """
 
@@ -45,6 +45,7 @@ def test_bad_arguments_are_refused_before_pytorch_is_imported(tmp_path: Path):
         "data.toml": 'model = "embedded"\ndata = ["nowhere"]\n',
         "record.toml": f'model = "embedded"\ndata = ["{tmp_path}/not.jsonl"]\n',
         "bad.cnf": "p cnf",
+        "digits.cnf": f"p cnf {'9' * 5000} 1\n",
         "pickled/pytorch_model.bin": "",
         "samples/samples-parallel.jsonl": "{}\n",
     }
@@ -80,6 +81,9 @@ def test_bad_arguments_are_refused_before_pytorch_is_imported(tmp_path: Path):
         (["evaluate", "--out", at("text.txt/below")], "expected a folder, got a file"),
         (["evaluate", "--model", "Qwen/Qwen2.5-7B", "--out", at("new")], "hf download"),
         (["evaluate", "--out", at("samples"), "--mode", "parallel"], "expected samples of version"),
+        (["evaluate", "--problems", "9" * 25], "--problems: expected at most 100000 of arithmetic"),
+        (["evaluate", at("digits.cnf")], "expected 'p cnf VARIABLES CLAUSES', got 'p cnf 9999"),
+        (["inspect", at("text.txt"), "--trace", "9" * 25], "--trace: expected 1 to 1, the traces in"),
         (["inspect", at("nowhere")], "found nothing at"),
         (["inspect", at("trace.txt")], "expected <Goal>"),
         (["inspect", at("text.txt"), "--tokenizer", at("nowhere")], "tokenizer.json"),

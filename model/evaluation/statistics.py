@@ -10,8 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 
 def pass_at_k(right: int, samples: int, k: int) -> float:
     """The chance that one of k samples is right, from `right` of `samples`. Raises ValueError for a k that is none."""
@@ -26,6 +24,8 @@ def standard_error(values: Sequence[float]) -> float:
     """Of the mean of independent values; nan of fewer than two."""
     if len(values) < 2:
         return math.nan
+    import numpy as np  # here, for commands check their arguments before they need it
+
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
@@ -74,6 +74,8 @@ class Fit:
 
 def fit(x: Sequence[float], y: Sequence[float], of: Callable[[float], float] = float) -> Fit:
     """Least squares of y = a + b of(x); as it is, a line. Raises ValueError for fewer than two different x."""
+    import numpy as np
+
     places = np.array([of(value) for value in x])
     values = np.array(y, dtype=np.float64)
     if len(places) != len(values) or len(np.unique(places)) < 2:

@@ -11,8 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mvkernels._lazy import import_for, missing_message
 from mvkernels.model.evaluation.figures import MEASURES, budget_curve
 from mvkernels.model.evaluation.samples import Sample
@@ -31,6 +29,8 @@ def budgets(runs: Mapping[str, Sequence[Sample]], out: Path, title: str) -> None
     """Accuracy over budgets, a line a run: on the critical path at the left, on seconds at the right."""
     if left_out():
         return
+    import numpy as np  # here, for commands check their arguments before they need it
+
     figure, panels = _figure(title, len(MEASURES))
     for axes, (measure, taken) in zip(panels, MEASURES.items(), strict=True):
         top = max(taken(sample) for samples in runs.values() for sample in samples)
@@ -58,6 +58,8 @@ def latency(runs: Mapping[str, Sequence[Sample]], out: Path, title: str) -> Fit 
     fitted = inverse_fit(spread, [1e3 * one.seconds / one.tokens for one in every]) if len(set(spread)) > 1 else None
     if left_out():
         return fitted
+    import numpy as np
+
     figure, (axes,) = _figure(title, 1)
     for name, samples in runs.items():
         y = [1e3 * sample.seconds / sample.tokens for sample in samples]
@@ -119,6 +121,8 @@ def distributions(sets: Mapping[str, Mapping[str, Sequence[float]]], out: Path, 
         raise ValueError("distributions: expected at least one set, got none")
     if left_out():
         return
+    import numpy as np
+
     names = [*next(iter(sets.values()))]
     figure, panels = _figure(title, min(4, len(names)), rows=-(-len(names) // 4))
     for axes, name in zip(panels, names, strict=False):
