@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,6 +13,9 @@ from mvkernels.model.curator.endpoint import EndpointSettings, without_credentia
 from mvkernels.model.curator.outputs import read_manifest
 from mvkernels.model.curator.pipeline import Rules
 from mvkernels.model.curator.prompts import prompts_version
+
+#: Requests at the same time: each has a task and a connection of its own.
+MOST_CONCURRENT = 10_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,18 @@ class Job:
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ValueError(f"{name}: expected at least 1, got {count}")
+        if self.concurrency > MOST_CONCURRENT:
+            raise ValueError(f"--concurrency: expected at most {MOST_CONCURRENT}, got {self.concurrency}")
+        numbers = {
+            "--timeout": self.endpoint.timeout,
+            "--temperature": self.endpoint.temperature,
+            "--max-cost": self.limits.max_cost,
+            "--price-prompt": self.limits.prompt_price,
+            "--price-completion": self.limits.completion_price,
+        }
+        for name, number in numbers.items():  # JSON, such as the manifest, holds no others
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"{name}: expected a finite number, got {number:g}")
         if not 0 <= self.rules.max_distance <= 1:
             raise ValueError(f"--max-distance: expected a number from 0 to 1, got {self.rules.max_distance:g}")
         if not _is_web_address(self.endpoint.base_url):
