@@ -31,6 +31,8 @@ EMBEDDED_NAME = "embedded"
 Model = Annotated[
     str, typer.Option(help="Folder of a causal language model, a GGUF file, or embedded: the model of the package.")
 ]
+#: How an interrupted command goes on that keeps what it has done.
+SAME_COMMAND = "the same command goes on with what is done"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
@@ -362,7 +364,7 @@ def evaluate(
     }
     given = {name: value for name, value in settings.items() if value is not None}
     placement = {"dtype": dtype, "device": device, "device_map": device_map}
-    with one_line_errors():
+    with one_line_errors(SAME_COMMAND):
         from mvkernels.commands import evaluate as command
 
         command.run(what, model, out, mode or [], given, placement, problems, n, batch, raw, as_json)
@@ -381,7 +383,7 @@ def reproduce(
     task: Annotated[str | None, typer.Option(help="Only this task: arithmetic or sat.")] = None,
 ) -> None:
     """Train from nothing, evaluate, and write the tables and figures; goes on where it was interrupted."""
-    with one_line_errors():
+    with one_line_errors(SAME_COMMAND):
         from mvkernels.commands import reproduce as command
 
         command.run(out, work, quick, jobs, task)

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from mvkernels.__main__ import app
-from mvkernels.commands import inspect
+from mvkernels.commands import evaluate, generate, inspect, reproduce
 from mvkernels.commands.plots import mask_density
 from mvkernels.grammar import parse_text
 from mvkernels.layout import BranchLayout
@@ -198,6 +199,26 @@ def test_inspect_of_bad_files(tmp_path: Path, trace_file: Path):
     assert_one_line_error(invoke("inspect", trace_file, "--tokenizer", binary), "cannot load a tokenizer from")
     assert_one_line_error(invoke("inspect", trace_file, "--tokenizer", tmp_path / "nothing"), "tokenizer.json")
     assert_one_line_error(invoke("inspect", trace_file, "--tokenizer", tmp_path), "cannot load a tokenizer from")
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "called", "line"),
+    [
+        (["generate", "hi"], generate, "load_engine", "interrupted"),
+        (["evaluate"], evaluate, "load_engine", "interrupted; the same command goes on with what is done"),
+        (["reproduce"], reproduce, "Cells", "interrupted; the same command goes on with what is done"),
+    ],
+)
+def test_interrupted_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], module: ModuleType, called: str, line: str
+):
+    def interrupt(*arguments: object):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, called, interrupt)
+    result = invoke(*words)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", line + "\n"), result.exception
 
 
 def test_unknown_options_exit_with_2(trace_file: Path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,3 +149,21 @@ def of_tiny_model(work: Path, quick: bool, task: str, kind: str, seed: int) -> N
     for _ in Cells(work, TINY, print, progress=False).of_model(task, kind, seed):
         pass
     (work / "models" / f"{task}-{kind}-{seed}" / "process").write_text(str(os.getpid()))
+
+
+def test_an_interrupt_ends_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not when their models are trained; and none of them sees it, so that none prints a traceback."""
+    monkeypatch.setattr(reproduce, "_of_model", interrupts)
+    monkeypatch.setattr(Cells, "models", lambda cells: iter([("arithmetic", "multiverse", 0)]))
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run(tmp_path / "out", tmp_path, quick=True, jobs=2)
+    assert (tmp_path / "began").read_text() == str(signal.SIG_IGN)
+    assert not (tmp_path / "ended").exists() and multiprocessing.active_children() == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def interrupts(work: Path, quick: bool, task: str, kind: str, seed: int) -> None:
+    (work / "began").write_text(str(signal.getsignal(signal.SIGINT)))
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(15)
+    (work / "ended").touch()

@@ -19,11 +19,18 @@ FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns an error that the input caused into one line on stderr and exit status 2."""
+def one_line_errors(to_go_on: str = "") -> Iterator[None]:
+    """Turn an error that the input caused into one line on stderr and exit status 2; Ctrl-C into one and status 130.
+
+    Args:
+        to_go_on: What the line adds after Ctrl-C: how to go on.
+    """
     try:
         yield
         sys.stdout.flush()  # so that what cannot be written is an error, and not a word at the very end of the process
+    except KeyboardInterrupt:
+        print(f"interrupted{to_go_on and '; '}{to_go_on}", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenPipeError:
         _discard_stdout()
         sys.stderr.close()  # the reader has gone: no message can reach it, and none about that may follow

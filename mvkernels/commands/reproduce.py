@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from rich.console import Console
@@ -47,10 +49,11 @@ def run(out: Path | None, work: Path | None, quick: bool, jobs: int = 1, task: s
     cells = Cells(work, scale, console.print)
     threads = torch.get_num_threads()
     where = f"torch {package_version('torch')}, {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
-    for name in chain(_side_by_side(cells, quick, jobs) if jobs > 1 else (), cells.run()):
-        console.print(f"done: {name}")
-        for one in scale.seeds:
-            Report(cells, one, out).write(where)
+    with closing(_side_by_side(cells, quick, jobs)) as models:
+        for name in chain(models, cells.run()):
+            console.print(f"done: {name}")
+            for one in scale.seeds:
+                Report(cells, one, out).write(where)
     for one in scale.seeds:
         console.print(f"{out}/{one}/README.md")
 
@@ -65,20 +68,29 @@ def _scale(quick: bool, task: str | None) -> Scale:
     return replace(scale, seeds={task: scale.seeds[task]})
 
 
-def _side_by_side(cells: Cells, quick: bool, jobs: int) -> Iterator[str]:
-    """The cells that need one model, so many models at a time; names each model when all of its are done."""
+def _side_by_side(cells: Cells, quick: bool, jobs: int) -> Generator[str, None, None]:
+    """The cells that need one model, so many models at a time; names each model when all of its are done.
+
+    jobs: of one, nothing is done here.
+    """
+    if jobs == 1:
+        return
     import torch
 
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         models = [*cells.models()]
+        # The processes inherit that Ctrl-C is ignored, for each would print a traceback. They are ended below.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = {pool.submit(_of_model, cells.work, quick, *model): model_name(*model) for model in models}
+        signal.signal(signal.SIGINT, handler)
         try:
             for future in as_completed(futures):
                 future.result()
                 yield futures[future]
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            for process in active_children():  # else the error is said when their models are trained
+                process.terminate()
             raise
 
 
