@@ -55,7 +55,7 @@ Clause: TypeAlias = tuple[Literal, ...]
 Assignment: TypeAlias = tuple[Literal, ...]
 
 _HEAD = "Can all clauses hold?\n"
-_HEADER = re.compile(r"p\s+cnf\s+(\d+)\s+(\d+)\s*")
+_HEADER = re.compile(r"p\s+cnf\s+(\d{1,9})\s+(\d{1,9})\s*")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from mvkernels.model.files import write_whole
 from mvkernels.model.tasks import TASKS
 
 DEFAULT_MAX_TOKENS = 32768
+#: Problems of a task, which are made before the first is asked: in about a minute.
+MOST_PROBLEMS = 100_000
 
 
 def questions_of(what: str, problems: int | None, seed: int, raw: bool) -> tuple[list[Question], int]:
@@ -35,6 +37,8 @@ def questions_of(what: str, problems: int | None, seed: int, raw: bool) -> tuple
     if problems is not None and problems < 1:
         raise ValueError(f"--problems: expected at least 1, got {problems}")
     if what in TASKS:
+        if problems is not None and problems > MOST_PROBLEMS:
+            raise ValueError(f"--problems: expected at most {MOST_PROBLEMS} of {what}, got {problems}")
         return generated_questions(TASKS[what], problems or 200, seed), TASKS[what].max_new_tokens
     path = Path(what)
     if path.suffix not in (".jsonl", ".cnf"):

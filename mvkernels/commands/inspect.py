@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
@@ -182,9 +181,13 @@ def stored_trace(file: FilePath, number: int) -> tuple[StoredTrace, str, bool]:
     """
     if number < 1:
         raise ValueError(f"--trace: expected at least 1, got {number}")
-    stored = [*islice(read_traces([file]), number - 1, number + 1)]
+    stored = []
+    for there, one in enumerate(read_traces([file]), start=1):  # a file without a trace is an error of theirs
+        if there >= number:
+            stored.append(one)
+        if there > number:
+            break
     if not stored:
-        there = sum(1 for _ in read_traces([file]))
         raise ValueError(f"--trace: expected 1 to {there}, the traces in {file}, got {number}")
     if stored[0].text is None:
         raise ValueError(f"{stored[0].name}: {stored[0].error}")
