@@ -400,7 +400,10 @@ def env(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    app(prog_name="mvkernels")
+    try:
+        app(prog_name="mvkernels")
+    except KeyboardInterrupt:  # before a command has begun, such as in typer's own imports
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

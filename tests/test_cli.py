@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import mvkernels.__main__
 from mvkernels.__main__ import app
 from mvkernels.commands import evaluate, generate, inspect, reproduce
 from mvkernels.commands.plots import mask_density
@@ -219,6 +220,16 @@ def test_interrupted_is_one_line(
     monkeypatch.setattr(module, called, interrupt)
     result = invoke(*words)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", line + "\n"), result.exception
+
+
+def test_interrupted_before_a_command_has_begun(monkeypatch: pytest.MonkeyPatch):
+    def interrupt(prog_name: str):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mvkernels.__main__, "app", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        mvkernels.__main__.main()
+    assert ended.value.code == 130
 
 
 def test_unknown_options_exit_with_2(trace_file: Path):
