@@ -18,6 +18,14 @@ namespace {
 constexpr int WIDTH = VECTOR_BYTES / 4;
 constexpr float LOG2_E = 1.442695040888963f;
 
+// Fewer multiplications run in the calling thread: they take some 20 us, and threads that share them wait for one another
+// at a barrier. On a busy machine that wait is a time slice, as libgomp spins there.
+constexpr int64_t SHARED_WORK = 1 << 18;
+
+inline int32_t threads_for(int64_t multiplications, int32_t num_threads) {
+    return multiplications >= SHARED_WORK ? num_threads : 1;
+}
+
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES), may_alias));
 
