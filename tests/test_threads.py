@@ -35,7 +35,7 @@ def multiply(rows):
     assert torch.equal(out, torch.full((rows, 128), 128.0))
 
 few = threads()
-multiply(4)
+multiply(8)
 assert threads() == few, "a small product opened a region"
 decode(8)
 assert threads() == few, "a small step of attention opened a region"

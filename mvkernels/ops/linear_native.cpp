@@ -189,7 +189,8 @@ void product(const Layers* what, const float* x, int64_t rows, float* y, const f
     float* const xt = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(space) + VECTOR_BYTES - 1) / VECTOR_BYTES * VECTOR_BYTES);
     int64_t blocks = 0;
     for (int64_t l = 0; l < what->num_layers; ++l) blocks += (layers[l].outer + BLOCK - 1) / BLOCK;
-    num_threads = threads_for(rows * inner * what->outer, num_threads);
+    // To read the weights takes as long as to multiply them with four rows.
+    num_threads = threads_for(std::max<int64_t>(rows, 4) * inner * what->outer, num_threads);
     const Target to{y, residual, what->outer};
     const int64_t tiles = (rows + LANES - 1) / LANES;
     // Tiles of rows, transposed: [inner, lanes], as many lanes as whole vectors need.

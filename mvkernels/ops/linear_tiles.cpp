@@ -231,7 +231,8 @@ void product(const Layers* what, const float* x, int64_t rows, float* y, const f
     const float* const bias = what->bias;
     const int64_t outer = what->outer, inner = what->inner;
     uint16_t* const parts = static_cast<uint16_t*>(space);
-    num_threads = threads_for(rows * inner * outer, num_threads);
+    // To read the weights takes as long as to multiply them with four rows.
+    num_threads = threads_for(std::max<int64_t>(rows, 4) * inner * outer, num_threads);
     const int64_t steps = (inner + STEP - 1) / STEP, tiles = (outer + OUTPUTS - 1) / OUTPUTS;
     // Tiles of as many rows each, so that none is nearly empty.
     const int64_t blocks = (rows + MOST - 1) / MOST, each = (rows + blocks - 1) / blocks;
