@@ -31,6 +31,7 @@ from torch import nn
 from mvkernels.hf_parts import Snapshot
 from mvkernels.ops.linear_native import LinearLayers, few_rows, is_bf16, linear_reason
 from mvkernels.ops.linear_tiles import MOST_ROWS, TileLayers, tiles_reason
+from mvkernels.ops.native import warn_if_busy
 from mvkernels.ops.product import Product
 
 # Projections that get the same input, by their names in transformers' modules.
@@ -53,6 +54,7 @@ def pack_linear(model: Model, dtype: torch.dtype | None = None, narrow: bool = T
         raise ValueError(f"pack_linear: expected torch.float32, torch.bfloat16 or None, got {dtype}")
     if dtype is torch.bfloat16 and not _takes(dtype):
         raise ValueError("pack_linear: expected a CPU with bf16 instructions for torch.bfloat16, got one without")
+    warn_if_busy()
     unpack_linear(model)
     taken: set[nn.Module] = set()
     for module in model.modules():

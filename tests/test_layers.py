@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mvkernels"
 # What fused layers call.
 KERNELS = (
     *("ops.backends", "ops.decode_native", "ops.decoder_native", "ops.layer_native", "ops.layer_triton"),
-    *("ops.linear_native", "ops.linear_tiles", "ops.product"),
+    *("ops.linear_native", "ops.linear_tiles", "ops.native", "ops.product"),
 )
 # Layer -> the layers it may import besides itself. Everything may use EVERYWHERE, below.
 ALLOWED: dict[str, set[str]] = {

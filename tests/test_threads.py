@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
 
+from mvkernels.hf_linear import pack_linear
+from mvkernels.ops import native
 from mvkernels.ops.decode_native import compile_reason
 from mvkernels.ops.linear_native import linear_reason
 
@@ -51,3 +55,21 @@ def test_only_large_work_is_shared_among_threads() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+def test_threads_that_would_spin_on_a_busy_machine_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    native._warn_once.cache_clear()
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    try:
+        for threads, policy, said in ((1, "", 0), (2, "passive", 0), (2, "", 1), (2, "", 0)):
+            torch.set_num_threads(threads)
+            monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                pack_linear(torch.nn.Linear(4, 4))
+            assert [str(one.message) for one in caught] == [native.BUSY] * said
+    finally:
+        torch.set_num_threads(before)
+        native._warn_once.cache_clear()

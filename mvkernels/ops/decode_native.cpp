@@ -428,11 +428,11 @@ void run(const Call<T>& call) {
     // A thread takes an item with all its heads, whose keys lie side by side, unless there are few items.
     const bool whole = plan.num_items >= 4 * plan.num_threads;
     const int heads_each = whole ? plan.kv_heads : 1, parts = plan.kv_heads / heads_each;
-    int64_t products = 0;  // of lanes with keys
+    int64_t products = 0;  // of lanes with keys: each takes about as long as four multiplications for each number
     for (int item = 0; item < plan.num_items; ++item) {
         products += int64_t(plan.items[item].num_pages) * plan.page_size * plan.items[item].num_lanes;
     }
-    const int32_t num_threads = threads_for(2 * products * plan.kv_heads * plan.dim, plan.num_threads);
+    const int32_t num_threads = threads_for(4 * products * plan.kv_heads * plan.dim, plan.num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
         Space space;

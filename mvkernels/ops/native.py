@@ -40,6 +40,11 @@ WITHOUT = (
     "mvkernels: no compiled CPU kernels: {}. PyTorch's operations are used instead; on a CPU the engine then takes "
     "about four times as long. Install g++ (`apt install g++`), or name a compiler in $CXX; `mvkernels env` checks it."
 )
+BUSY = (
+    "mvkernels: other processes use the cores of this machine. Threads of PyTorch and of the CPU kernels spin while they "
+    "wait for one another, so a step may take many times as long. Set OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1 "
+    "before Python starts."
+)
 # Runs a command that does not outlive this process, however it ends: stdin is a pipe that then breaks.
 GUARDED = """
 exec 3<&0 </dev/null
@@ -96,6 +101,15 @@ def _try(source: Path, flags: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str 
     except subprocess.TimeoutExpired:
         return None, f"{name} took more than {SECONDS} seconds"
     return None, "expected a folder for compiled kernels: " + "; ".join(unusable)
+
+
+def warn_if_busy() -> None:
+    """Warn once where several threads are to share cores that other processes use."""
+    import torch
+
+    waits = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+    if torch.get_num_threads() > 1 and not waits and os.getloadavg()[0] > len(os.sched_getaffinity(0)):
+        _warn_once(BUSY)
 
 
 @functools.cache
