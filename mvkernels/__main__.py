@@ -55,7 +55,7 @@ def options(
 def inspect(
     file: Annotated[Path, typer.Argument(help="Traces: a text file, .jsonl, .parquet, or a folder of such.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer.json, or a folder with one: count tokens instead of words.")
+        str | None, typer.Option(help="A tokenizer.json, a folder with one, or embedded: count tokens, not words.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw mask and positions to this file.")] = None,
     semantics: Annotated[Semantics, typer.Option(help="The layout to use.")] = Semantics.canonical,
@@ -65,8 +65,10 @@ def inspect(
     """Show a trace: its tree, tokens, critical path, parallelism, mask density and blocks."""
     with one_line_errors():
         from mvkernels.commands import inspect as command
+        from mvkernels.model.checkpoint import checkpoint_path
 
-        command.run(file, tokenizer, plot, semantics.value, as_json, trace)
+        known = None if tokenizer is None else checkpoint_path(tokenizer)
+        command.run(file, known, plot, semantics.value, as_json, trace)
 
 
 @app.command()
@@ -145,7 +147,7 @@ def check(
 def stats(
     files: Annotated[list[Path], typer.Argument(help="Traces: text files, .jsonl, .parquet, folders of such.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer.json, or a folder with one: count tokens instead of words.")
+        str | None, typer.Option(help="A tokenizer.json, a folder with one, or embedded: count tokens, not words.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures as JSON, and a chart of them.")] = None,
     as_json: Json = False,
@@ -153,8 +155,10 @@ def stats(
     """Show the figures of sets of traces: tokens, critical path, # parallel, blocks, paths, depth, width, lengths."""
     with one_line_errors():
         from mvkernels.commands import stats as command
+        from mvkernels.model.checkpoint import checkpoint_path
 
-        command.run(files, tokenizer, out, as_json)
+        known = None if tokenizer is None else checkpoint_path(tokenizer)
+        command.run(files, known, out, as_json)
 
 
 @app.command("add-tags")

@@ -310,6 +310,10 @@ def test_the_embedded_model_has_a_name(tmp_path: Path, monkeypatch: pytest.Monke
     [named] = generate_json("--model", "embedded", "--seed", 11, "--max-tokens", 5)
     [unnamed] = generate_json("--seed", 11, "--max-tokens", 5)
     assert named["token_ids"] == unnamed["token_ids"] and named["run"]["notes"] == []
+    (tmp_path / "sum.txt").write_text("1+1")
+    for command in ("inspect", "stats"):
+        assert "tokens" in invoke(command, "sum.txt", "--tokenizer", "embedded").stdout
+        assert_one_line_error(invoke(command, "sum.txt", "--tokenizer", "./embedded"), "cannot load a tokenizer from")
     assert invoke("add-tags", "embedded", "tagged").exit_code == 0 and (tmp_path / "tagged" / "config.json").exists()
 
 
