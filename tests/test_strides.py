@@ -132,10 +132,14 @@ def test_attention_of_one_head_for_all(backend: str, loose: str) -> None:
 # -- append and rotation -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("swap", list(itertools.product((False, True), repeat=2)))
+#: How new rows lie in memory: row after row, head after head, or with a last dimension that is not dense.
+WAYS: dict[str, dict[str, bool]] = {"rows": {}, "heads": {"swap": True}, "loose": {"dense_last": False}}
+
+
+@pytest.mark.parametrize("ways", [*itertools.product(("rows", "heads"), repeat=2), ("loose", "loose")], ids="-".join)
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_append(backend: str, rotated: bool, swap: Sequence[bool]) -> None:
+def test_append(backend: str, rotated: bool, ways: Sequence[str]) -> None:
     apart = Apart(backend)
     rows, heads, dim = 5, 3, 12
     k, v = normal(0, rows, heads, dim), normal(1, rows, heads, dim)
@@ -143,7 +147,7 @@ def test_append(backend: str, rotated: bool, swap: Sequence[bool]) -> None:
     inv_freq = 10000.0 ** -(torch.arange(4) / 4)
     caches = [torch.full((4, 3, heads, dim), math.nan, device=apart.device) for _ in range(2)]
     rotation = Rotation(apart(positions, False), apart(inv_freq, False), 1.5) if rotated else None
-    k_new, v_new = apart(k, swap=swap[0]), apart(v, swap=swap[1])
+    k_new, v_new = (apart(x, **WAYS[way]) for x, way in zip((k, v), ways, strict=True))
     append_rows(*caches, k_new, v_new, apart(slots, False), backend, rotation)
     k = reference_rotate(k, positions, inv_freq, 1.5) if rotated else k
     for cache, new in zip(caches, (k, v), strict=True):
@@ -152,14 +156,14 @@ def test_append(backend: str, rotated: bool, swap: Sequence[bool]) -> None:
         torch.testing.assert_close(cache.cpu().flatten(0, 1), wanted, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_rotate(backend: str, swap: bool) -> None:
+def test_rotate(backend: str, way: str) -> None:
     apart = Apart(backend)
     x, inv_freq = normal(0, 5, 3, 12), 10000.0 ** -(torch.arange(4) / 4)
     for positions in (torch.tensor([3, 0, 9, 70, 2]), torch.tensor([6]).expand(5)):
         given = apart(positions, False) if positions.stride(0) else positions.to(apart.device)
-        got = rotate(apart(x, swap=swap), given, Rope(apart(inv_freq, False), 1.5), backend)
+        got = rotate(apart(x, **WAYS[way]), given, Rope(apart(inv_freq, False), 1.5), backend)
         torch.testing.assert_close(got.cpu(), reference_rotate(x, positions, inv_freq, 1.5), rtol=1e-5, atol=1e-5)
 
 
