@@ -41,9 +41,9 @@ WITHOUT = (
     "about four times as long. Install g++ (`apt install g++`), or name a compiler in $CXX; `mvkernels env` checks it."
 )
 BUSY = (
-    "mvkernels: other processes use the cores of this machine. Threads of PyTorch and of the CPU kernels spin while they "
-    "wait for one another, so a step may take many times as long. Set OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1 "
-    "before Python starts."
+    "mvkernels: other processes use the cores of this machine. Threads of PyTorch and of the CPU kernels spin while "
+    "they wait for one another, so a step may take many times as long. Set OMP_WAIT_POLICY=PASSIVE or "
+    "OMP_NUM_THREADS=1 before Python starts."
 )
 # Runs a command that does not outlive this process, however it ends: stdin is a pipe that then breaks.
 GUARDED = """
