@@ -61,7 +61,8 @@ setup(
         "mvkernels.model.curator": ["*.html", "prompts/*.txt"],
     },
     include_package_data=False,
-    install_requires=["torch>=2.11", "numpy", "typer", "rich"],
+    # typer 0.29 imports pydantic, which takes 0.3 s of every usage error (`python -X importtime -m mvkernels x`).
+    install_requires=["torch>=2.11", "numpy", "typer<0.29", "rich"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mvkernels = mvkernels.__main__:main"]},
     classifiers=[
