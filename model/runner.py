@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from mvkernels.hf import is_patched
 from mvkernels.hf_graph import DecodeGraph
 from mvkernels.kv_cache import PagedKVCache
 from mvkernels.kv_step import Branch, Step
@@ -118,6 +119,8 @@ class Runner:
     def _forward(
         self, step: Step, ids: Sequence[int], positions: Sequence[int] | None, rows: Sequence[int]
     ) -> torch.Tensor:
+        if not is_patched(self.model):  # which ignores `paged_kv` silently
+            raise ValueError("expected the model as the engine has patched it, got one that was unpatched meanwhile")
         device = self.cache.device
         tokens = torch.frombuffer(array("q", ids), dtype=torch.int64).to(device)  # a list takes three times as long
         where = step.positions if positions is None else torch.tensor(positions, dtype=torch.int32, device=device)

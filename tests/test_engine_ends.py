@@ -278,6 +278,16 @@ def test_a_model_that_was_changed_behind_the_engine() -> None:
     check_pages(engine)
 
 
+def test_a_model_that_is_unpatched_while_a_request_runs() -> None:
+    engine = Engine(tiny_model(), tiny_tokenizer(), page_size=4)
+    stream = engine.stream("so", GenerationConfig(max_new_tokens=12))
+    next(stream)
+    unpatch_model(engine.model)
+    out = [*stream][-1].generation
+    assert out.finish_reason == "error" and "got one that was unpatched meanwhile" in out.error
+    check_pages(engine)
+
+
 def test_a_model_that_grew_or_was_replaced() -> None:
     engine = Engine(tiny_model(), tiny_tokenizer(), page_size=4)
     config = GenerationConfig(max_new_tokens=12)
