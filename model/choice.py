@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import index
+from reprlib import repr as shorten
 
 from mvkernels.model.logits import StepLogits
 from mvkernels.model.logprobs import TokenLogprob, token_logprobs
@@ -33,7 +35,11 @@ def choose(
     if sampler is None:
         tokens = sample_step(views, logits)
     else:
-        tokens = [int(token) for token in sampler(views, logits.values.float())]
+        found = sampler(views, logits.values.float())
+        try:
+            tokens = [index(token) for token in found]
+        except TypeError:
+            raise ValueError(f"sampler: expected token ids, one for each branch, got {shorten(found)}") from None
         _require_tokens(tokens, len(views), logits.values.shape[-1])
     branches = [(part.request, number) for part in group for number in part.numbers]
     logprobs = token_logprobs(views, logits.values, tokens)

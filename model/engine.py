@@ -6,15 +6,16 @@ This is what callers see; what they ask for is checked here before anything runs
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from mvkernels.errors import OutOfPages
+from mvkernels.errors import OutOfPages, is_integer
 from mvkernels.hf import ATTENTION_NAME, patch_model, patched_backend
 from mvkernels.hf_graph import DecodeGraph
 from mvkernels.hf_layers import fuse_layers
@@ -118,10 +119,13 @@ class Engine:
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+        limits = {"max_step_tokens": max_step_tokens, "max_step_width": max_step_width, "max_requests": max_requests}
+        for name, size in {"page_size": page_size, "num_pages": num_pages, **limits}.items():
+            if not is_integer(size) and (size is not None or name == "page_size"):
+                raise TypeError(f"{name}: expected an integer, got {size!r}")
         if page_size < 1 or (num_pages is not None and num_pages < 1):
             expected = "page_size of at least 1 and num_pages of at least 1, or None"
             raise ValueError(f"expected {expected}, got {page_size} and {num_pages}")
-        limits = {"max_step_tokens": max_step_tokens, "max_step_width": max_step_width, "max_requests": max_requests}
         for name, limit in limits.items():
             if limit is not None and limit < 1:
                 raise ValueError(f"{name}: expected at least 1, got {limit}")
@@ -270,12 +274,17 @@ class Engine:
 
     def _tasks(self, prompts: Any, config: GenerationConfig | Sequence[GenerationConfig] | None, n: int) -> list[Task]:
         listed = as_prompts(prompts)
+        if not is_integer(n):
+            raise TypeError(f"n: expected an integer, got {n!r}")
         if n < 1:
             raise ValueError(f"n: expected at least 1, got {n}")
         if config is None or isinstance(config, GenerationConfig):
             configs = [config or GenerationConfig()] * len(listed)
         else:
-            configs = list(config)
+            configs = list(config) if isinstance(config, Iterable) else [config]
+            wrong = [one for one in configs if not isinstance(one, GenerationConfig)]
+            if wrong:
+                raise ValueError(f"config: expected a GenerationConfig, one or one a prompt, got {shorten(wrong[0])}")
             if len(configs) != len(listed):
                 raise ValueError(f"expected one config for each of {len(listed)} prompts, got {len(configs)}")
         pairs = enumerate(zip(listed, configs, strict=True))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from reprlib import repr as shorten
 from typing import Any, TypeAlias
 
+from mvkernels.errors import described
 from mvkernels.model.config import as_ids
 from mvkernels.tags import TagTokens
 
@@ -24,17 +27,20 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str) or _is_ids(prompts) or _is_chat(prompts):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise ValueError(f"prompts: expected a text, a list of prompts, or token ids, got {type(prompts).__name__}")
+        raise ValueError(f"prompts: expected a text, a list of prompts, or token ids, got {described(prompts)}")
     for prompt in prompts:
         if not (isinstance(prompt, str) or _is_ids(prompt) or _is_chat(prompt)):
-            raise ValueError(f"prompts: expected texts, chats or lists of token ids, got {prompt!r}")
+            got = described(prompt) if hasattr(prompt, "dtype") else shorten(prompt)
+            raise ValueError(f"prompts: expected texts, chats or lists of token ids, got {got}")
     return list(prompts)
 
 
 def _is_ids(prompt: Any) -> bool:
     if hasattr(prompt, "tolist"):
         return bool(prompt.ndim == 1)
-    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(i, int) for i in prompt)
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes)) or not prompt:
+        return False
+    return all(isinstance(i, (int, Integral)) and not isinstance(i, bool) for i in prompt)
 
 
 def _is_chat(prompt: Any) -> bool:
@@ -104,6 +110,11 @@ def _bounded(render: Callable[[], Any]) -> Any:
 
 def _encode(text: str, tokenizer: Any, tags: TagTokens | None, special: bool = True) -> list[int]:
     """As the tokenizer encodes it, but with the tags' own pieces where there are tags."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"prompt: expected Unicode text, got half a surrogate pair, {half!a}") from None
     if tags is None:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=special)
         return ids

@@ -152,7 +152,8 @@ def test_bad_prompts(engine: Engine, prompts: object, message: str) -> None:
 def test_prompts_in_every_form(engine: Engine) -> None:
     config = config_for(engine, max_new_tokens=5)
     ids = engine.tokenizer.encode("two digits")
-    forms = ["two digits", ["two digits"], ids, [ids], torch.tensor(ids), [torch.tensor(ids)]]
+    array = torch.tensor(ids).numpy()
+    forms = ["two digits", ["two digits"], ids, [ids], torch.tensor(ids), [torch.tensor(ids)], array, [*array]]
     outs = [engine.generate(form, config, plain(engine)) for form in forms]
     assert all(len(out) == 1 and out[0].token_ids == outs[0][0].token_ids for out in outs)
     messages = [{"role": "user", "content": "two digits"}]

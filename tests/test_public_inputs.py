@@ -50,6 +50,10 @@ def run_graph(ids):
     return made.run([kept.new()], ids)
 
 
+def ask(prompts="so", **changes):
+    return Engine(tiny_model(), tiny_tokenizer()).generate(prompts, **changes)
+
+
 from_ids, attention, tables = mk.BranchLayout.from_token_ids, mk.multiverse_attention, mk.BranchTables
 CUDA = "cuda:99"  # there is none, with or without GPUs
 WRONG = [
@@ -124,6 +128,23 @@ WRONG = [
     (lambda: run_graph(IDS[None]), r"token_ids: expected \[T\] int64 or int32, got torch.int64 of shape \[1, 7\]"),
     (lambda: Engine(None, tiny_tokenizer()), "model: expected a transformers PreTrainedModel, got NoneType"),
     (lambda: Engine(tiny_model(), None), "tokenizer: expected a transformers tokenizer, .* got None"),
+    (lambda: Engine(tiny_model(), tiny_tokenizer(), page_size="16"), "page_size: expected an integer, got '16'"),
+    (lambda: Engine(tiny_model(), tiny_tokenizer(), page_size=None), "page_size: expected an integer, got None"),
+    (lambda: Engine(tiny_model(), tiny_tokenizer(), num_pages=1.5), "num_pages: expected an integer, got 1.5"),
+    (lambda: Engine(tiny_model(), tiny_tokenizer(), max_requests="2"), "max_requests: expected an integer, got '2'"),
+    (lambda: ask(config="x"), "config: expected a GenerationConfig, one or one a prompt, got 'x'"),
+    (lambda: ask(config=[None]), "config: expected a GenerationConfig, one or one a prompt, got None"),
+    (lambda: ask(config=5), "config: expected a GenerationConfig, one or one a prompt, got 5"),
+    (lambda: ask(n="2"), "n: expected an integer, got '2'"),
+    (lambda: ask(n=None), "n: expected an integer, got None"),
+    (lambda: ask("\ud800"), r"prompt: expected Unicode text, got half a surrogate pair, '\\ud800'"),
+    (lambda: ask(b"so"), "prompts: expected texts, chats or lists of token ids, got 115"),
+    (lambda: ask([True, False]), "prompts: expected texts, chats or lists of token ids, got True"),
+    (lambda: ask(IDS[None]), r"prompts: expected a text, .* got Tensor \[1, 7\] torch.int64"),
+    (lambda: ask([IDS[None]]), r"prompts: expected texts, .* got Tensor \[1, 7\] torch.int64"),
+    (lambda: ask(sampler=lambda views, logits: ["a"]), r"sampler: expected token ids, .* got \['a'\]"),
+    (lambda: ask(sampler=lambda views, logits: [1.5]), r"sampler: expected token ids, .* got \[1.5\]"),
+    (lambda: ask(sampler=lambda views, logits: None), "sampler: expected token ids, .* got None"),
     (lambda: GenerationConfig(max_new_tokens="5"), "max_new_tokens: expected an integer, got '5'"),
     (lambda: GenerationConfig(max_new_tokens=None), "max_new_tokens: expected an integer, got None"),
     (lambda: GenerationConfig(max_seconds="1"), "max_seconds: expected a number, or None, got '1'"),
