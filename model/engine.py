@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mvkernels.errors import OutOfPages, is_integer
+from mvkernels.errors import OutOfPages, require_integer
 from mvkernels.hf import ATTENTION_NAME, patch_model, patched_backend
 from mvkernels.hf_graph import DecodeGraph
 from mvkernels.hf_layers import fuse_layers
@@ -121,8 +121,8 @@ class Engine:
             raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
         limits = {"max_step_tokens": max_step_tokens, "max_step_width": max_step_width, "max_requests": max_requests}
         for name, size in {"page_size": page_size, "num_pages": num_pages, **limits}.items():
-            if not is_integer(size) and (size is not None or name == "page_size"):
-                raise TypeError(f"{name}: expected an integer, got {size!r}")
+            if size is not None or name == "page_size":
+                require_integer(f"{name}: expected an integer", size)
         if page_size < 1 or (num_pages is not None and num_pages < 1):
             expected = "page_size of at least 1 and num_pages of at least 1, or None"
             raise ValueError(f"expected {expected}, got {page_size} and {num_pages}")
@@ -274,8 +274,7 @@ class Engine:
 
     def _tasks(self, prompts: Any, config: GenerationConfig | Sequence[GenerationConfig] | None, n: int) -> list[Task]:
         listed = as_prompts(prompts)
-        if not is_integer(n):
-            raise TypeError(f"n: expected an integer, got {n!r}")
+        require_integer("n: expected an integer", n)
         if n < 1:
             raise ValueError(f"n: expected at least 1, got {n}")
         if config is None or isinstance(config, GenerationConfig):

@@ -118,7 +118,8 @@ def is_patched(model: PreTrainedModel) -> bool:
     An unpatched transformers model accepts `branch_layout=` like any other keyword and ignores it, so ask before the
     first forward. A model whose attention implementation was set after `patch_model` is not patched any more.
     """
-    return hasattr(model, _STATE) and model.base_model.config._attn_implementation == ATTENTION_NAME
+    config: Any = model.base_model.config
+    return hasattr(model, _STATE) and config._attn_implementation == ATTENTION_NAME
 
 
 def patched_backend(model: PreTrainedModel) -> str:
