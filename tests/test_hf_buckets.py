@@ -59,9 +59,9 @@ def replaying(twin: Twin) -> list[Replayed]:
     return made
 
 
-def make_twin(reserve: int = 8, num_pages: int = 128, model=None, **options) -> Twin:
-    model = model or patch_model(tiny_model(head_dim=16).to(DEVICE), "triton")
-    plain = patch_model(tiny_model(head_dim=16).to(DEVICE), "reference")
+def make_twin(reserve: int = 8, num_pages: int = 128, model=None, layers: int = 2, **options) -> Twin:
+    model = model or patch_model(tiny_model(head_dim=16, layers=layers).to(DEVICE), "triton")
+    plain = patch_model(tiny_model(head_dim=16, layers=layers).to(DEVICE), "reference")
     twin = Twin(reserve=reserve, num_pages=num_pages, model=model, plain_model=plain, **options)
     for tensor in (*twin.graph.cache.k, *twin.graph.cache.v):
         tensor.fill_(torch.nan)
@@ -121,7 +121,7 @@ def test_the_first_step_of_a_bucket_runs_as_it_is_and_the_others_are_replays() -
 def test_random_trees(seed: int, device_tables: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Branches fork, merge, lose tokens and go, several requests at once, with prompts and tags among the steps."""
     rng = random.Random(seed)
-    twin = make_twin(reserve=rng.choice([0, 3, 8]), num_pages=160, device_tables=device_tables)
+    twin = make_twin(reserve=rng.choice([0, 3, 8]), num_pages=160, layers=1, device_tables=device_tables)
     made = replaying(twin)
     plans = count_plans(twin, monkeypatch)
     caches = (twin.graph.cache, twin.plain)

@@ -42,14 +42,19 @@ def tiny_tokenizer(tags: bool = True) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(
-    seed: int = 0, max_positions: int = 512, intermediate_size: int = 96, vocab_size: int = 300, **changes: object
+    seed: int = 0,
+    max_positions: int = 512,
+    intermediate_size: int = 96,
+    vocab_size: int = 300,
+    layers: int = 2,
+    **changes: object,
 ) -> Qwen2ForCausalLM:
     """fp32, on the CPU. The weights are large enough that the logits depend on the whole context."""
     config = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=intermediate_size,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=max_positions,

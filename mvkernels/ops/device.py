@@ -13,5 +13,6 @@ def checked_device(device: torch.device | str) -> torch.device:
             torch.empty(0, device=found)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"device: expected a device that PyTorch has here, got {str(device)!r}: {reason}") from None
+        got = str(device) if isinstance(device, torch.device) else device
+        raise ValueError(f"device: expected a device that PyTorch has here, got {got!r}: {reason}") from None
     return found
