@@ -65,10 +65,8 @@ def inspect(
     """Show a trace: its tree, tokens, critical path, parallelism, mask density and blocks."""
     with one_line_errors():
         from mvkernels.commands import inspect as command
-        from mvkernels.model.checkpoint import checkpoint_path
 
-        known = None if tokenizer is None else checkpoint_path(tokenizer)
-        command.run(file, known, plot, semantics.value, as_json, trace)
+        command.run(file, tokenizer, plot, semantics.value, as_json, trace)
 
 
 @app.command()
@@ -155,10 +153,8 @@ def stats(
     """Show the figures of sets of traces: tokens, critical path, # parallel, blocks, paths, depth, width, lengths."""
     with one_line_errors():
         from mvkernels.commands import stats as command
-        from mvkernels.model.checkpoint import checkpoint_path
 
-        known = None if tokenizer is None else checkpoint_path(tokenizer)
-        command.run(files, known, out, as_json)
+        command.run(files, tokenizer, out, as_json)
 
 
 @app.command("add-tags")

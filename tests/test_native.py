@@ -256,6 +256,7 @@ def start(source: Path, folder: Path, tmp_path: Path) -> Callable[..., subproces
         return subprocess.Popen(
             [sys.executable, "-c", LOAD, str(source), str(limit)], env={**os.environ, **given}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # xdist's workers ignore it
         )  # fmt: skip
 
     return begin

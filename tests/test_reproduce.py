@@ -155,11 +155,15 @@ def test_an_interrupt_ends_the_processes(tmp_path: Path, monkeypatch: pytest.Mon
     """At once, not when their models are trained; and none of them sees it, so that none prints a traceback."""
     monkeypatch.setattr(reproduce, "_of_model", interrupts)
     monkeypatch.setattr(Cells, "models", lambda cells: iter([("arithmetic", "multiverse", 0)]))
-    with pytest.raises(KeyboardInterrupt):
-        reproduce.run(tmp_path / "out", tmp_path, quick=True, jobs=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.run(tmp_path / "out", tmp_path, quick=True, jobs=2)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "began").read_text() == str(signal.SIG_IGN)
     assert not (tmp_path / "ended").exists() and multiprocessing.active_children() == []
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def interrupts(work: Path, quick: bool, task: str, kind: str, seed: int) -> None:

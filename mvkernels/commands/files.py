@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mvkernels._lazy import import_for
+from mvkernels.model.checkpoint import checkpoint_path
 from mvkernels.model.checkpoint_files import hub_hint
 
 
@@ -23,11 +24,12 @@ def require_file(path: Path, option: str) -> None:
         raise ValueError(f"{option}: expected a file that can be written, got {path}: no permission")
 
 
-def load_tokenizer(path: Path) -> Any:
-    """A transformers tokenizer from a ``tokenizer.json`` file, or from a folder that has one.
+def load_tokenizer(name: str | Path) -> Any:
+    """A transformers tokenizer from a ``tokenizer.json`` file, or from a folder that has one, or ``embedded``.
 
     Raises ValueError where there is none, ImportError where transformers is missing.
     """
+    path = checkpoint_path(name)
     if not path.exists():
         raise ValueError(
             f"expected a tokenizer.json file or a folder with one, found nothing at {path}{hub_hint(path)}"

@@ -64,7 +64,7 @@ class Inspection:
         return self.mask.visible_pairs() / (total * (total + 1) // 2) if total else 1.0
 
 
-def inspect_text(text: str, tokenizer_path: FilePath | None = None, semantics: str = "canonical") -> Inspection:
+def inspect_text(text: str, tokenizer_path: str | FilePath | None = None, semantics: str = "canonical") -> Inspection:
     """Parses and lays out a trace in the text format; by words, or exactly with a tokenizer.
 
     Canonical semantics cut the text at the tags (``TagTokens.encode``); released semantics encode it in one piece, as
@@ -195,7 +195,12 @@ def stored_trace(file: FilePath, number: int) -> tuple[StoredTrace, str, bool]:
 
 
 def run(
-    file: FilePath, tokenizer: FilePath | None, plot: FilePath | None, semantics: str, as_json: bool, trace: int = 1
+    file: FilePath,
+    tokenizer: str | FilePath | None,
+    plot: FilePath | None,
+    semantics: str,
+    as_json: bool,
+    trace: int = 1,
 ) -> None:
     """Prints the figures of one trace of a file or folder, and draws its mask and positions where ``plot`` names a
     file. trace: its number.

@@ -34,7 +34,7 @@ def file_sets(files: Sequence[Path]) -> dict[str, list[Path]]:
     return sets
 
 
-def run(files: Sequence[Path], tokenizer: Path | None, out: Path | None, as_json: bool) -> None:
+def run(files: Sequence[Path], tokenizer: str | Path | None, out: Path | None, as_json: bool) -> None:
     """Prints a table a set of traces. A malformed trace is left out, and named on stderr.
 
     out: a folder for `statistics.json` and `distributions.png`, whose paths are printed. Raises ValueError for a set
