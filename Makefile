@@ -71,9 +71,10 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	$(call run,$(PIP) '$(TORCH)')
 	@touch $@
 
-# What the demo needs.
+# What the demo needs; the last line compiles the CPU kernels.
 $(STAMPS)/demo: $(STAMPS)/torch setup.py pyproject.toml
 	$(call run,$(PIP) -e '.[hf]')
+	$(call run,$(PYTHON) -m mvkernels env)
 	@touch $@
 
 # All that tests and checks need, which includes the demo's.
