@@ -55,7 +55,7 @@ def entries(folder: Path) -> set[str]:
 
 
 def foreign(path: Path) -> Path:
-    """Another library, as somebody else would plant it."""
+    """Another library, as an attacker would plant it."""
     subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", path], input=SOURCE.replace("42", "666"),
                    text=True, check=True)  # fmt: skip
     return path
