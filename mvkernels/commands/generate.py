@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -90,19 +91,27 @@ def check_model(model: str, placement: Mapping[str, str | None]) -> None:
 
 
 def load_engine(model: str, placement: Mapping[str, str | None]) -> tuple[Engine, list[str]]:
-    """The engine of a checkpoint, and what it warned of. A terminal shows that it is loading, which takes seconds.
+    """Load the engine of a checkpoint; stderr shows what is being loaded, which takes seconds.
 
-    placement: dtype, device and device_map as on the command line, checked by `check_model`. Raises ValueError for a
-    device that is not in this machine, and what `Engine.from_pretrained` raises.
+    Args:
+        model: Checkpoint as on the command line.
+        placement: dtype, device and device_map as on the command line, checked by `check_model`.
+
+    Returns:
+        The engine, and the warnings of loading that a user can act on.
+
+    Raises:
+        ValueError: The device is not in this machine; also what `Engine.from_pretrained` raises.
     """
     console = Console(stderr=True)
     if console.is_terminal:
-        with console.status(f"loading {model}"):
-            return _load(model, placement)
-    return _load(model, placement)
+        with console.status("loading") as status:
+            return _load(model, placement, lambda what: status.update(f"loading {what}"))
+    return _load(model, placement, lambda what: print(f"loading {what} ...", file=sys.stderr, flush=True))
 
 
-def _load(model: str, placement: Mapping[str, str | None]) -> tuple[Engine, list[str]]:
+def _load(model: str, placement: Mapping[str, str | None], show: Callable[[str], None]) -> tuple[Engine, list[str]]:
+    show("PyTorch")
     import torch
 
     dtype, device = placement["dtype"], placement["device"]
@@ -110,11 +119,13 @@ def _load(model: str, placement: Mapping[str, str | None]) -> tuple[Engine, list
     if model == EMBEDDED_NAME and "OMP_NUM_THREADS" not in os.environ:
         # Its layers are too small to share among threads, which on a busy machine wait for one another a hundredfold.
         torch.set_num_threads(1)
+    show("transformers")
     transformers_logging: Any = import_for("mvkernels generate", "transformers.utils.logging")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     from mvkernels.model import Engine
 
+    show(f"the model: {model}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         engine = Engine.from_pretrained(
