@@ -1,4 +1,4 @@
-"""Packaging: ``mvkernels/`` alone is installed; reference/ and model/ come with it through their relative links."""
+"""Packaging: ``mvkernels/`` alone is installed; the links ``model`` and ``reference`` are for reading the tree."""
 
 from __future__ import annotations
 

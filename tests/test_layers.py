@@ -58,7 +58,7 @@ STDLIB_ONLY = {"errors", "_lazy", "grammar", "tags"}
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name within the package -> file; reference/ and model/ through their links."""
+    """Dotted name within the package -> file."""
     found = {}
     for path in sorted(walk(PACKAGE)):
         parts = path.relative_to(PACKAGE).with_suffix("").parts

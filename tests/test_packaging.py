@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("build", reason="needs the dev extra: build is not installed")
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("mvkernels", "model", "reference")
+CODE = "mvkernels"
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 # What the optional extras bring; none of it may be needed by `import mvkernels`.
 OPTIONAL = (
@@ -38,13 +38,12 @@ def run(*command: object, cwd: Path, env: dict[str, str] | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what packaging reads, links as links, so that building leaves nothing in the working tree."""
+    """A copy of what packaging reads, so that building leaves nothing in the working tree."""
     copy = tmp_path_factory.mktemp("project") / "mvkernels"
     copy.mkdir()
     for name in FILES:
         shutil.copy(ROOT / name, copy / name)
-    for name in CODE:
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / CODE, copy / CODE, ignore=shutil.ignore_patterns("__pycache__"))
     return copy
 
 
@@ -66,13 +65,8 @@ def wheel_contents(folder: Path) -> dict[str, bytes]:
 
 def source_files(project: Path) -> dict[str, bytes]:
     """What users need of the tree, by the path it has when installed; build leftovers aside."""
-    wanted = {}
-    for folder in CODE:
-        for path in (project / folder).rglob("*"):
-            if path.is_file() and not path.is_symlink():
-                inside = path.relative_to(project).as_posix()
-                wanted[inside if folder == "mvkernels" else f"mvkernels/{inside}"] = path.read_bytes()
-    return wanted
+    files = (path for path in (project / CODE).rglob("*") if path.is_file())
+    return {path.relative_to(project).as_posix(): path.read_bytes() for path in files}
 
 
 def test_wheel_holds_every_file_of_the_package_and_nothing_else(built: Path, project: Path):
@@ -109,7 +103,7 @@ def test_sdist_holds_no_links(built: Path):
 
 def test_wheel_has_the_templates_of_pages(built: Path):
     templates = {name for name in wheel_contents(built / "direct") if name.endswith(".html")}
-    assert templates == {f"mvkernels/{path.relative_to(ROOT)}" for path in (ROOT / "model").rglob("*.html")}
+    assert templates == {str(path.relative_to(ROOT)) for path in (ROOT / CODE).rglob("*.html")}
 
 
 def test_metadata(built: Path):
@@ -158,7 +152,8 @@ def test_editable_install_runs_the_tree_itself(editable: Path, project: Path, tm
 
 
 @pytest.mark.parametrize("name", ["model", "reference"])
-def test_inner_folders_refuse_another_name(name: str):
+def test_top_level_links_lead_into_the_package_and_refuse_their_own_name(name: str):
+    assert (ROOT / name).is_symlink() and (ROOT / name).resolve() == ROOT / "mvkernels" / name
     done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"ImportError: this package is mvkernels.{name} and cannot be imported as {name!r}" in done.stderr
