@@ -56,8 +56,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mvkernels", "mvkernels.*"]),
     package_data={
-        "mvkernels": ["py.typed", "ops/*.cu", "ops/*.cpp", "ops/*.h"],
-        "mvkernels.model": ["embedded/*", "*.html", "training/recipes/*.toml"],
+        "mvkernels": ["py.typed", "ops/**/*.cu", "ops/**/*.cpp", "ops/*.h"],
+        "mvkernels.model": ["embedded/*", "engine/output/*.html", "training/recipes/*.toml"],
         "mvkernels.model.curator": ["*.html", "prompts/*.txt"],
     },
     include_package_data=False,

@@ -21,7 +21,7 @@ from benchmarks.decode_cases import PAGE_SIZE
 from benchmarks.peers import Shape
 from benchmarks.timing import Contender, Spread, captured, measure_rounds, ratio_spread
 from mvkernels import PagedKVCache
-from mvkernels.kv_step import Step
+from mvkernels.cache.step import Step
 
 CASES = ("decode", "prefill")
 SIZES = {"decode": (128, 1), "prefill": (8, 0)}  # branches, tokens of each; 0: shape.tokens

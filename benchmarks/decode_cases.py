@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.peers import Shape
 from mvkernels import PagedKVCache
-from mvkernels.kv_step import Branch, Step
+from mvkernels.cache.step import Branch, Step
 from mvkernels.reference.decode import attend
 
 CASES = ("shared", "single", "small", "sweep")

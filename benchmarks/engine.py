@@ -35,9 +35,9 @@ from benchmarks.engine_report import CASES, EngineRow
 from benchmarks.engine_watch import StepTime, Watch
 from benchmarks.timing import Contender, Spread, captured, measure_rounds, ratio_spread
 from mvkernels.hf_linear import pack_linear
-from mvkernels.model.engine import Engine, Generation
-from mvkernels.model.sampling import Sampler
-from mvkernels.ops.decode_native import compile_reason
+from mvkernels.model.engine.engine import Engine, Generation
+from mvkernels.model.engine.sampling.sampler import Sampler
+from mvkernels.ops.decode.native import compile_reason
 
 DEFAULT_CASES = {"cpu": ("single", "batch", "parallel", "host"), "cuda": CASES}
 BATCH_PART, PATH_PART, HOST_PART, CURVE_PART = 4, 2, 8, 8

@@ -14,7 +14,7 @@ import torch
 from benchmarks.engine_models import Loaded
 from mvkernels.grammar import Kind
 from mvkernels.model import GenerationConfig
-from mvkernels.model.sampling import BranchView
+from mvkernels.model.engine.sampling.sampler import BranchView
 
 QUESTIONS = (
     "A farmer has three fields of wheat. The first gives twice as much as the second.",

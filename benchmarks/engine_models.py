@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from mvkernels import TagTokens
-from mvkernels.model.loading import load_checkpoint
-from mvkernels.model.tokens import add_tags
+from mvkernels.model.checkpoint.add_tags import add_tags
+from mvkernels.model.checkpoint.loading import load_checkpoint
 
 SMOLLM2 = "smollm2-135m"
 QWEN2 = ("qwen2-0.5b", "qwen2-7b")

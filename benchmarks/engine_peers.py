@@ -22,7 +22,7 @@ from transformers import ContinuousBatchingConfig, DynamicCache, PreTrainedModel
 from transformers import GenerationConfig as TransformersConfig
 
 from benchmarks.engine_cases import plain_config
-from mvkernels.model.engine import Engine
+from mvkernels.model.engine.engine import Engine
 
 Prompts = Sequence[list[int]]
 

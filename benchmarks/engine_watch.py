@@ -19,9 +19,9 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.timing import synchronize
-from mvkernels.model import choice
-from mvkernels.model.logits import StepLogits
-from mvkernels.model.sampling import BranchView
+from mvkernels.model.engine import choice
+from mvkernels.model.engine.sampling.logits import StepLogits
+from mvkernels.model.engine.sampling.sampler import BranchView
 
 
 @dataclass(frozen=True)

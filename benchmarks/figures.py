@@ -21,10 +21,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mvkernels.commands import charts
+from mvkernels.cli import charts
 from mvkernels.model import Generation
+from mvkernels.model.engine.output.trace_html import TEMPLATE, TracedRun, trace_page
 from mvkernels.model.files import whole_file
-from mvkernels.model.trace_html import TEMPLATE, TracedRun, trace_page
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The command whose page the picture shows; it stands in README.md.

@@ -22,8 +22,8 @@ from benchmarks.merge_tables import Tables
 from benchmarks.peers import Shape
 from benchmarks.timing import Spread, measure, measure_device
 from mvkernels import PagedKVCache
-from mvkernels.kv_step import Branch, Step
-from mvkernels.ops.decode_tasks import build_tasks
+from mvkernels.cache.step import Branch, Step
+from mvkernels.ops.decode.tasks import build_tasks
 
 CASES = ("block", "plan", "sequence")
 BRANCHES = 32
@@ -204,7 +204,7 @@ def _derive(shape: Shape) -> tuple[str, Callable[[Step], object]] | None:
     """What the backend of a GPU makes of a step before its first kernel; on a CPU little is left after the tasks."""
     if shape.device != "cuda":
         return None
-    from mvkernels.ops.decode_triton import plan_tables
+    from mvkernels.ops.decode.triton import plan_tables
 
     heads = (shape.heads, shape.kv_heads, shape.head_dim, getattr(torch, shape.dtype).itemsize)
     return "tasks + tables", lambda step: plan_tables(step.views, *heads, torch.device("cuda"))

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.gate import WrongResultError
 from mvkernels import BranchTables, PagedKVCache, merge_branches
-from mvkernels.ops.decode_tasks import KeyRun
+from mvkernels.ops.decode.tasks import KeyRun
 
 
 class Tables:

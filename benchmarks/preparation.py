@@ -15,9 +15,9 @@ import torch
 from benchmarks.cases import builders
 from benchmarks.timing import Spread, measure
 from mvkernels import BranchLayout
-from mvkernels.ops.attention_config import attention_config
-from mvkernels.ops.attention_tables import build_tables
-from mvkernels.ops.cpu_plan import cpu_plan
+from mvkernels.ops.attention.config import attention_config
+from mvkernels.ops.attention.cpu_plan import cpu_plan
+from mvkernels.ops.attention.tables import build_tables
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mvkernels.ops.attention_config import DELTA_ROWS, HEAD_DIMS, KernelConfig, attention_config, shared_memory_limit
+from mvkernels.ops.attention.config import DELTA_ROWS, HEAD_DIMS, KernelConfig, attention_config, shared_memory_limit
 
 ARCHITECTURES = ((8, 0), (9, 0), (10, 0))
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -99,7 +99,7 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def shipped() -> Iterator[Target]:
-    """Every kernel that `attention_config` leads to."""
+    """Every kernel that `ops.attention.config` leads to."""
     for capability in ARCHITECTURES:
         for dtype, itemsize in DTYPES.items():
             for head_dim in HEAD_DIMS:
@@ -144,8 +144,8 @@ def compile_ahead(target: Target) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mvkernels.ops.attention_triton import constants, forward_kernel
-    from mvkernels.ops.attention_triton_backward import delta_kernel, dkdv_kernel, dq_kernel
+    from mvkernels.ops.attention.triton_backward import delta_kernel, dkdv_kernel, dq_kernel
+    from mvkernels.ops.attention.triton_forward import constants, forward_kernel
 
     kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel, "delta": delta_kernel}
     kernel = kernels[target.kernel]

@@ -1,4 +1,4 @@
-"""Times tile configurations of the Triton attention kernels, to choose those of `attention_config` for a GPU.
+"""Times tile configurations of the Triton attention kernels, to choose those of `ops.attention.config` for a GPU.
 
 python -m benchmarks.tiles [--head-dim 128] [--case causal] [--out DIR]
 
@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import report
 from benchmarks.cases import TREES, builders
 from mvkernels import BranchLayout, multiverse_attention
-from mvkernels.ops.attention_config import AttentionConfig, KernelConfig
+from mvkernels.ops.attention.config import AttentionConfig, KernelConfig
 
 HEADS, KV_HEADS, TOKENS = 64, 8, 32768
 PRODUCTS = {"forward": 4, "dq": 6, "dkdv": 8}
@@ -107,7 +107,8 @@ def configurations(head_dim: int) -> list[AttentionConfig]:
 
 
 def _use(config: AttentionConfig) -> None:
-    from mvkernels.ops import attention_triton, attention_triton_backward
+    from mvkernels.ops.attention import triton_backward as attention_triton_backward
+    from mvkernels.ops.attention import triton_forward as attention_triton
 
     for module in (attention_triton, attention_triton_backward):
         module.launch_config = lambda q: config  # type: ignore[attr-defined, assignment]

@@ -38,12 +38,12 @@ __all__ = [
 if TYPE_CHECKING:
     from mvkernels import errors
     from mvkernels.attention import multiverse_attention
+    from mvkernels.branch_tables import BranchTables, merge_branches
+    from mvkernels.cache.cache import PagedKVCache
     from mvkernels.decode import tree_decode
     from mvkernels.errors import BackendError, BranchError, CacheError, GrammarError, OutOfPages, StaleStep
+    from mvkernels.graph.graph import DecodeGraph
     from mvkernels.hf import is_patched, patch_model, unpatch_model
-    from mvkernels.hf_graph import DecodeGraph
-    from mvkernels.kv_cache import PagedKVCache
-    from mvkernels.kv_tables import BranchTables, merge_branches
     from mvkernels.layout import BranchLayout
     from mvkernels.rope import Rope, rotate
     from mvkernels.tags import TagTokens
@@ -52,18 +52,18 @@ else:
         "BackendError": "mvkernels.errors",
         "BranchError": "mvkernels.errors",
         "BranchLayout": "mvkernels.layout",
-        "BranchTables": "mvkernels.kv_tables",
+        "BranchTables": "mvkernels.branch_tables",
         "CacheError": "mvkernels.errors",
-        "DecodeGraph": "mvkernels.hf_graph",
+        "DecodeGraph": "mvkernels.graph.graph",
         "GrammarError": "mvkernels.errors",
         "OutOfPages": "mvkernels.errors",
-        "PagedKVCache": "mvkernels.kv_cache",
+        "PagedKVCache": "mvkernels.cache.cache",
         "Rope": "mvkernels.rope",
         "StaleStep": "mvkernels.errors",
         "TagTokens": "mvkernels.tags",
         "errors": "mvkernels.errors",
         "is_patched": "mvkernels.hf",
-        "merge_branches": "mvkernels.kv_tables",
+        "merge_branches": "mvkernels.branch_tables",
         "multiverse_attention": "mvkernels.attention",
         "patch_model": "mvkernels.hf",
         "rotate": "mvkernels.rope",

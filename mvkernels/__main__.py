@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import mvkernels
-from mvkernels.commands import fail, one_line_errors
+from mvkernels.cli import fail, one_line_errors
 
 app = typer.Typer(
     name="mvkernels",
@@ -64,7 +64,7 @@ def inspect(
 ) -> None:
     """Show a trace: its tree, tokens, critical path, parallelism, mask density and blocks."""
     with one_line_errors():
-        from mvkernels.commands import inspect as command
+        from mvkernels.cli import inspect as command
 
         command.run(file, tokenizer, plot, semantics.value, as_json, trace)
 
@@ -123,7 +123,7 @@ def generate(
     given = {name: value for name, value in settings.items() if value is not None}
     placement = {"dtype": dtype, "device": device, "device_map": device_map}
     with one_line_errors():
-        from mvkernels.commands import generate as command
+        from mvkernels.cli import generate as command
 
         switches = {"compare": compare, "raw": raw, "full": full, "as_json": as_json}
         command.run(prompt, model, given, placement, html=html, **switches)
@@ -136,7 +136,7 @@ def check(
 ) -> None:
     """Check traces: grammar (errors, exit status 1) and paths that refer to each other (warnings)."""
     with one_line_errors():
-        from mvkernels.commands import check_traces as command
+        from mvkernels.cli import check_traces as command
 
         command.run(files, as_json)
 
@@ -152,7 +152,7 @@ def stats(
 ) -> None:
     """Show the figures of sets of traces: tokens, critical path, # parallel, blocks, paths, depth, width, lengths."""
     with one_line_errors():
-        from mvkernels.commands import stats as command
+        from mvkernels.cli import stats as command
 
         command.run(files, tokenizer, out, as_json)
 
@@ -168,7 +168,7 @@ def add_tags(
 ) -> None:
     """Extend a model and its tokenizer by the twelve control tags."""
     with one_line_errors():
-        from mvkernels.commands import add_tags as command
+        from mvkernels.cli import add_tags as command
 
         command.run(model, out, seed, dtype)
 
@@ -228,12 +228,12 @@ def train(
     given = {name: value for name, value in fields.items() if value is not None}
     with one_line_errors():
         if out.suffix == ".toml":
-            from mvkernels.commands import tune
+            from mvkernels.cli import tune
 
             switches = {"resume": resume, "quiet": quiet, "dry_run": dry_run, "skip_bad": skip_bad}
             tune.run(out, given, context.args, **switches)
             return
-        from mvkernels.commands import train as command
+        from mvkernels.cli import train as command
 
         if context.args or dry_run or skip_bad:
             unknown = context.args[0] if context.args else "--dry-run" if dry_run else "--skip-bad"
@@ -293,13 +293,13 @@ def curate(
         if check:
             if out is not None:
                 raise ValueError(f"curate --check INPUT: expected no OUT, got {out}")
-            from mvkernels.commands import check_traces
+            from mvkernels.cli import check_traces
 
             check_traces.run([source], as_json)
             return
         if out is None or not base_url or not model:
             raise ValueError("expected curate INPUT OUT --base-url URL --model NAME, or curate --check INPUT")
-        from mvkernels.commands import curate as command
+        from mvkernels.cli import curate as command
 
         command.ChainReader(source)  # says what is wrong with the path before the client is imported
 
@@ -365,7 +365,7 @@ def evaluate(
     given = {name: value for name, value in settings.items() if value is not None}
     placement = {"dtype": dtype, "device": device, "device_map": device_map}
     with one_line_errors(SAME_COMMAND):
-        from mvkernels.commands import evaluate as command
+        from mvkernels.cli import evaluate as command
 
         command.run(what, model, out, mode or [], given, placement, problems, n, batch, raw, as_json)
 
@@ -384,7 +384,7 @@ def reproduce(
 ) -> None:
     """Train from nothing, evaluate, and write the tables and figures; goes on where it was interrupted."""
     with one_line_errors(SAME_COMMAND):
-        from mvkernels.commands import reproduce as command
+        from mvkernels.cli import reproduce as command
 
         command.run(out, work, quick, jobs, task)
 
@@ -393,7 +393,7 @@ def reproduce(
 def env(as_json: Json = False) -> None:
     """Show versions, the GPU, and which backends can run here and why the others cannot."""
     with one_line_errors():
-        from mvkernels.commands import env as command
+        from mvkernels.cli import env as command
 
         command.run(as_json)
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from mvkernels.errors import require_type
 from mvkernels.layout import BranchLayout
-from mvkernels.ops import attention_flash
-from mvkernels.ops.attention_config import HEAD_DIMS
+from mvkernels.ops.attention import flash as attention_flash
+from mvkernels.ops.attention.config import HEAD_DIMS
 from mvkernels.ops.backends import choose_backend, dtype_names, triton_interpreted, triton_reason
 from mvkernels.reference.attention import attention as reference_attention
 
@@ -79,7 +79,7 @@ def multiverse_attention(
     if not isinstance(layout, BranchLayout):
         raise ValueError(f"layout: expected a BranchLayout, got {type(layout).__name__}")
     if group is not None:
-        from mvkernels import attention_parallel
+        from mvkernels import context_parallel as attention_parallel
 
         result = attention_parallel.attend(q, k, v, layout, scale, backend, group)
         return result if return_lse else result[0]
@@ -97,7 +97,7 @@ def multiverse_attention(
         return attention_flash.attend(q, k, v, layout.cu_seqlens.to(q.device), layout.longest_document, factor)
     else:
         # Imported late: the ops are registered with PyTorch when they are first used.
-        from mvkernels.ops.attention_schema import OPS
+        from mvkernels.ops.attention.schema import OPS
 
         out, lse = OPS[name][0](q, k, v, layout.mask_table, factor)
     return (out, lse) if return_lse else out

@@ -15,13 +15,13 @@ from typing import Literal, overload
 
 import torch
 
+from mvkernels.cache.step import Step
 from mvkernels.errors import require_type
-from mvkernels.kv_step import Step
 from mvkernels.ops.backends import choose_backend, dtype_names, triton_interpreted, triton_reason
-from mvkernels.ops.decode_calls import plan_calls
-from mvkernels.ops.decode_cpu import decode_cpu
-from mvkernels.ops.decode_native import compile_reason, decode_native, plan_items
-from mvkernels.ops.decode_tasks import DecodePath
+from mvkernels.ops.decode.calls import plan_calls
+from mvkernels.ops.decode.native import compile_reason, decode_native, plan_items
+from mvkernels.ops.decode.sdpa import decode_cpu
+from mvkernels.ops.decode.tasks import DecodePath
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_DTYPES = (*TRITON_DTYPES, torch.float64)
@@ -85,7 +85,7 @@ def tree_decode(
     lse: torch.Tensor | None
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if chosen == "triton":
-            from mvkernels.ops.decode_triton import decode_triton
+            from mvkernels.ops.decode.triton import decode_triton
 
             out, lse = decode_triton(q, k_layer, v_layer, step.views, scale, batch_invariant)
         elif chosen == "native":
@@ -116,7 +116,7 @@ def decode_path(
     chosen = _choose(backend, q)
     heads, kv_heads = q.shape[1], k_layer.shape[2]
     if chosen == "triton":
-        from mvkernels.ops.decode_triton import plan_tables
+        from mvkernels.ops.decode.triton import plan_tables
 
         tables = plan_tables(step.views, heads, kv_heads, q.shape[2], q.element_size(), q.device, batch_invariant)
         return tables.path

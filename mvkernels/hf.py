@@ -35,12 +35,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mvkernels.attention import multiverse_attention
-from mvkernels.attention_parallel import split_context
+from mvkernels.cache.cache import PagedKVCache
+from mvkernels.cache.step import Step
+from mvkernels.context_parallel import split_context
 from mvkernels.decode import tree_decode
 from mvkernels.errors import BackendError, described
 from mvkernels.hf_inputs import known_keywords, parameter_names, refuse_falling, refuse_unknown
-from mvkernels.kv_cache import PagedKVCache
-from mvkernels.kv_step import Step
 from mvkernels.layout import BranchLayout
 
 #: The name of the attention implementation in transformers' registries.

@@ -27,18 +27,18 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+from mvkernels.cache.cache import PagedKVCache
+from mvkernels.cache.step import Step
 from mvkernels.decode import MAX_HEAD_DIM, TRITON_DTYPES, native_reason, tree_decode
 from mvkernels.hf import is_patched, patched_backend
 from mvkernels.hf_linear import pack_of
 from mvkernels.hf_norm import is_rms_norm, same_code
 from mvkernels.hf_parts import Parts
 from mvkernels.hf_stack import FusedStack, stack_layers
-from mvkernels.kv_cache import PagedKVCache
-from mvkernels.kv_step import Step
 from mvkernels.ops.backends import triton_reason
-from mvkernels.ops.decoder_native import DecoderLayer, DecoderStep, Heads, Workspace
-from mvkernels.ops.layer_native import layer_reason
-from mvkernels.ops.product import Product
+from mvkernels.ops.dense.layer import layer_reason
+from mvkernels.ops.dense.product import Product
+from mvkernels.ops.dense.stack import DecoderLayer, DecoderStep, Heads, Workspace
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -305,7 +305,7 @@ class FusedLayer:
         **kwargs: Any,
     ) -> torch.Tensor:
         """The same in Triton; the products are those of the layer's own modules."""
-        from mvkernels.ops import layer_triton
+        from mvkernels.ops.dense import layer_triton
 
         cache, step = paged_kv
         before, after = self.norms

@@ -3,12 +3,12 @@
 A step of decoding multiplies a few rows with every weight, so it is as fast as the weights are read. PyTorch hands
 fp32 products of that shape to MKL, which reads them several times over for 2 to 8 rows. These read them once:
 
-    compiled   a kernel of this library (`ops/linear_native.cpp`) on fp32 weights where they lie, for up to 512 rows (64
+    compiled   a kernel of this library (`ops/dense/linear.cpp`) on fp32 weights where they lie, for up to 512 rows (64
                without AVX-512); more go to PyTorch. Taken where there is a C++ compiler and no other dtype is asked
                for. Weights of which bf16 has all numbers, as it has of a checkpoint that was published in it, are
                `narrow`: with up to 8 rows a copy in bf16 is read, half as much, with the same result bit for bit
     tiles      the same on a processor with AMX, where all weights that are multiplied together are narrow: its matrix
-               units multiply the copy with up to 512 rows (`ops/linear_tiles.cpp`). The result is as exact, and a row
+               units multiply the copy with up to 512 rows (`linear_amx.cpp`). The result is as exact, and a row
                has the same bits with any number of them
     packed     oneDNN on weights in its own order, which take as much memory again. Rows are padded to 4, for which it
                has faster kernels than for fewer. Packed when a layer is first called without gradients
@@ -29,10 +29,10 @@ import torch
 from torch import nn
 
 from mvkernels.hf_parts import Snapshot
-from mvkernels.ops.linear_native import LinearLayers, few_rows, is_bf16, linear_reason
-from mvkernels.ops.linear_tiles import MOST_ROWS, TileLayers, tiles_reason
+from mvkernels.ops.dense.linear import LinearLayers, few_rows, is_bf16, linear_reason
+from mvkernels.ops.dense.linear_amx import MOST_ROWS, TileLayers, tiles_reason
+from mvkernels.ops.dense.product import Product
 from mvkernels.ops.native import warn_if_busy
-from mvkernels.ops.product import Product
 
 # Projections that get the same input, by their names in transformers' modules.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

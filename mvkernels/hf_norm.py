@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mvkernels.ops.backends import triton_reason
-from mvkernels.ops.layer_native import layer_reason, rms_norm
+from mvkernels.ops.dense.layer import layer_reason, rms_norm
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -108,7 +108,7 @@ def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.is_cpu and weight.is_cpu and weight.dtype is torch.float32 and layer_reason() is None:
             return rms_norm(hidden_states, weight, eps)
         if hidden_states.is_cuda and weight.device == hidden_states.device and triton_reason(weight.device) is None:
-            from mvkernels.ops import layer_triton
+            from mvkernels.ops.dense import layer_triton
 
             if weight.dtype in layer_triton.DTYPES:
                 return layer_triton.rms_norm(hidden_states, weight, eps)

@@ -2,7 +2,7 @@
 
 Between two fused layers (`hf_layers`) transformers' loop, PyTorch's modules and the look at whether everything is still
 as it was take time in which no weight is read, and a step of a small model lasts hardly longer than that reading. So
-the forward of the base model looks once for all layers, and hands them to `decoder_layers` of `layer_native.cpp`.
+the forward of the base model looks once for all layers, and hands them to `decoder_layers` of `layer.cpp`.
 
 It does so under the conditions under which each layer would run by itself, where nobody listens between the layers.
 Otherwise the base model's forward is what it was.
@@ -21,11 +21,11 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from mvkernels.cache.cache import PagedKVCache
+from mvkernels.cache.step import Step
 from mvkernels.hf_norm import is_own, is_rms_norm, same_code
 from mvkernels.hf_parts import Parts, Snapshot, Weights
-from mvkernels.kv_cache import PagedKVCache
-from mvkernels.kv_step import Step
-from mvkernels.ops.decoder_native import DecoderLayer, DecoderStep, addresses, run_layers, structs
+from mvkernels.ops.dense.stack import DecoderLayer, DecoderStep, addresses, run_layers, structs
 
 if TYPE_CHECKING:
     from mvkernels.hf_layers import FusedLayer

@@ -21,10 +21,10 @@ import torch
 from mvkernels.errors import described, require_integer, require_type
 from mvkernels.grammar import SEMANTICS as SEMANTICS
 from mvkernels.grammar import WHITESPACE, Block, Kind, Trace, Tree, parse
-from mvkernels.layout_build import Runs, released_runs, tree_runs
+from mvkernels.layout_runs import Runs, released_runs, tree_runs
+from mvkernels.mask import IntervalMask
+from mvkernels.mask_tensor import MaskTable
 from mvkernels.ops.device import checked_device
-from mvkernels.ops.mask import IntervalMask
-from mvkernels.ops.mask_table import MaskTable
 from mvkernels.tags import TagTokens, as_id_list
 
 Value = TypeVar("Value")
@@ -210,7 +210,7 @@ class BranchLayout:
 
     @property
     def mask_table(self) -> torch.Tensor:
-        """[N] int32 on the layout's device: the mask as the attention ops take it (`mvkernels.ops.mask_table`)."""
+        """[N] int32 on the layout's device: the mask as the attention ops take it (`mvkernels.mask_tensor`)."""
         return self._table.tensor
 
     @property

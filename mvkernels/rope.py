@@ -102,7 +102,7 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, rope: Rope, backend: str = 
     chosen = choose_backend(backend, reasons, auto=("cpu", "triton"))
     with torch.no_grad():
         if chosen == "triton":
-            from mvkernels.ops.append_triton import launch_rotate
+            from mvkernels.ops.decode.append_triton import launch_rotate
 
             return launch_rotate(x, rotation)
         if chosen == "reference":

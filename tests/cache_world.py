@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from mvkernels.kv_cache import PagedKVCache
-from mvkernels.kv_step import Branch, Step
-from mvkernels.ops.decode_tasks import KeyRun
+from mvkernels.cache.cache import PagedKVCache
+from mvkernels.cache.step import Branch, Step
+from mvkernels.ops.decode.tasks import KeyRun
 from mvkernels.reference.decode import ReferenceBranch, Token, flatten
 
 NAN = float("nan")

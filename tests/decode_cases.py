@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvkernels.decode import tree_decode
-from mvkernels.ops.decode_native import compile_reason
+from mvkernels.ops.decode.native import compile_reason
 from mvkernels.reference.decode import attend
 from tests.cache_world import World
 

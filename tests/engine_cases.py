@@ -13,8 +13,8 @@ import pytest
 
 from mvkernels.grammar import TAGS, Kind
 from mvkernels.model import Engine, GenerationConfig
-from mvkernels.model.sampling import sample
-from mvkernels.model.scheduler import Scheduler
+from mvkernels.model.engine.sampling.sampler import sample
+from mvkernels.model.engine.scheduler import Scheduler
 from tests.tiny_model import END
 
 # fp32 on logits of magnitude 10; two computations with another order of summation were seen to differ by 5e-6.

@@ -1,4 +1,4 @@
-"""A cache with its page lists on a device, and what happens to them, for the tests of `kv_device`."""
+"""A cache with its page lists on a device, and what happens to them, for the tests of `cache.device`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The kernel of kv_merge.cu as a function of the host; KERNEL_SOURCE is its path.
+// The kernel of merge.cu as a function of the host; KERNEL_SOURCE is its path.
 #include "cuda_shim.h"
 #include KERNEL_SOURCE
 

@@ -19,8 +19,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mvkernels import BranchLayout, patch_model, unpatch_model
 from mvkernels.grammar import Tree, parse
-from mvkernels.model.engine import BranchView, Engine, Generation
-from mvkernels.model.sampling import sample
+from mvkernels.model.engine.engine import BranchView, Engine, Generation
+from mvkernels.model.engine.sampling.sampler import sample
 
 
 @dataclass

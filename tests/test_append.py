@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from mvkernels import BackendError, PagedKVCache, Rope, rotate
-from mvkernels.ops.append import append_rows
+from mvkernels.ops.decode.append import append_rows
 from mvkernels.reference.rope import rotate as rotate_reference
 from tests.cache_world import poisoned_cache
 from tests.conftest import interpreting
@@ -289,7 +289,7 @@ def test_triton_does_not_rotate_in_double_precision() -> None:
 @pytest.mark.parametrize(("element", "dim", "half"), [("bf16", 128, 64), ("fp16", 80, 40), ("fp32", 64, 16)])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_append_rotated_kernel(capability: int, element: str, dim: int, half: int, tmp_path) -> None:
-    from mvkernels.ops.append_triton import append_rotated_kernel
+    from mvkernels.ops.decode.append_triton import append_rotated_kernel
     from tests.test_decode_aot import assert_fits, compile_kernel
 
     types = dict.fromkeys(("k_new_ptr", "v_new_ptr", "k_ptr", "v_ptr"), f"*{element}") | {"slots_ptr": "*i64"}
@@ -302,7 +302,7 @@ def test_append_rotated_kernel(capability: int, element: str, dim: int, half: in
 @pytest.mark.aot
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_rotate_kernel(capability: int, tmp_path) -> None:
-    from mvkernels.ops.append_triton import rotate_kernel
+    from mvkernels.ops.decode.append_triton import rotate_kernel
     from tests.test_decode_aot import assert_fits, compile_kernel
 
     types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "positions_ptr": "*i64", "inv_freq_ptr": "*fp32", "scaling": "fp32"}

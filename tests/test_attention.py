@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from mvkernels.attention import multiverse_attention
 from mvkernels.errors import BackendError
 from mvkernels.layout import BranchLayout
-from mvkernels.ops import attention_cpu, cpu_plan
-from mvkernels.ops.attention_schema import OPS
+from mvkernels.ops.attention import cpu as attention_cpu
+from mvkernels.ops.attention import cpu_plan
+from mvkernels.ops.attention.schema import OPS
 from mvkernels.reference.attention import attention as reference_attention
 from tests.attention_cases import MEDIUM, NESTED, SMALL, AttentionCase, ids, output_grads, reference
 from tests.tolerance import assert_as_good_as_eager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.resources import Resources, Target, blocks_per_sm, instructions, measure, shipped
-from mvkernels.ops.attention_config import HEAD_DIMS, KernelConfig
+from mvkernels.ops.attention.config import HEAD_DIMS, KernelConfig
 
 pytestmark = pytest.mark.aot
 

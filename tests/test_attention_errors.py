@@ -10,7 +10,7 @@ from mvkernels.attention import backend_reasons, multiverse_attention
 from mvkernels.errors import BackendError
 from mvkernels.layout import BranchLayout
 from mvkernels.ops import backends
-from mvkernels.ops.attention_config import HEAD_DIMS, attention_config
+from mvkernels.ops.attention.config import HEAD_DIMS, attention_config
 
 LAYOUT = BranchLayout.causal(6)
 

@@ -14,7 +14,7 @@ from mvkernels import attention
 from mvkernels.attention import multiverse_attention
 from mvkernels.errors import BackendError
 from mvkernels.layout import BranchLayout
-from mvkernels.ops import attention_flash
+from mvkernels.ops.attention import flash as attention_flash
 
 PACKED = BranchLayout.pack([BranchLayout.causal(5), BranchLayout.causal(9)])
 BRANCHED = BranchLayout.from_tree([5, [[3], [4]], 2])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mvkernels import BranchLayout, multiverse_attention, patch_model
-from mvkernels.attention_parallel import split_context
+from mvkernels.context_parallel import split_context
 from tests.tiny_model import tiny_model
 
 TREE = [[300, [[280, [[90], [150]], 30], [210], [170]], 140], [200, [[60], [70]], 90]]

@@ -8,10 +8,11 @@ import torch
 
 from mvkernels.attention import multiverse_attention
 from mvkernels.layout import BranchLayout
-from mvkernels.ops import attention_triton, attention_triton_backward
-from mvkernels.ops.attention_schema import OPS
-from mvkernels.ops.mask import IntervalMask
-from mvkernels.ops.mask_table import MaskTable
+from mvkernels.mask import IntervalMask
+from mvkernels.mask_tensor import MaskTable
+from mvkernels.ops.attention import triton_backward as attention_triton_backward
+from mvkernels.ops.attention import triton_forward as attention_triton
+from mvkernels.ops.attention.schema import OPS
 from tests.attention_cases import MEDIUM, NESTED, SMALL, AttentionCase, ids
 from tests.conftest import interpreting
 from tests.test_attention import check_against_reference, poisoned, results
@@ -209,8 +210,8 @@ def test_a_thousand_backward_passes_are_one():
 
 @pytest.mark.gpu
 def test_no_layout_compiles_anything_again():
-    from mvkernels.ops.attention_triton import forward_kernel
-    from mvkernels.ops.attention_triton_backward import dkdv_kernel, dq_kernel
+    from mvkernels.ops.attention.triton_backward import dkdv_kernel, dq_kernel
+    from mvkernels.ops.attention.triton_forward import forward_kernel
 
     def compiled() -> list[int]:
         return [

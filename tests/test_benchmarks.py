@@ -256,7 +256,7 @@ def test_bad_options_are_refused(run) -> None:
 def test_tiles_of_all_kernels_are_timed() -> None:
     """Each candidate once at least, the shipped one first; and nothing is imported on a machine without a GPU."""
     from benchmarks.tiles import CANDIDATES, configurations
-    from mvkernels.ops.attention_config import KernelConfig, attention_config
+    from mvkernels.ops.attention.config import KernelConfig, attention_config
 
     for head_dim, lists in CANDIDATES.items():
         found = configurations(head_dim)

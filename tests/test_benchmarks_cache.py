@@ -22,7 +22,7 @@ from benchmarks.merge_tables import Tables
 from benchmarks.peers import Shape
 from benchmarks.run import main
 from mvkernels import PagedKVCache
-from mvkernels.ops.decode_tasks import DecodePath
+from mvkernels.ops.decode.tasks import DecodePath
 
 SHAPE = Shape(64, 4, 2, 16, "float32", "cpu")
 PEERS = ("ours", "split-kv", "sdpa-per-branch", "sdpa-batched", "sdpa-gather")

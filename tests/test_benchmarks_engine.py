@@ -23,11 +23,10 @@ from benchmarks.engine_models import Loaded, make_tokenizer, with_tags
 from benchmarks.engine_watch import Watch
 from benchmarks.run import main
 from mvkernels.grammar import Kind
-from mvkernels.model import choice
-from mvkernels.model.engine import Engine
-from mvkernels.model.logits import StepLogits
-from mvkernels.model.sampling import sample_step
-from mvkernels.ops.decode_native import compile_reason
+from mvkernels.model.engine import Engine, choice
+from mvkernels.model.engine.sampling.logits import StepLogits
+from mvkernels.model.engine.sampling.sampler import sample_step
+from mvkernels.ops.decode.native import compile_reason
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 SMALL = ("--suite", "engine", "--tokens", "24", "--rounds", "3", "--device", "cpu")

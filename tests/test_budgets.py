@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from mvkernels import BranchLayout
 from mvkernels.grammar import FIRST_TAG, Kind, parse
-from mvkernels.model.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
-from mvkernels.model.closing import TAKES_TEXT, UNLIMITED, Prices, State
-from mvkernels.model.interpreter import END, Budget, Interpreter
+from mvkernels.model.engine.control.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
+from mvkernels.model.engine.control.interpreter import END, Budget, Interpreter
+from mvkernels.model.engine.control.state import TAKES_TEXT, UNLIMITED, Prices, State
 from tests.trees import TEST_TAGS
 
 K = Kind

@@ -11,10 +11,11 @@ import torch
 
 from mvkernels.hf_layers import Frame
 from mvkernels.layout import BranchLayout
-from mvkernels.ops import decode_calls, decode_native
-from mvkernels.ops.attention_config import attention_config
-from mvkernels.ops.attention_tables import attention_tables
-from mvkernels.ops.mask_table import find_mask_table
+from mvkernels.mask_tensor import find_mask_table
+from mvkernels.ops.attention.config import attention_config
+from mvkernels.ops.attention.tables import attention_tables
+from mvkernels.ops.decode import calls as decode_calls
+from mvkernels.ops.decode import native as decode_native
 from tests.decode_cases import CASES
 from tests.test_decode import make_world
 
@@ -62,7 +63,7 @@ def test_plans_of_a_step(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.triton
 def test_tables_of_a_step() -> None:
-    from mvkernels.ops.decode_triton import plan_tables, tables_key
+    from mvkernels.ops.decode.triton import plan_tables, tables_key
 
     w = make_world()
     views = w.write(CASES["siblings"](w)).views
@@ -109,8 +110,8 @@ def test_what_the_layers_of_a_model_remember() -> None:
 
 @pytest.mark.triton
 def test_buckets_of_graphs() -> None:
-    from mvkernels.decode_fixed import plan_fixed
-    from mvkernels.hf_buckets import Buckets
+    from mvkernels.graph.buckets import Buckets
+    from mvkernels.graph.fixed_step import plan_fixed
 
     w = make_world()
     step = w.write(CASES["siblings"](w))

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from mvkernels.model import prompts
-from mvkernels.model.prompts import chat_text
+from mvkernels.model.engine import prompts
+from mvkernels.model.engine.prompts import chat_text
 from tests.tiny_model import tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]

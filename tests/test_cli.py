@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import mvkernels.__main__
 from mvkernels.__main__ import app
-from mvkernels.commands import evaluate, generate, inspect, reproduce
-from mvkernels.commands.plots import mask_density
+from mvkernels.cli import evaluate, generate, inspect, reproduce
+from mvkernels.cli.plots import mask_density
 from mvkernels.grammar import parse_text
 from mvkernels.layout import BranchLayout
 from tests.test_files import full_disk

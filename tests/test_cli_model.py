@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mvkernels import BranchLayout, TagTokens
-from mvkernels.commands.generate import EMBEDDED
+from mvkernels.cli.generate import EMBEDDED
 from mvkernels.grammar import TAGS
 from mvkernels.model import Engine, Generation, GenerationConfig
 from mvkernels.model.tasks import arithmetic

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from mvkernels.decode import decode_path, tree_decode
 from mvkernels.errors import BackendError, StaleStep
-from mvkernels.ops import decode_calls, decode_cpu, decode_invariant
 from mvkernels.ops.backends import choose_backend
-from mvkernels.ops.decode_tasks import EntryView, KeyRun, build_tasks
+from mvkernels.ops.decode import calls as decode_calls
+from mvkernels.ops.decode import invariant as decode_invariant
+from mvkernels.ops.decode import sdpa as decode_cpu
+from mvkernels.ops.decode.tasks import EntryView, KeyRun, build_tasks
 from tests.cache_world import World, may_grow, poisoned_cache
 from tests.decode_cases import CASES, NATIVE, assert_batch_invariant, assert_decodes, expected, queries
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mvkernels.ops.decode_tiles import Shape, tile_shapes
+from mvkernels.ops.decode.cost_model import Shape, tile_shapes
 
 pytestmark = pytest.mark.aot
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -67,7 +67,7 @@ SHAPES = [
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "partials"])
 @pytest.mark.parametrize(("capability", "head_dim", "element", "group", "block_m"), SHAPES)
 def test_decode_kernel(capability, head_dim, element, group, block_m, direct, tmp_path):
-    from mvkernels.ops.decode_triton import decode_kernel
+    from mvkernels.ops.decode.triton import decode_kernel
 
     configs = tile_shapes(Shape(group, 2, head_dim, ELEMENTS[element], 132))
     (config,) = [config for config in configs if config.block_m == block_m]
@@ -85,7 +85,7 @@ def test_decode_kernel(capability, head_dim, element, group, block_m, direct, tm
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_merge_kernel(capability, tmp_path):
-    from mvkernels.ops.decode_triton import MERGE_BLOCK, merge_kernel
+    from mvkernels.ops.decode.triton import MERGE_BLOCK, merge_kernel
 
     types = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32", "merge_ptr_ptr": "*i32", "merge_ids_ptr": "*i32"}
     types |= {"out_ptr": "*bf16", "lse_ptr": "*fp32", "num_rows": "i32"}
@@ -97,7 +97,7 @@ def test_merge_kernel(capability, tmp_path):
 @pytest.mark.parametrize("page_size", [1, 16, 24])
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_advance_kernel(capability, page_size, tmp_path):
-    from mvkernels.ops.decode_triton import ADVANCE_BLOCK, advance_kernel
+    from mvkernels.ops.decode.triton import ADVANCE_BLOCK, advance_kernel
 
     names = ("state_ptr", "cursor_ptr", "pages_ptr", "counts_ptr", "positions_ptr")
     types = dict.fromkeys(names, "*i32") | {"slots_ptr": "*i64", "num_rows": "i32"}
@@ -107,7 +107,7 @@ def test_advance_kernel(capability, page_size, tmp_path):
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_append_kernel(capability, tmp_path):
-    from mvkernels.ops.append_triton import append_kernel
+    from mvkernels.ops.decode.append_triton import append_kernel
 
     types = dict.fromkeys(("k_new_ptr", "v_new_ptr", "k_ptr", "v_ptr"), "*bf16") | {"slots_ptr": "*i64"}
     types |= dict.fromkeys(("stride_kn", "stride_kh", "stride_vn", "stride_vh"), "i32")

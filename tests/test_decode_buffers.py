@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from mvkernels.decode import tree_decode
-from mvkernels.decode_fixed import FixedStep, plan_fixed
-from mvkernels.ops import decode_buffers, decode_tables, decode_tiles
-from mvkernels.ops.decode_buffers import round_rows
-from mvkernels.ops.decode_tasks import DevicePages, KeyRun, StepViews
+from mvkernels.graph.fixed_step import FixedStep, plan_fixed
+from mvkernels.ops.decode import buffers as decode_buffers
+from mvkernels.ops.decode import cost_model as decode_tiles
+from mvkernels.ops.decode import tables as decode_tables
+from mvkernels.ops.decode.buffers import round_rows
+from mvkernels.ops.decode.tasks import DevicePages, KeyRun, StepViews
 from tests.cache_world import World, poisoned_cache
 from tests.decode_cases import CASES, assert_decodes, queries
 
-decode_triton = pytest.importorskip("mvkernels.ops.decode_triton", reason="needs triton")
+decode_triton = pytest.importorskip("mvkernels.ops.decode.triton", reason="needs triton")
 from tests.test_decode_triton import DEVICE, make_world, poisoned_outputs, small_chunks, views_of  # noqa: E402, F401
 
 pytestmark = pytest.mark.triton

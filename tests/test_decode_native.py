@@ -14,7 +14,8 @@ import torch
 
 from mvkernels.decode import backend_reasons, decode_path, tree_decode
 from mvkernels.errors import BackendError
-from mvkernels.ops import decode_native, native
+from mvkernels.ops import native
+from mvkernels.ops.decode import native as decode_native
 from tests.cache_world import World
 from tests.decode_cases import CASES, assert_batch_invariant, assert_decodes, queries
 from tests.test_decode import make_world

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from mvkernels.decode import decode_path, tree_decode
-from mvkernels.ops import decode_invariant, decode_tiles
-from mvkernels.ops.decode_tasks import EntryView, KeyRun, StepViews
+from mvkernels.ops.decode import cost_model as decode_tiles
+from mvkernels.ops.decode import invariant as decode_invariant
+from mvkernels.ops.decode.tasks import EntryView, KeyRun, StepViews
 from tests.cache_world import NAN, World, poisoned_cache
 from tests.conftest import interpreting
 from tests.decode_cases import CASES, assert_batch_invariant, assert_decodes, queries
 
-decode_triton = pytest.importorskip("mvkernels.ops.decode_triton", reason="needs triton")
+decode_triton = pytest.importorskip("mvkernels.ops.decode.triton", reason="needs triton")
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 
@@ -218,7 +219,7 @@ def test_append_takes_strided_rows():
 
 @pytest.mark.gpu
 def test_nothing_compiles_again_when_branches_come_and_go():
-    from mvkernels.ops.decode_triton import decode_kernel, merge_kernel
+    from mvkernels.ops.decode.triton import decode_kernel, merge_kernel
 
     w = make_world(16, kv_heads=2, head_dim=64, dtype=torch.bfloat16, tokens=600)
     root = w.new()

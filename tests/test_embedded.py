@@ -14,12 +14,12 @@ from mvkernels import TagTokens
 from mvkernels.grammar import parse_text
 from mvkernels.model import Engine
 from mvkernels.model import GenerationConfig as Config
+from mvkernels.model.checkpoint.add_tags import read_entry
+from mvkernels.model.checkpoint.loading import EMBEDDED
 from mvkernels.model.evaluation.figures import summarize
 from mvkernels.model.evaluation.questions import generated_questions
 from mvkernels.model.evaluation.samples import MODES, Plan, Sample, collect
-from mvkernels.model.loading import EMBEDDED
 from mvkernels.model.tasks.arithmetic import TASK, generate, grade
-from mvkernels.model.tokens import read_entry
 from mvkernels.model.training import Recipe
 from tests.engine_cases import preempted_before_every_step
 from tests.lossless import Recorder, check_lossless

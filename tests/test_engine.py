@@ -10,8 +10,8 @@ import torch
 from mvkernels import BranchLayout
 from mvkernels.grammar import TAGS, Kind
 from mvkernels.model import Engine
-from mvkernels.model.engine import FinishEvent, ForkEvent, MergeEvent, TokenEvent
-from mvkernels.model.sampling import sample
+from mvkernels.model.engine.engine import FinishEvent, ForkEvent, MergeEvent, TokenEvent
+from mvkernels.model.engine.sampling.sampler import sample
 from tests.engine_cases import (
     CASES,
     CONCLUDE,

@@ -9,7 +9,7 @@ import torch
 
 from mvkernels import OutOfPages
 from mvkernels.model import Engine, Generation, GenerationConfig
-from mvkernels.model.engine import FinishEvent
+from mvkernels.model.engine.engine import FinishEvent
 from tests.engine_cases import CASES, CONCLUDE, check_pages, config_for, follow, goal, plain
 from tests.tiny_model import END, tiny_model, tiny_tokenizer
 
@@ -221,6 +221,6 @@ def test_pages_that_do_not_fit_into_memory(engine: Engine, monkeypatch) -> None:
         raise RuntimeError(f"[enforce fail] DefaultCPUAllocator: can't allocate memory for {shape}")
 
     full = Engine(engine.model, engine.tokenizer, page_size=4)
-    monkeypatch.setattr("mvkernels.kv_cache.torch.empty", refuse)
+    monkeypatch.setattr("mvkernels.cache.cache.torch.empty", refuse)
     with pytest.raises(OutOfPages, match=r"that fits into memory, got .* pages of 4 tokens: lower num_pages"):
         full.generate("the")

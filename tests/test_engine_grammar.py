@@ -12,9 +12,9 @@ import torch
 from mvkernels import BranchLayout
 from mvkernels.grammar import TAGS, Kind, parse_text
 from mvkernels.model import Engine, Generation, GenerationConfig
-from mvkernels.model.constraint import TokenMasks
-from mvkernels.model.interpreter import END as END_BIT
-from mvkernels.model.sampling import sample
+from mvkernels.model.engine.control.interpreter import END as END_BIT
+from mvkernels.model.engine.control.masks import TokenMasks
+from mvkernels.model.engine.sampling.sampler import sample
 from tests.engine_cases import CASES, TOLERANCE, check_pages, config_for, follow, plain
 from tests.lossless import Recorder, compare, packed_logits, recorded_logits
 from tests.tiny_model import tiny_model, tiny_tokenizer
@@ -174,7 +174,7 @@ def test_budgets_of_paths_that_no_path_fits_are_refused(engine: Engine) -> None:
 
 def test_the_clock_closes_what_is_open(engine: Engine, monkeypatch) -> None:
     now, steps = 0.0, 0
-    monkeypatch.setattr("mvkernels.model.request.monotonic", lambda: now)
+    monkeypatch.setattr("mvkernels.model.engine.request.monotonic", lambda: now)
     script = follow(engine, CASES["nested"])
 
     def slow(views, logits):

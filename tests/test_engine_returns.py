@@ -18,8 +18,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from mvkernels import BranchLayout, OutOfPages
 from mvkernels.model import Engine, Generation, GenerationConfig
-from mvkernels.model.events import FinishEvent
-from mvkernels.model.sampling import sample
+from mvkernels.model.engine.output.events import FinishEvent
+from mvkernels.model.engine.sampling.sampler import sample
 from tests.engine_cases import check_pages, goal
 from tests.tiny_model import tiny_tokenizer
 

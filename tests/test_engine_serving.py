@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mvkernels.model import Engine
-from mvkernels.model.engine import FinishEvent, TokenEvent
+from mvkernels.model.engine.engine import FinishEvent, TokenEvent
 from tests.engine_cases import (
     CASES,
     TOLERANCE,
@@ -218,7 +218,9 @@ async def collect(stream) -> list:
 
 def test_events_of_tokens_are_made_for_those_who_read_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
-    monkeypatch.setattr("mvkernels.model.request.TokenEvent", lambda *given: made.append(given) or TokenEvent(*given))
+    monkeypatch.setattr(
+        "mvkernels.model.engine.request.TokenEvent", lambda *given: made.append(given) or TokenEvent(*given)
+    )
     [out] = engine.generate("the product", config_for(engine), follow(engine, CASES["nested"]))
     assert not made
     told = [*engine.stream("the product", config_for(engine), follow(engine, CASES["nested"]))]

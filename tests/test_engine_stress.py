@@ -15,10 +15,10 @@ import torch
 from mvkernels import PagedKVCache, hf_stack
 from mvkernels.hf_layers import unfuse_layers
 from mvkernels.model import Engine, Generation
+from mvkernels.model.engine.request import Request
 from mvkernels.model.evaluation.stress import Summary, any_tokens, main, same_text, serve
-from mvkernels.model.request import Request
-from mvkernels.ops.decode_native import compile_reason
-from mvkernels.ops.layer_native import layer_reason
+from mvkernels.ops.decode.native import compile_reason
+from mvkernels.ops.dense.layer import layer_reason
 from tests.engine_cases import CASES, by_request, check_pages, config_for, follow, plain
 from tests.tiny_model import tiny_model, tiny_tokenizer
 

@@ -13,13 +13,13 @@ from mvkernels import BranchLayout, patch_model
 from mvkernels.errors import BackendError
 from mvkernels.hf_linear import pack_linear
 from mvkernels.model import Engine, Generation, GenerationConfig
-from mvkernels.model.loading import EMBEDDED
-from mvkernels.model.memory import make_cache
-from mvkernels.model.request_kv import Entry
-from mvkernels.model.runner import Runner
+from mvkernels.model.checkpoint.loading import EMBEDDED
+from mvkernels.model.engine.kv.request_kv import Entry
+from mvkernels.model.engine.memory import make_cache
+from mvkernels.model.engine.runner import Runner
 from mvkernels.model.tasks.arithmetic import generate
-from mvkernels.ops.decode_native import compile_reason
-from mvkernels.ops.linear_tiles import tiles_reason
+from mvkernels.ops.decode.native import compile_reason
+from mvkernels.ops.dense.linear_amx import tiles_reason
 from tests.engine_cases import CASES, by_request, check_pages, config_for, follow
 from tests.tiles import as_bf16, takes_tiles, use_software
 from tests.tiny_model import tiny_model, tiny_tokenizer

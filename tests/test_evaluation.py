@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mvkernels.model import Engine, GenerationConfig
+from mvkernels.model.checkpoint.loading import EMBEDDED
 from mvkernels.model.evaluation.figures import accuracies, budget_curve, markdown_table, summarize
 from mvkernels.model.evaluation.grading import choice_in, same_math
 from mvkernels.model.evaluation.questions import Question, generated_questions, read_questions
@@ -25,7 +26,6 @@ from mvkernels.model.evaluation.statistics import (
     pass_at_k,
     standard_error,
 )
-from mvkernels.model.loading import EMBEDDED
 from mvkernels.model.tasks import TASKS
 from tests.test_cli import assert_one_line_error, invoke
 from tests.tiny_model import tiny_model, tiny_tokenizer

@@ -12,8 +12,8 @@ import pytest
 from safetensors import safe_open
 
 from benchmarks import figures
-from mvkernels.commands.generate import EMBEDDED
-from mvkernels.model.trace_html import TEMPLATE
+from mvkernels.cli.generate import EMBEDDED
+from mvkernels.model.engine.output.trace_html import TEMPLATE
 from tests.test_cli import ROOT, invoke
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -224,7 +224,7 @@ def test_a_cut_behind_blocks_of_any_depth_sees_its_own_copy(depth: int, write: s
 
 
 def test_the_check_finds_a_cut_behind_what_may_grow(monkeypatch) -> None:
-    monkeypatch.setattr("mvkernels.kv_split.is_fixed", lambda link: True)
+    monkeypatch.setattr("mvkernels.cache.split.is_fixed", lambda link: True)
     world = make()
     trunk = world.new()
     world.step((trunk, 3))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mvkernels.model import Engine, Generation
-from mvkernels.model.engine import ForkEvent, MergeEvent, PathEndEvent, TokenEvent
-from mvkernels.model.penalty import SeenTokens
+from mvkernels.model.engine.engine import ForkEvent, MergeEvent, PathEndEvent, TokenEvent
+from mvkernels.model.engine.sampling.penalties import SeenTokens
 from tests.engine_cases import CASES, config_for, follow
 from tests.lossless import packed_logits
 from tests.tiny_model import tiny_model, tiny_tokenizer

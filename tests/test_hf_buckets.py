@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from mvkernels import BackendError, DecodeGraph, patch_model
-from mvkernels import hf_buckets as buckets_module
-from mvkernels.hf_buckets import WARM_UPS
-from mvkernels.kv_step import StepState
-from mvkernels.ops import decode_buffers
+from mvkernels.cache.step import StepState
+from mvkernels.graph import buckets as buckets_module
+from mvkernels.graph.buckets import WARM_UPS
+from mvkernels.ops.decode import buffers as decode_buffers
 from tests.test_hf import make
 from tests.test_hf_graph import DEVICE, Twin, count_plans
 from tests.tiny_model import tiny_model

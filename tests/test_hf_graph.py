@@ -12,17 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvkernels import (
-    BackendError,
-    BranchError,
-    DecodeGraph,
-    OutOfPages,
-    PagedKVCache,
-    StaleStep,
-    hf_buckets,
-    patch_model,
-)
-from mvkernels.hf_buckets import WARM_UPS
+from mvkernels import BackendError, BranchError, DecodeGraph, OutOfPages, PagedKVCache, StaleStep, patch_model
+from mvkernels.graph import buckets as hf_buckets
+from mvkernels.graph.buckets import WARM_UPS
 from tests.conftest import interpreting
 from tests.test_hf import make
 from tests.tiny_model import tiny_model

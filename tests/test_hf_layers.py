@@ -21,9 +21,9 @@ from mvkernels import BackendError, PagedKVCache, hf_layers, patch_model
 from mvkernels.hf_layers import fuse_layers, unfuse_layers
 from mvkernels.hf_linear import pack_linear, unpack_linear
 from mvkernels.model import Engine, GenerationConfig
-from mvkernels.ops.layer_native import gate, layer_reason, rms_norm, rotate_append
-from mvkernels.ops.linear_native import LinearLayers
-from mvkernels.ops.linear_tiles import TileLayers, tiles_reason
+from mvkernels.ops.dense.layer import gate, layer_reason, rms_norm, rotate_append
+from mvkernels.ops.dense.linear import LinearLayers
+from mvkernels.ops.dense.linear_amx import TileLayers, tiles_reason
 from tests.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, make_cache, plain_model, steps
 from tests.tiles import as_bf16, takes_tiles, use_software
 from tests.tiny_model import tiny_model, tiny_tokenizer

@@ -19,7 +19,7 @@ from tests.conftest import interpreting
 from tests.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, plain_model, steps
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
-layer_triton = pytest.importorskip("mvkernels.ops.layer_triton", reason="needs triton")
+layer_triton = pytest.importorskip("mvkernels.ops.dense.layer_triton", reason="needs triton")
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 # The interpreter rounds to bfloat16 in its own way.

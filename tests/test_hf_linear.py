@@ -19,8 +19,8 @@ pytest.importorskip("transformers", reason="needs the hf extra: transformers is 
 from mvkernels import hf_linear
 from mvkernels.hf_linear import pack_linear, unpack_linear
 from mvkernels.model import Engine, GenerationConfig
-from mvkernels.ops.linear_native import LinearLayers, is_bf16, linear_reason
-from mvkernels.ops.linear_tiles import TileLayers, tiles_reason
+from mvkernels.ops.dense.linear import LinearLayers, is_bf16, linear_reason
+from mvkernels.ops.dense.linear_amx import TileLayers, tiles_reason
 from tests.tiles import as_bf16, takes_tiles, use_software
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
@@ -323,7 +323,7 @@ def test_narrow_weights_where_there_is_room(way: str, monkeypatch: pytest.Monkey
     assert size == sum(2 * m.weight.numel() for m in tiny_model().modules() if type(m) is nn.Linear)
     on_tiles = way == "tiles"
     for memory, strict, fits in ((8 * size, False, True), (8 * size - 8, False, False), (8 * size, True, on_tiles)):
-        monkeypatch.setattr("mvkernels.model.memory._machine_memory", lambda memory=memory: memory)
+        monkeypatch.setattr("mvkernels.model.engine.memory._machine_memory", lambda memory=memory: memory)
         engine = Engine(tiny_model(), tiny_tokenizer(), strict=strict, fast_linear=True)
         layer: Any = engine.model.get_output_embeddings()
         assert layer.forward.func.narrow is (fits and way != "packed")  # which reads no other weights

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mvkernels.hf_logits import likeliest
-from mvkernels.model.logits import StepLogits
-from mvkernels.ops import layer_native
+from mvkernels.model.engine.sampling.logits import StepLogits
+from mvkernels.ops.dense import layer as layer_native
+from mvkernels.ops.dense.argmax import likeliest
 
 
 class Way(NamedTuple):

@@ -20,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from mvkernels import hf_norm
 from mvkernels.hf_norm import fuse_norms, same_code, unfuse_norms
 from mvkernels.model import Engine
-from mvkernels.ops.layer_native import layer_reason, rms_norm
+from mvkernels.ops.dense.layer import layer_reason, rms_norm
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(layer_reason() is not None, reason=str(layer_reason()))
@@ -46,7 +46,7 @@ def test_the_kernel(rows: int, dim: int) -> None:
 def test_many_rows_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(100, 24), torch.randn(24)
     alone = rms_norm(x, weight, 1e-6)
-    monkeypatch.setattr("mvkernels.ops.layer_native.NUMBERS", 1)
+    monkeypatch.setattr("mvkernels.ops.dense.layer.NUMBERS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(rms_norm(x, weight, 1e-6), alone)
 

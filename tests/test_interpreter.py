@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from mvkernels import BranchLayout
 from mvkernels.grammar import FIRST_TAG, Kind, parse, tag_name
-from mvkernels.model import interpreter as module
-from mvkernels.model.actions import Finish, FinishPath, Force, Fork, Merge, Warn
-from mvkernels.model.interpreter import END, Budget, Interpreter, State
+from mvkernels.model.engine.control import interpreter as module
+from mvkernels.model.engine.control.actions import Finish, FinishPath, Force, Fork, Merge, Warn
+from mvkernels.model.engine.control.interpreter import END, Budget, Interpreter, State
 
 K = Kind
 GOAL_OF_ONE = [K.PARALLEL, K.GOAL, K.OUTLINE, K.TEXT, K.OUTLINE_END, K.GOAL_END]

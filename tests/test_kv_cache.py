@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mvkernels.cache.cache import PagedKVCache
 from mvkernels.errors import BranchError, OutOfPages, StaleStep
-from mvkernels.kv_cache import PagedKVCache
 from tests.cache_world import Unchanged, World, poisoned_cache
 
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from mvkernels.cache.page_logs import FreePages
 from mvkernels.errors import CacheError
-from mvkernels.kv_pages import FreePages
 from tests.cache_world import poisoned_cache
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mvkernels.kv_cache import PagedKVCache
-from mvkernels.kv_device import default_size
-from mvkernels.ops.kv_merge_cuda import cuda_reason
+from mvkernels.cache.cache import PagedKVCache
+from mvkernels.cache.device import default_size
+from mvkernels.ops.merge.cuda import cuda_reason
 from tests.cache_world import World, check_device_tables
 from tests.kv_device_world import SIZE, Uploads, slot_of, world
 

@@ -117,7 +117,7 @@ def test_without_a_kernel_for_merges_their_rows_are_uploaded(error: Exception, m
         w.step(*((child, 4) for child in children))
         w.merge(root)
         if not block:
-            monkeypatch.setattr("mvkernels.kv_device.merge_branches", refuse)
+            monkeypatch.setattr("mvkernels.cache.device.merge_branches", refuse)
         with Uploads(w) as seen:
             step = w.write([(root, 1)])
         assert step.views.device_pages is not None

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import mvkernels as mk
-from mvkernels.ops.kv_merge_cuda import CUPY_INSTALLED, KERNEL, OPTIONS, SOURCE, THREADS
+from mvkernels.ops.merge.cuda import CUPY_INSTALLED, KERNEL, OPTIONS, SOURCE, THREADS
 from tests.merge_cases import STATE, MergeCase, assert_same, copy_of, expected, int32, random_case
 
 TESTS = Path(__file__).resolve().parent
@@ -268,7 +268,7 @@ def test_gpu_graph_replays_with_other_blocks(device: torch.device) -> None:
 
 @pytest.mark.gpu
 def test_gpu_capture_says_what_it_needs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mvkernels.ops import kv_merge_cuda
+    from mvkernels.ops.merge import cuda as kv_merge_cuda
 
     case = gpu_case("ragged")
     tables, indices = copy_of(case.tables, device), [index.to(device) for index in case.indices]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mvkernels as mk
-from mvkernels.ops import kv_merge_cuda
-from mvkernels.ops.decode_tasks import page_slots
+from mvkernels.ops.decode.tasks import page_slots
+from mvkernels.ops.merge import cuda as kv_merge_cuda
 from mvkernels.reference.merge import INVALID, OVERFLOW
 from tests.merge_cases import STATE, assert_same, copy_of, expected, int32, random_case
 

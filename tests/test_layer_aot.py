@@ -18,7 +18,7 @@ ELEMENTS = ("bf16", "fp16", "fp32")
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("dim", [576, 8192])
 def test_norm_kernel(capability: int, element: str, add: bool, dim: int, tmp_path: Any) -> None:
-    from mvkernels.ops.layer_triton import norm_kernel, norm_warps
+    from mvkernels.ops.dense.layer_triton import norm_kernel, norm_warps
 
     block = 1 << (dim - 1).bit_length()
     pointers = dict.fromkeys(("x_ptr", "weight_ptr", "sum_ptr", "out_ptr"), f"*{element}")
@@ -38,7 +38,7 @@ def test_norm_kernel(capability: int, element: str, add: bool, dim: int, tmp_pat
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dim", [64, 96, 256])
 def test_rotate_append_kernel(capability: int, element: str, norm: bool, dim: int, tmp_path: Any) -> None:
-    from mvkernels.ops.layer_triton import rotate_append_kernel, rotate_warps
+    from mvkernels.ops.dense.layer_triton import rotate_append_kernel, rotate_warps
 
     names = ("q", "k", "v", "cos", "sin", "out", "k_cache", "v_cache")
     types = dict.fromkeys((f"{name}_ptr" for name in names), f"*{element}") | {"slots_ptr": "*i64", "eps": "fp32"}
@@ -57,7 +57,7 @@ def test_rotate_append_kernel(capability: int, element: str, norm: bool, dim: in
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_gate_kernel(capability: int, element: str, tmp_path: Any) -> None:
-    from mvkernels.ops.layer_triton import GATE_BLOCK, gate_kernel
+    from mvkernels.ops.dense.layer_triton import GATE_BLOCK, gate_kernel
 
     types = {**dict.fromkeys(("g_ptr", "u_ptr", "out_ptr"), f"*{element}"), "numbers": "i32"}
     assert_fits(compile_kernel(gate_kernel, types, {"BLOCK": GATE_BLOCK}, capability), capability, tmp_path)

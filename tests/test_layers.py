@@ -1,4 +1,4 @@
-"""Imports go one way: every module of the package imports only what stands below it, as parsing shows."""
+"""Imports go one way: a package imports only what stands below it, type annotations included, as parsing shows."""
 
 from __future__ import annotations
 
@@ -10,60 +10,68 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mvkernels"
 
-# What fused layers call.
-KERNELS = (
-    *("ops.backends", "ops.decode_native", "ops.decoder_native", "ops.layer_native", "ops.layer_triton"),
-    *("ops.linear_native", "ops.linear_tiles", "ops.native", "ops.product"),
+# Bottom to top. A module belongs to the longest prefix; packages in one row do not import each other.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors", "_lazy"),
+    ("grammar",),
+    ("tags", "mask"),
+    ("mask_tensor", "layout_runs"),
+    ("ops.backends", "ops.device", "ops.native"),
+    ("layout", "reference"),
+    ("ops.rope", "ops.attention", "ops.merge"),
+    ("ops.decode",),
+    ("ops.dense",),
+    ("rope", "branch_tables"),
+    ("cache",),
+    ("attention", "decode"),
+    ("hf",),
+    ("graph",),
+    ("model.files", "model.json_input", "model.parquet", "model.sequentialize", "model.tasks"),
+    ("model.checkpoint", "model.curator"),
+    ("model.engine.control", "model.engine.kv", "model.engine.sampling"),
+    ("model.engine.output",),
+    ("model.engine",),
+    ("model.training", "model.evaluation"),
+    ("cli",),
 )
-# Layer -> the layers it may import besides itself. Everything may use EVERYWHERE, below.
-ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
-    "_lazy": set(),
-    "grammar": set(),
-    "tags": {"grammar"},
-    "ops": set(),
-    "layout": {"grammar", "tags", "ops.device", "ops.mask", "ops.mask_table"},
-    "reference": {"grammar"},
-    "attention": {"layout", "ops", "reference"},
-    "rope": {"ops", "reference"},
-    "kv_cache": {"ops", "reference", "rope"},
-    "decode": {"kv_cache", "ops", "reference"},
-    "hf": {"attention", "decode", "kv_cache", "layout", *KERNELS},
-}
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# A file of another name that belongs to a package.
+PARTS = {"context_parallel": "attention", "hf_": "hf"}
 EVERYWHERE = {"errors", "_lazy"}
-# A file whose name begins so is a part of that layer.
-PARTS = {"layout_": "layout", "attention_": "attention", "kv_": "kv_cache", "decode_": "decode", "hf_": "hf"}
-# model/ stands on what `import mvkernels` offers; grammar holds the tag names and kinds that its texts are made of.
-PUBLIC = {"attention", "decode", "errors", "grammar", "hf", "kv_cache", "layout", "tags"}
-# A distribution -> the only layers that may import it. torch and numpy: everywhere but below.
+# A package -> the only ones below it that it may import, where that is less than all.
+NARROW: dict[str, set[str]] = {
+    "ops": {"ops", "mask", "mask_tensor"},
+    "reference": {"grammar"},
+    "rope": {"ops", "reference"},
+    "branch_tables": {"ops", "reference"},
+    "cache": {"ops", "rope", "branch_tables"},
+    "attention": {"layout", "mask", "ops", "reference"},
+    "decode": {"cache", "ops", "reference"},
+    "model.engine.control": {"grammar", "tags"},
+    "model.engine.kv": {"cache"},
+    "model.engine.sampling": {"ops.dense"},
+    "__main__": {"cli"},
+}
+# A distribution -> the only packages that may import it. torch and numpy: everywhere but in STDLIB_ONLY.
 OPTIONAL = {
     "triton": {"ops"},
     "cupy": {"ops"},
-    "transformers": {"hf", "model", "commands"},
+    "transformers": {"hf", "graph", "model", "cli"},
     "tokenizers": {"model"},
     "safetensors": {"model"},
     "gguf": {"model"},
     "accelerate": {"model"},
     "peft": {"model"},
     "tensorboard": {"model"},
-    "matplotlib": {"commands"},
-    "typer": {"commands", "__main__"},
-    "rich": {"commands", "model"},
+    "matplotlib": {"cli"},
+    "typer": {"cli", "__main__"},
+    "rich": {"cli", "model"},
     "lighteval": {"model"},
     "openai": {"model"},
     "rapidfuzz": {"model"},
     "pyarrow": {"model"},
 }
 STDLIB_ONLY = {"errors", "_lazy", "grammar", "tags"}
-
-
-def modules() -> dict[str, Path]:
-    """Dotted name within the package -> file."""
-    found = {}
-    for path in sorted(walk(PACKAGE)):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
-    return found
 
 
 def walk(folder: Path) -> list[Path]:
@@ -76,9 +84,22 @@ def walk(folder: Path) -> list[Path]:
     return files
 
 
-def layer_of(module: str) -> str:
-    top = module.partition(".")[0]
-    return next((layer for prefix, layer in PARTS.items() if top.startswith(prefix)), top)
+def modules() -> dict[str, Path]:
+    """Dotted name within the package -> file."""
+    found = {}
+    for path in sorted(walk(PACKAGE)):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+def package_of(module: str) -> str:
+    """The package of a module in `LAYERS`, or its first name."""
+    for prefix, package in PARTS.items():
+        if module.startswith(prefix):
+            return package
+    inside = [name for name in RANK if module == name or module.startswith(f"{name}.")]
+    return max(inside, key=len, default=module.partition(".")[0])
 
 
 def imports(path: Path) -> set[str]:
@@ -93,60 +114,84 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def own_imports(path: Path) -> set[str]:
-    """The modules of this package that a file imports, by dotted name within it; a public name counts as its module."""
-    known = modules()
-    found = set()
-    for name in imports(path):
-        if name.partition(".")[0] != "mvkernels":
-            continue
-        inner = name.partition(".")[2]
-        while inner and inner not in known:
-            inner = inner.rpartition(".")[0]
-        if inner:
-            found.add(inner)
+def public_names(known: dict[str, Path]) -> dict[str, str]:
+    """What an `__init__` exports -> where that is defined, both with their full dotted names."""
+    found = {}
+    for module, path in known.items():
+        if path.name == "__init__.py":
+            package = "mvkernels" if module == "__init__" else f"mvkernels.{module}"
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mvkernels."):
+                    names = {f"{package}.{a.name}": f"{node.module}.{a.name}" for a in node.names}
+                    found |= {name: target for name, target in names.items() if name != target}
     return found
 
 
-def may_import(layer: str, module: str, target: str) -> bool:
-    target_layer = layer_of(target)
-    if target_layer == layer or target_layer in EVERYWHERE or layer in ("__init__", "__main__"):
-        return layer != "__main__" or target_layer in EVERYWHERE | {"commands"}
-    if layer == "model":
-        return target_layer in PUBLIC
-    if layer == "commands":
-        return target_layer != "__main__"
-    return target_layer in ALLOWED[layer] or target in ALLOWED[layer]
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules of this package that it imports; a public name counts as the module that defines it."""
+    known = modules()
+    public = public_names(known)
+    graph = {}
+    for module, path in known.items():
+        graph[module] = set()
+        for name in imports(path):
+            while name in public:
+                name = public[name]
+            top, _, inner = name.partition(".")
+            while top == "mvkernels" and inner and inner not in known:
+                inner = inner.rpartition(".")[0]
+            if top == "mvkernels" and inner and inner != module:
+                graph[module].add(inner)
+    return graph
+
+
+GRAPH = import_graph()
+
+
+def within(package: str, names: set[str]) -> bool:
+    return any(package == name or package.startswith(f"{name}.") for name in names)
+
+
+def may_import(package: str, target: str) -> bool:
+    """Whether modules of a package may import from the package ``target``."""
+    if target == package or target in EVERYWHERE:
+        return True
+    narrow = [names for name, names in NARROW.items() if within(package, {name})]
+    if not all(within(target, names) for names in narrow):
+        return False
+    if package not in RANK:  # the __init__ files at the top, which only name what is below them
+        return target != "__main__"
+    return target in RANK and RANK[target] < RANK[package]
 
 
 def test_every_module_belongs_to_a_layer():
-    special = {"__init__", "__main__", "model", "commands"}
-    unknown = {name for name in modules() if layer_of(name) not in ALLOWED.keys() | special}
-    assert not unknown, f"expected every module in a layer of this test, got {sorted(unknown)}"
-    assert {"grammar", "layout", "ops", "reference", "model", "commands"} <= {layer_of(name) for name in modules()}
+    tops = {"__init__", "__main__", "ops", "model"}
+    unknown = sorted(name for name in GRAPH if package_of(name) not in RANK and name not in tops)
+    assert not unknown, f"expected every module in a layer of this test, got {unknown}"
+    assert {package_of(name) for name in GRAPH} >= {*RANK}, "a layer of this test has no module"
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
+@pytest.mark.parametrize("module", sorted(GRAPH))
 def test_imports_go_down(module: str):
-    layer = layer_of(module)
-    path = modules()[module]
-    wrong = sorted(target for target in own_imports(path) if not may_import(layer, module, target))
-    assert not wrong, f"mvkernels.{module} (layer {layer}) may not import {wrong}"
+    package = package_of(module)
+    wrong = sorted(target for target in GRAPH[module] if not may_import(package, package_of(target)))
+    assert not wrong, f"mvkernels.{module} (of {package}) may not import {wrong}"
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_distributions_stay_in_their_layers(module: str):
-    layer = layer_of(module)
+@pytest.mark.parametrize("module", sorted(GRAPH))
+def test_distributions_stay_in_their_packages(module: str):
+    package = package_of(module)
     tops = {name.partition(".")[0] for name in imports(modules()[module])}
-    wrong = {top for top in tops if top in OPTIONAL and layer not in OPTIONAL[top]}
-    if layer in STDLIB_ONLY:
-        wrong |= tops - set(sys.stdlib_module_names) - {"mvkernels"}
-    if layer == "reference":
-        wrong |= tops - set(sys.stdlib_module_names) - {"mvkernels", "torch"}
-    assert not wrong, f"mvkernels.{module} (layer {layer}) may not import {sorted(wrong)}"
+    wrong = {top for top in tops if top in OPTIONAL and not within(package, OPTIONAL[top])}
+    foreign = tops - {*sys.stdlib_module_names} - {"mvkernels"}
+    if package in STDLIB_ONLY:
+        wrong |= foreign
+    if package == "reference":
+        wrong |= foreign - {"torch"}
+    assert not wrong, f"mvkernels.{module} (of {package}) may not import {sorted(wrong)}"
 
 
-def test_model_and_reference_import_nothing_from_the_top_level_folders():
+def test_nothing_is_imported_by_the_name_of_a_top_level_link():
     """`import model` would be a second copy of the package under another name."""
     for module, path in modules().items():
         tops = {name.partition(".")[0] for name in imports(path)}
@@ -154,22 +199,31 @@ def test_model_and_reference_import_nothing_from_the_top_level_folders():
 
 
 @pytest.mark.parametrize(
-    ("layer", "target", "allowed"),
+    ("package", "target", "allowed"),
     [
-        ("ops", "tags", False),
-        ("ops", "layout", False),
+        ("ops.attention", "tags", False),
+        ("ops.attention", "layout", False),
+        ("ops.attention", "ops.dense", False),
+        ("ops.dense", "ops.attention", True),
         ("reference", "layout", False),
-        ("reference", "ops.mask", False),
+        ("reference", "mask", False),
         ("layout", "attention", False),
-        ("layout", "ops.plan", False),
-        ("model", "ops.mask", False),
-        ("model", "reference", False),
-        ("kv_cache", "decode", False),
+        ("layout", "mask", True),
+        ("cache", "decode", False),
+        ("attention", "decode", False),
+        ("model.engine.control", "cache", False),
+        ("model.engine.control", "model.engine.kv", False),
+        ("model.engine.kv", "model.engine", False),
+        ("model.engine", "cache", True),
+        ("model.evaluation", "model.training", False),
         ("__main__", "model.engine", False),
-        ("attention", "layout_build", True),
-        ("model", "kv_cache", True),
-        ("layout", "ops.mask", True),
+        ("__main__", "cli", True),
+        ("cli", "model.training", True),
     ],
 )
-def test_the_rule_itself(layer: str, target: str, allowed: bool):
-    assert may_import(layer, layer, target) is allowed
+def test_the_rule_itself(package: str, target: str, allowed: bool):
+    assert may_import(package, target) is allowed
+
+
+def test_an_annotation_counts_as_an_import():
+    assert "model.engine.engine" in GRAPH["cli.generate"], "generate.py imports Engine under TYPE_CHECKING only"

@@ -15,7 +15,7 @@ from lighteval.models.model_input import GenerationParameters
 from lighteval.tasks.requests import Doc
 
 from mvkernels.model import Engine, GenerationConfig
-from mvkernels.model.loading import EMBEDDED
+from mvkernels.model.checkpoint.loading import EMBEDDED
 from mvkernels.model.tasks import arithmetic
 
 FILE = Path(__file__).resolve().parent.parent / "mvkernels" / "model" / "evaluation" / "lighteval_model.py"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from mvkernels.ops import linear_tiles
-from mvkernels.ops.linear_tiles import SOURCE, TileLayers, tiles_reason
+from mvkernels.ops.dense import linear_amx as linear_tiles
+from mvkernels.ops.dense.linear_amx import SOURCE, TileLayers, tiles_reason
 from mvkernels.ops.native import native_reason
 from tests.tiles import software, use_software
 

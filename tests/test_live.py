@@ -7,8 +7,8 @@ import re
 
 from rich.console import Console
 
-from mvkernels.commands.live import LivePanels, PlainLines, Silent, make_view
-from mvkernels.model.events import ForkEvent, MergeEvent, PathEndEvent, TokenEvent
+from mvkernels.cli.live import LivePanels, PlainLines, Silent, make_view
+from mvkernels.model.engine.output.events import ForkEvent, MergeEvent, PathEndEvent, TokenEvent
 
 
 def token(path: tuple[int, ...], text: str) -> TokenEvent:

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from mvkernels.grammar import TAGS
 from mvkernels.model import Engine
-from mvkernels.model.checkpoint_files import published_dtype
-from mvkernels.model.loading import load_checkpoint, load_model, load_tokenizer
-from mvkernels.model.tokens import multiverse_entry
+from mvkernels.model.checkpoint.add_tags import multiverse_entry
+from mvkernels.model.checkpoint.files import published_dtype
+from mvkernels.model.checkpoint.loading import load_checkpoint, load_model, load_tokenizer
 from tests.engine_cases import config_for, plain
 from tests.tiny_model import tiny_model, tiny_tokenizer
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from mvkernels.model.logprobs import TokenLogprob, token_logprobs
+from mvkernels.model.engine.sampling.logprobs import TokenLogprob, token_logprobs
 from tests.test_sampling import random_logits, view
 
 

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mvkernels import mask_tensor as mask_table
 from mvkernels.attention import multiverse_attention
 from mvkernels.layout import BranchLayout
-from mvkernels.ops import mask_table
-from mvkernels.ops.attention_schema import OPS
-from mvkernels.ops.mask_table import find_mask_table, pack, unpack
+from mvkernels.mask_tensor import find_mask_table, pack, unpack
+from mvkernels.ops.attention.schema import OPS
 from tests.trees import trees
 
 TREE = [5, [[3], [2, [[4], [1]], 1]], 4]

@@ -17,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from mvkernels.ops import decode_native, layer_native, linear_tiles, native
-from mvkernels.ops.linear_native import linear_reason
+from mvkernels.ops import native
+from mvkernels.ops.decode import native as decode_native
+from mvkernels.ops.dense import layer as layer_native
+from mvkernels.ops.dense import linear_amx as linear_tiles
+from mvkernels.ops.dense.linear import linear_reason
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which is not installed")
@@ -370,7 +373,7 @@ def anew() -> Iterator[None]:
 def test_the_command_line_says_that_there_is_no_compiler(
     anew: None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    env, generate = pytest.importorskip("mvkernels.commands.env"), pytest.importorskip("mvkernels.commands.generate")
+    env, generate = pytest.importorskip("mvkernels.cli.env"), pytest.importorskip("mvkernels.cli.generate")
     monkeypatch.setenv("CXX", "no-such-compiler")
     _, notes = generate.load_engine("embedded", {"dtype": None, "device": "cpu", "device_map": None})
     reason = "expected the C++ compiler no-such-compiler, which is not installed"
@@ -380,7 +383,7 @@ def test_the_command_line_says_that_there_is_no_compiler(
 
 
 def test_the_command_line_says_which_folder_is_used(anew: None, folder: Path) -> None:
-    env = pytest.importorskip("mvkernels.commands.env")
+    env = pytest.importorskip("mvkernels.cli.env")
     unwritable(folder)
     found = env.cpu_kernels()
     assert found["folder"] == str(folder.parent / "temporary" / f"mvkernels-{os.geteuid()}")

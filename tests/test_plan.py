@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvkernels.layout import BranchLayout
-from mvkernels.ops import cpu_plan as cpu
-from mvkernels.ops.attention_config import attention_config
-from mvkernels.ops.attention_tables import build_tables
-from mvkernels.ops.mask import IntervalMask
-from mvkernels.ops.plan import EMPTY, FULL, PARTIAL, TileRuns, tile_plan
+from mvkernels.mask import IntervalMask
+from mvkernels.ops.attention import cpu_plan as cpu
+from mvkernels.ops.attention.config import attention_config
+from mvkernels.ops.attention.tables import build_tables
+from mvkernels.ops.attention.tile_plan import EMPTY, FULL, PARTIAL, TileRuns, tile_plan
 from tests.trees import trees
 
 

@@ -7,12 +7,12 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from mvkernels import mask_tensor as mask_table
 from mvkernels.layout import BranchLayout
-from mvkernels.ops import mask_table
-from mvkernels.ops.attention_config import AttentionConfig, KernelConfig, attention_config
-from mvkernels.ops.attention_schema import OPS
-from mvkernels.ops.attention_tables import AttentionTables, attention_tables, build_tables
-from mvkernels.ops.mask_table import MaskTable, find_mask_table
+from mvkernels.mask_tensor import MaskTable, find_mask_table
+from mvkernels.ops.attention.config import AttentionConfig, KernelConfig, attention_config
+from mvkernels.ops.attention.schema import OPS
+from mvkernels.ops.attention.tables import AttentionTables, attention_tables, build_tables
 from tests.attention_cases import MEDIUM, NESTED
 from tests.conftest import has_cuda
 from tests.test_decode_aot import assert_fits, compile_kernel
@@ -66,7 +66,7 @@ def check_same(got: AttentionTables, wanted: AttentionTables) -> None:
 @settings(max_examples=12, phases=[Phase.generate])  # no shrinking: the interpreter takes its time
 @given(layout=layouts, chunk=st.sampled_from([4, 16, 64]))
 def test_the_device_derives_what_the_host_plans(layout: BranchLayout, chunk: int, chosen: AttentionConfig) -> None:
-    from mvkernels.ops import plan_triton
+    from mvkernels.ops.attention import plan_triton
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_triton, "CHUNK", chunk)  # small ones, so that runs cross their borders
@@ -77,7 +77,7 @@ def test_the_device_derives_what_the_host_plans(layout: BranchLayout, chunk: int
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", MEDIUM, ids=lambda case: case.id)
 def test_longer_layouts_at_the_shipped_tile_sizes(case) -> None:
-    from mvkernels.ops.plan_triton import device_tables
+    from mvkernels.ops.attention.plan_triton import device_tables
 
     layout, chosen = case.layout(), attention_config(128, 2, (9, 0))
     got = device_tables(layout.mask_table.to(DEVICE), chosen)
@@ -105,7 +105,7 @@ def test_no_mask_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.triton
 def test_what_is_no_table_is_refused() -> None:
-    from mvkernels.ops.plan_triton import device_tables
+    from mvkernels.ops.attention.plan_triton import device_tables
 
     for values in ([5, 100, 3, 0, 0, 1], [-1, 0, 0, 0, 0, 0, 0]):
         with pytest.raises(ValueError, match="expected a mask table"):
@@ -134,7 +134,7 @@ def test_an_unregistered_copy_attends_bit_by_bit_alike(case) -> None:
 @pytest.mark.parametrize("fill", [False, True], ids=["count", "fill"])
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["rows", "columns", "hidden"])
 def test_the_kernel_compiles_and_spills_nothing(kind: int, fill: bool, capability: int, tmp_path) -> None:
-    from mvkernels.ops.plan_triton import CHUNK, NUM_WARPS, runs_kernel
+    from mvkernels.ops.attention.plan_triton import CHUNK, NUM_WARPS, runs_kernel
 
     constants = {"KIND": kind, "FILL": fill, "CHUNK": CHUNK}
     types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in set(runs_kernel.arg_names) - set(constants)}

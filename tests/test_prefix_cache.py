@@ -12,9 +12,9 @@ import torch
 from mvkernels import PagedKVCache
 from mvkernels.grammar import Kind
 from mvkernels.model import Engine, Generation, GenerationConfig
-from mvkernels.model.loading import EMBEDDED
+from mvkernels.model.checkpoint.loading import EMBEDDED
 from mvkernels.model.tasks.arithmetic import generate
-from mvkernels.ops.decode_native import compile_reason
+from mvkernels.ops.decode.native import compile_reason
 from tests.engine_cases import (
     CASES,
     TOLERANCE,

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvkernels.model.prefix_cache import PrefixCache
-from mvkernels.model.request_kv import RequestKV
+from mvkernels.model.engine.kv.prefix_cache import PrefixCache
+from mvkernels.model.engine.kv.request_kv import RequestKV
 from tests.cache_world import poisoned_cache
 from tests.test_request_kv import Path
 

@@ -9,7 +9,7 @@ import torch
 import mvkernels as mk
 from mvkernels.decode import decode_path
 from mvkernels.model import Engine, Generation, GenerationConfig
-from mvkernels.model.events import FinishEvent
+from mvkernels.model.engine.output.events import FinishEvent
 from tests.tiny_model import tiny_model, tiny_tokenizer
 from tests.trees import TEST_TAGS
 

@@ -15,13 +15,13 @@ from torch import nn
 from transformers import TrainerCallback
 
 from mvkernels import TagTokens
+from mvkernels.model.checkpoint.add_tags import read_entry
 from mvkernels.model.tasks import arithmetic, sat
-from mvkernels.model.tokens import read_entry
 from mvkernels.model.training import Recipe, TuningRecipe, train, tune
 from mvkernels.model.training.data import PackedProblems, document_text, encode_document
 from mvkernels.model.training.mixture import make_mixture
 from mvkernels.model.training.optimizer import MuonAdamW, orthogonal
-from mvkernels.model.training.run import make_tokenizer
+from mvkernels.model.training.scratch import make_tokenizer
 from mvkernels.model.training.traces import Encoder, encode_all, read_examples
 from mvkernels.model.training.tuning import read_data, recipe_tokenizer
 from tests.test_tuning import TRACE

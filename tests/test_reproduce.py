@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvkernels.commands import reproduce, reproduce_cells
-from mvkernels.commands.reproduce_cells import FULL, QUICK, Cells, Scale
-from mvkernels.commands.reproduce_report import Report
+from mvkernels.cli import reproduce, reproduce_cells
+from mvkernels.cli.reproduce_cells import FULL, QUICK, Cells, Scale
+from mvkernels.cli.reproduce_report import Report
 from mvkernels.model.tasks import sat
 from mvkernels.model.training.data import PackedProblems
-from mvkernels.model.training.run import make_tokenizer
+from mvkernels.model.training.scratch import make_tokenizer
 
 TINY = Scale(
     {"arithmetic": 2, "sat": 1},

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvkernels import OutOfPages, PagedKVCache
-from mvkernels.model.request_kv import RequestKV
+from mvkernels.model.engine.kv.request_kv import RequestKV
 from tests.cache_world import poisoned_cache
 from tests.trees import trees
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mvkernels import PagedKVCache, patch_model
-from mvkernels.model.memory import make_cache
-from mvkernels.model.request_kv import Entry
-from mvkernels.model.runner import BadLogits, Runner
+from mvkernels.model.engine.kv.request_kv import Entry
+from mvkernels.model.engine.memory import make_cache
+from mvkernels.model.engine.runner import BadLogits, Runner
 from tests.tiny_model import tiny_model
 
 IDS = [13 * i % 250 for i in range(120)]
@@ -41,7 +41,7 @@ def test_steps_that_follow_are_those_that_are_planned(monkeypatch: pytest.Monkey
     """Through the end of the reserve, other branches, and a tree that changes."""
     found, planned = [], []
     for results, reserve in ((planned, 0), (found, 9)):
-        monkeypatch.setattr("mvkernels.model.runner._RESERVE", reserve)
+        monkeypatch.setattr("mvkernels.model.engine.runner._RESERVE", reserve)
         world = World(monkeypatch)
         results += [world.step(first) for first in range(25)]
         results.append(world.step(25, (1, 2, 0)))

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig as TransformersConfig
 
-from mvkernels.model.config import GenerationConfig
-from mvkernels.model.logits import StepLogits
-from mvkernels.model.penalty import SeenTokens, penalise
-from mvkernels.model.sampling import (
+from mvkernels.model.engine.sampling.config import GenerationConfig
+from mvkernels.model.engine.sampling.logits import StepLogits
+from mvkernels.model.engine.sampling.penalties import SeenTokens, penalise
+from mvkernels.model.engine.sampling.sampler import (
     BranchView,
     _draw,
     branch_key,
@@ -187,7 +187,7 @@ def test_large_batches_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits(8, 9, 50)
     views = [view(str(row), temperature=row % 3) for row in range(9)]
     expected = sample(views, logits)
-    monkeypatch.setattr("mvkernels.model.sampling._LARGEST_GROUP", {"cpu": 100})
+    monkeypatch.setattr("mvkernels.model.engine.sampling.sampler._LARGEST_GROUP", {"cpu": 100})
     assert sample(views, logits) == expected
 
 
@@ -281,7 +281,7 @@ def test_a_draw_has_a_probability(seed: int, temperature: float, top_k: int, top
 def test_the_ends_of_the_unit_interval_hit_tokens_with_a_probability(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
     for number, token in ((0.0, 1), (0.5 - 2**-53, 1), (0.5, 2), (1 - 2**-53, 2)):
-        monkeypatch.setattr("mvkernels.model.sampling.uniform", lambda key, index, number=number: number)
+        monkeypatch.setattr("mvkernels.model.engine.sampling.sampler.uniform", lambda key, index, number=number: number)
         assert sample([view(temperature=1.0)], logits) == [token]
 
 

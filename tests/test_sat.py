@@ -11,7 +11,7 @@ from mvkernels import BranchLayout, TagTokens
 from mvkernels.grammar import parse_text
 from mvkernels.model.tasks import TASKS, grade, task_named
 from mvkernels.model.tasks.sat import SIZES, TASK, Formula, generate, read_dimacs
-from mvkernels.model.training.run import make_tokenizer
+from mvkernels.model.training.scratch import make_tokenizer
 
 EXAMPLE = Formula(3, ((1, 2), (-1, 3), (-2, -3), (-1, -3), (1, -2, 3)))
 FORMULAS = list(islice(generate(1), 60))

@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mvkernels import PagedKVCache
-from mvkernels.model.request_kv import RequestKV
-from mvkernels.model.scheduler import Scheduler
+from mvkernels.model.engine.kv.request_kv import RequestKV
+from mvkernels.model.engine.scheduler import Scheduler
 
 
 class Plain:

@@ -15,8 +15,8 @@ import torch
 from mvkernels import BranchLayout, patch_model, unpatch_model
 from mvkernels.grammar import TAGS
 from mvkernels.model import Engine, GenerationConfig
-from mvkernels.model.loading import load_checkpoint
-from mvkernels.model.tokens import add_tags
+from mvkernels.model.checkpoint.add_tags import add_tags
+from mvkernels.model.checkpoint.loading import load_checkpoint
 from tests.engine_cases import preempted_before_every_step, without_certain
 from tests.lossless import Recorder, check_lossless, packed_logits, unpatched
 from tests.tiny_model import scripted

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mvkernels.layout import BranchLayout
-from mvkernels.ops import layer_native
-from mvkernels.ops.append import append_rows
-from mvkernels.ops.attention_schema import OPS
-from mvkernels.ops.linear_native import LinearLayers, linear_reason
-from mvkernels.ops.mask_table import find_mask_table
+from mvkernels.mask_tensor import find_mask_table
+from mvkernels.ops.attention.schema import OPS
+from mvkernels.ops.decode.append import append_rows
+from mvkernels.ops.dense import layer as layer_native
+from mvkernels.ops.dense.linear import LinearLayers, linear_reason
 from mvkernels.ops.rope import Rotation
 from mvkernels.reference.attention import attention as reference_attention
 from mvkernels.reference.rope import rotate as reference_rotate
@@ -71,8 +71,8 @@ def visible_pairs(layout: BranchLayout) -> torch.Tensor:
 
 @pytest.mark.triton
 def test_all_kernels_have_full_and_partial_tiles() -> None:
-    from mvkernels.ops.attention_config import attention_config
-    from mvkernels.ops.attention_tables import attention_tables
+    from mvkernels.ops.attention.config import attention_config
+    from mvkernels.ops.attention.tables import attention_tables
 
     layout = BranchLayout.pack([BranchLayout.from_tree(tree) for tree in TREES])
     config = attention_config(32, 4, None)
@@ -182,7 +182,7 @@ def backends() -> list[object]:
 def layers(backend: str) -> object:
     if backend == "native":
         return layer_native
-    from mvkernels.ops import layer_triton
+    from mvkernels.ops.dense import layer_triton
 
     return layer_triton
 
@@ -264,9 +264,9 @@ def test_products(rows: int) -> None:
 
 @pytest.mark.triton
 def test_a_mask_table_of_any_stride() -> None:
-    from mvkernels.ops.attention_config import attention_config
-    from mvkernels.ops.attention_tables import build_tables
-    from mvkernels.ops.plan_triton import device_tables
+    from mvkernels.ops.attention.config import attention_config
+    from mvkernels.ops.attention.plan_triton import device_tables
+    from mvkernels.ops.attention.tables import build_tables
 
     layout, apart = BranchLayout.pack([BranchLayout.from_tree(tree) for tree in TREES]), Apart("triton")
     config = attention_config(32, 4, None)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mvkernels.commands.live import LivePanels, PlainLines
+from mvkernels.cli.live import LivePanels, PlainLines
 from mvkernels.model import Engine, Generation
-from mvkernels.model.events import Event, FinishEvent, ForkEvent, TextEvent, TokenEvent
-from mvkernels.model.text import TextStream
+from mvkernels.model.engine.output.events import Event, FinishEvent, ForkEvent, TextEvent, TokenEvent
+from mvkernels.model.engine.output.text_stream import TextStream
 from tests.engine_cases import CASES, GREEDY, check_pages, config_for, follow
 from tests.tiny_model import scripted, tiny_model, tiny_tokenizer
 from tests.vocabularies import HARDEST, ROWS, VOCABULARIES, byte_tokens, whole

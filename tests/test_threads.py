@@ -12,15 +12,15 @@ import torch
 
 from mvkernels.hf_linear import pack_linear
 from mvkernels.ops import native
-from mvkernels.ops.decode_native import compile_reason
-from mvkernels.ops.linear_native import linear_reason
+from mvkernels.ops.decode.native import compile_reason
+from mvkernels.ops.dense.linear import linear_reason
 
 # libgomp starts a thread at the first parallel region that needs it.
 SCRIPT = """
 import os
 import torch
 from mvkernels import PagedKVCache, tree_decode
-from mvkernels.ops.linear_native import LinearLayers
+from mvkernels.ops.dense.linear import LinearLayers
 
 def threads():
     return len(os.listdir("/proc/self/task"))

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from mvkernels.grammar import TAGS
-from mvkernels.model.loading import load_checkpoint
-from mvkernels.model.tokens import add_tags, add_tags_to_checkpoint, read_entry
+from mvkernels.model.checkpoint.add_tags import add_tags, add_tags_to_checkpoint, read_entry
+from mvkernels.model.checkpoint.loading import load_checkpoint
 from tests.test_files import full_disk
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from mvkernels.layout import BranchLayout
 from mvkernels.model import Engine, Generation
-from mvkernels.model.engine import FinishEvent, TokenEvent
-from mvkernels.model.trace_html import TracedRun, trace_page
+from mvkernels.model.engine.engine import FinishEvent, TokenEvent
+from mvkernels.model.engine.output.trace_html import TracedRun, trace_page
 from tests.engine_cases import CASES, config_for, follow
 from tests.tiny_model import tiny_model, tiny_tokenizer
 

@@ -14,13 +14,13 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainerCallback
 
 from mvkernels import BranchLayout, TagTokens
 from mvkernels.grammar import TAGS
+from mvkernels.model.checkpoint.add_tags import read_entry
 from mvkernels.model.tasks import arithmetic, sat
 from mvkernels.model.tasks.arithmetic import generate
-from mvkernels.model.tokens import read_entry
 from mvkernels.model.training import Recipe, TrainingRun, train
 from mvkernels.model.training.data import PackedProblems
 from mvkernels.model.training.optimizer import MuonAdamW, orthogonal
-from mvkernels.model.training.run import TRAINING_FILE, make_tokenizer
+from mvkernels.model.training.scratch import TRAINING_FILE, make_tokenizer
 
 TINY = Recipe(
     steps=12,

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from mvkernels import BranchLayout, TagTokens, patch_model
-from mvkernels.model.loading import load_checkpoint
+from mvkernels.model.checkpoint.add_tags import read_entry
+from mvkernels.model.checkpoint.loading import load_checkpoint
 from mvkernels.model.sequentialize import sequentialize
-from mvkernels.model.tokens import read_entry
 from mvkernels.model.training import TuningRecipe, TuningRun, load_recipe, tune
 from mvkernels.model.training.mixture import PackedRows, make_mixture
 from mvkernels.model.training.traces import Encoder, encode_all, read_examples

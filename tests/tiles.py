@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mvkernels import hf_linear
-from mvkernels.ops import linear_tiles
-from mvkernels.ops.linear_tiles import SOURCE
+from mvkernels.ops.dense import linear_amx as linear_tiles
+from mvkernels.ops.dense.linear_amx import SOURCE
 from mvkernels.ops.native import native_library
 
 _HEADER = Path(__file__).with_name("tiles_in_software.h")

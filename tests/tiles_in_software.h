@@ -1,4 +1,4 @@
-// The instructions of AMX that `linear_tiles.cpp` uses, in plain C++, for machines that have none: g++ includes this
+// The instructions of AMX that `linear_amx.cpp` uses, in plain C++, for machines that have none: g++ includes this
 // first. Whatever the processor would refuse ends the program.
 #pragma once
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from mvkernels.grammar import TAGS
-from mvkernels.model.sampling import BranchView, sample
+from mvkernels.model.engine.sampling.sampler import BranchView, sample
 
 END = "<|end|>"
 CHAT_TEMPLATE = (

@@ -12,7 +12,7 @@ from mvkernels._lazy import lazy_names
 __all__ = ["Engine", "Generation", "GenerationConfig"]
 
 if TYPE_CHECKING:
-    from mvkernels.model.engine import Engine, Generation, GenerationConfig
+    from mvkernels.model.engine.engine import Engine, Generation, GenerationConfig
 else:
-    _EXPORTS = {name: "mvkernels.model.engine" for name in __all__}
+    _EXPORTS = {name: "mvkernels.model.engine.engine" for name in __all__}
     __getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

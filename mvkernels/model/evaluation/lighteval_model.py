@@ -20,8 +20,8 @@ from lighteval.models.abstract_model import LightevalModel
 from lighteval.models.model_output import ModelResponse
 from lighteval.tasks.prompt_manager import PromptManager
 
-from mvkernels.model.config import GenerationConfig
-from mvkernels.model.engine import Engine
+from mvkernels.model.engine.engine import Engine
+from mvkernels.model.engine.sampling.config import GenerationConfig
 from mvkernels.model.evaluation.samples import MODES
 
 #: Where neither the command line nor the task says how long an answer may be.

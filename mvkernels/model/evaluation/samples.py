@@ -15,15 +15,15 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from mvkernels.model.config import GenerationConfig
+from mvkernels.model.engine.sampling.config import GenerationConfig
 from mvkernels.model.evaluation.questions import Question
 from mvkernels.model.files import errors_name, write_whole
 from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.tasks.common import PARALLEL_ENDING, SEQUENTIAL_ENDING
 
 if TYPE_CHECKING:
-    from mvkernels.model.engine import Engine
-    from mvkernels.model.events import FinishEvent
+    from mvkernels.model.engine.engine import Engine
+    from mvkernels.model.engine.output.events import FinishEvent
 
 FORMAT, VERSION = "mvkernels.samples", 1
 
@@ -191,7 +191,9 @@ def _read_sample(line: dict[str, Any], where: str) -> Sample:
 
 
 def _ask(engine: Engine, part: Sequence[tuple[int, Question]], plan: Plan, chat: bool) -> list[Sample]:
-    from mvkernels.model.events import FinishEvent  # here: plans and modes are checked before PyTorch is imported
+    from mvkernels.model.engine.output.events import (
+        FinishEvent,  # here: plans and modes are checked before PyTorch is imported
+    )
 
     prompts = [plan.prompt(question, chat) for _, question in part]
     configs = [plan.request(place) for place, _ in part]

@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 
 from mvkernels.grammar import Kind
 from mvkernels.layout import BranchLayout
-from mvkernels.model.config import GenerationConfig
-from mvkernels.model.engine import Engine
-from mvkernels.model.events import FinishEvent, Generation
-from mvkernels.model.loading import EMBEDDED, load_checkpoint
-from mvkernels.model.sampling import BranchView, sample
-from mvkernels.model.streams import Stream
+from mvkernels.model.checkpoint.loading import EMBEDDED, load_checkpoint
+from mvkernels.model.engine.engine import Engine
+from mvkernels.model.engine.output.events import FinishEvent, Generation
+from mvkernels.model.engine.sampling.config import GenerationConfig
+from mvkernels.model.engine.sampling.sampler import BranchView, sample
+from mvkernels.model.engine.streams import Stream
 from mvkernels.tags import TagTokens
 
 #: Requests that share an engine, and a seed of their own.
@@ -145,7 +145,7 @@ def same_text(model: PreTrainedModel, tokenizer: Any, requests: int, seed: int, 
     def sampler(views: Sequence[BranchView], logits: torch.Tensor) -> list[int]:
         return sample(views, logits + likely)
 
-    # Not ended by max_new_tokens: which path has the last of them depends on which had turns (model/strict.py).
+    # Not ended by max_new_tokens: which path has the last of them depends on which had turns (strict.py).
     limits = [{"max_new_tokens": 1000, "max_critical_path": chosen.choice([5, 30, 60, 90])} for _ in range(requests)]
     jobs = [
         _job(few, chosen, seed + number, chosen.random() < 0.7, max_width=3, max_depth=1, **limits[number])

@@ -14,9 +14,9 @@ from typing import Any
 
 import mvkernels as mk
 from mvkernels.grammar import TAG_PATTERN, parse_text
+from mvkernels.model.engine.prompts import chat_text
 from mvkernels.model.json_input import parse_json
 from mvkernels.model.parquet import open_parquet, parquet_rows
-from mvkernels.model.prompts import chat_text
 from mvkernels.model.sequentialize import sequentialize
 from mvkernels.model.training.tuning_recipe import TuningRecipe, data_files
 

@@ -22,11 +22,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 
 from mvkernels import TagTokens, patch_model, unpatch_model
 from mvkernels._lazy import import_for
-from mvkernels.model.checkpoint import checkpoint_path
-from mvkernels.model.checkpoint_files import published_dtype
+from mvkernels.model.checkpoint.add_tags import add_tag_tokens, add_tags, read_entry
+from mvkernels.model.checkpoint.files import published_dtype
+from mvkernels.model.checkpoint.loading import load_model, load_tokenizer
+from mvkernels.model.checkpoint.names import checkpoint_path
 from mvkernels.model.files import whole_folder
-from mvkernels.model.loading import load_model, load_tokenizer
-from mvkernels.model.tokens import add_tag_tokens, add_tags, read_entry
 from mvkernels.model.training.checkpoints import CHECKPOINTS
 from mvkernels.model.training.mixture import Mixture, PackedRows, make_mixture
 from mvkernels.model.training.recipe_file import prepare_folder

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 from mvkernels.grammar import SEMANTICS
-from mvkernels.model.checkpoint import checkpoint_path
-from mvkernels.model.checkpoint_files import DTYPES, require_checkpoint
+from mvkernels.model.checkpoint.files import DTYPES, require_checkpoint
+from mvkernels.model.checkpoint.names import checkpoint_path
 from mvkernels.model.curator.outputs import TRACES
 from mvkernels.model.training.recipe_file import RecipeFile
 

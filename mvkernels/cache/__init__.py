@@ -1,0 +1,1 @@
+"""The paged KV cache: pages, fork, merge and steps."""

@@ -1,0 +1,351 @@
+"""A step of the paged cache: the new tokens of some branches, with the slots reserved for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mvkernels.cache.nodes import contents_of
+from mvkernels.cache.page_logs import Contents, PageLog
+from mvkernels.cache.spots import Target
+from mvkernels.errors import BranchError, StaleStep
+from mvkernels.ops.decode.tasks import DevicePages, EntryView, KeyRun, StepViews
+
+if TYPE_CHECKING:
+    from mvkernels.cache.cache import PagedKVCache
+    from mvkernels.cache.device import DeviceTables
+    from mvkernels.cache.nodes import Link, Node
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """Handle of a branch, made by `PagedKVCache.new` and `fork`. Two handles are equal when they are the same one."""
+
+    cache: PagedKVCache
+    id: int
+
+    def __repr__(self) -> str:
+        try:
+            return f"Branch({self.id}, {self.num_tokens} tokens, next position {self.next_position})"
+        except BranchError:
+            return f"Branch({self.id}, gone)"
+
+    @property
+    def next_position(self) -> int:
+        """Position of the next token. Raises BranchError when the branch is gone."""
+        return self.cache.next_position(self)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of committed tokens that the next token will see. Raises BranchError when the branch is gone."""
+        return self.cache.num_tokens(self)
+
+
+@dataclass(eq=False, slots=True)  # not frozen: one is made for every entry of a step, and that takes twice the time
+class PlannedNode:
+    """What committing an entry does to its node. `pages` are set aside for it: the first ones for the entry's tokens,
+    which are appended to the node's, the others for the tokens of the steps to come.
+    """
+
+    node: Node
+    start: int
+    base: int
+    num_tokens: int
+    pages: list[int]
+
+
+@dataclass(eq=False)
+class StepState:
+    """Why a step may no longer be used, or None while it may."""
+
+    closed: str | None = None
+
+
+class HostTensors:
+    """The tensors of a step on a CPU, and the bytes of those to come. Behind a forward, which has read all weights, the
+    code of torch and of numpy is in none of the processor's caches any more, and an addition there takes as long as the
+    bookkeeping of several branches. So positions are written down beforehand, as slots are, and copied by Python.
+    """
+
+    def __init__(self, positions: torch.Tensor, slots: torch.Tensor, cursor: torch.Tensor, ahead: torch.Tensor) -> None:
+        steps = np.arange(len(ahead), dtype=np.int64)
+        places = positions.numpy() + steps.astype(np.int32)[:, None]
+        self.__setstate__([(positions, places), (slots, ahead.numpy()), (cursor, steps)])
+
+    def __getstate__(self) -> list[tuple[torch.Tensor, np.ndarray[Any, Any]]]:
+        return self._arrays
+
+    def __setstate__(self, arrays: list[tuple[torch.Tensor, np.ndarray[Any, Any]]]) -> None:
+        self._arrays = arrays
+        self._bytes = [(now.numpy().data.cast("B"), ahead.data.cast("B")) for now, ahead in arrays]
+
+    def advance(self, index: int) -> None:
+        """They become those of a step so many behind the one that was planned."""
+        for now, ahead in self._bytes:
+            size = len(now)
+            now[:] = ahead[index * size : (index + 1) * size]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """New tokens of some branches, one row each; the rows of an entry are consecutive.
+
+    total_rows        N
+    entries           (branch, number of tokens), in the order of `plan`
+    row_offsets       first row of each entry
+    positions [N]     int32, position of each row
+    slots [N]         int64, page * page_size + offset, where `append` writes the row
+    views             what each entry sees (`ops.decode.tasks`), shared by all layers
+    planned           what committing does; that of the step after it, once it has advanced
+    ahead             the slots of the steps to come, [1 + reserve, N] int64, for `PagedKVCache.advance`; None where it
+                      cannot be used: an entry adds several tokens, or sees some that another one adds
+    cursor [1]        int64, the row of `ahead` that is this step's; `index` is the same number on the host
+    spare             whether some rows are written nowhere: their slots are -1
+    on_host           writes the tensors of the next step on a CPU
+    """
+
+    total_rows: int
+    entries: tuple[tuple[Branch, int], ...]
+    row_offsets: tuple[int, ...]
+    positions: torch.Tensor
+    slots: torch.Tensor
+    views: StepViews = field(repr=False)
+    planned: tuple[PlannedNode, ...] = field(repr=False)
+    state: StepState = field(repr=False)
+    ahead: torch.Tensor | None = field(default=None, repr=False)
+    cursor: torch.Tensor | None = field(default=None, repr=False)
+    index: int = 0
+    spare: bool = False
+    on_host: HostTensors | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        branches = f"{len(self.entries)} branch{'es' if len(self.entries) != 1 else ''}"
+        return f"Step({self.total_rows} rows of {branches}, {self.state.closed or 'open'})"
+
+    @cached_property
+    def longest_context(self) -> int:
+        """The most tokens that any row sees, itself included."""
+        return max(sum(run.tokens for run in (*view.whole, view.own)) for view in self.views.entries)
+
+    @cached_property
+    def reserved_pages(self) -> int:
+        """How many pages are set aside for this step and those to come."""
+        return sum(len(planned.pages) for planned in self.planned)
+
+    def advance_tensors(self) -> None:
+        """Turns the tensors of this step into those of the next, where they are: device work only, no host sync.
+
+        What `PagedKVCache.advance` does beside its bookkeeping on the host; in a CUDA graph it is captured with the
+        step that it follows.
+        """
+        if self.ahead is None or self.cursor is None:
+            raise ValueError(
+                "expected a step with one token for each branch that was planned with reserve=, got another"
+            )
+        if self.on_host is not None:
+            self.on_host.advance(self.index + 1)
+        else:
+            self.cursor.add_(1)
+            self.positions.add_(1)
+            self.slots.copy_(self.ahead.index_select(0, self.cursor)[0])
+        self.views.advance_tables(self.cursor)
+
+    def require_open(self) -> None:
+        """Raise StaleStep unless the step was neither committed nor rolled back, and its tree is unchanged."""
+        if self.state.closed is not None:
+            raise StaleStep(f"expected an open step, got one that was {self.state.closed}")
+
+
+def require_pairs(entries: Sequence[tuple[Branch, int]], reserve: int) -> None:
+    """Raise ValueError where `entries` are no pairs of something and an integer, or `reserve` is no integer."""
+    try:
+        kinds: set[type] = {type(reserve), *(type(count) for _, count in entries)}
+    except (TypeError, ValueError):
+        raise ValueError(f"plan: expected (branch, number of tokens) pairs, got {entries!r}") from None
+    if not all(issubclass(kind, Integral) for kind in kinds):
+        raise ValueError(f"plan: expected integer numbers of tokens, got {entries!r} and a reserve of {reserve!r}")
+
+
+def make_step(
+    entries: tuple[tuple[Branch, int], ...],
+    planned: Sequence[PlannedNode],
+    page_size: int,
+    device: torch.device,
+    reserve: int = 0,
+    tables: DeviceTables | None = None,
+    advances: bool = True,
+) -> Step:
+    """The open step that commits `planned`, entry by entry. Reads the nodes as they are now, and changes none.
+
+    reserve: how many more steps the pages of `planned` are for. tables: the cache's, which are brought up to this step.
+    advances: whether the step's tensors are those of the steps to come, too.
+    """
+    whole = _Lists(planned, page_size, reserve, tables)
+    views: list[EntryView] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    row_offsets: list[int] = []
+    for p in planned:
+        row_offsets.append(len(positions))
+        views.append(EntryView(len(positions), p.num_tokens, whole.runs[p.node], whole.seen_by(p.node.chain)))
+        # In plain Python: most entries have one token, for which an array costs more than all else.
+        pages, before = p.node.pages, len(p.node.pages)
+        for token in range(p.base, p.base + p.num_tokens):
+            place, offset = divmod(token, page_size)
+            page = pages[place] if place < before else p.pages[place - before]
+            positions.append(p.start + token)
+            slots.append(page * page_size + offset)
+    row = len(positions)
+    tensors = (
+        torch.tensor(positions, dtype=torch.int32).to(device),
+        torch.tensor(slots, dtype=torch.int64).to(device),
+    )
+    ahead = cursor = on_host = None
+    if whole.reserve:
+        ahead = torch.from_numpy(_slots_ahead(planned, whole.runs, reserve, page_size)).to(device)
+        cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        on_host = HostTensors(*tensors, cursor, ahead) if advances and ahead.is_cpu else None
+    return Step(
+        total_rows=row,
+        entries=entries,
+        row_offsets=tuple(row_offsets),
+        positions=tensors[0],
+        slots=tensors[1],
+        views=StepViews(tuple(views), page_size, row, whole.reserve, device_pages=whole.device_pages),
+        planned=tuple(planned),
+        state=StepState(),
+        ahead=ahead,
+        cursor=cursor,
+        on_host=on_host,
+    )
+
+
+def next_step(step: Step) -> Step:
+    """The step after one whose tensors and plans have advanced: these, and the same branches with one token each."""
+    return Step(
+        total_rows=step.total_rows,
+        entries=step.entries,
+        row_offsets=step.row_offsets,
+        positions=step.positions,
+        slots=step.slots,
+        views=step.views.advanced(),
+        planned=step.planned,
+        state=StepState(),
+        ahead=step.ahead,
+        cursor=step.cursor,
+        index=step.index + 1,
+        spare=step.spare,
+        on_host=step.on_host,
+    )
+
+
+def _slots_ahead(
+    planned: Sequence[PlannedNode], runs: Mapping[Node, KeyRun], reserve: int, page_size: int
+) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """[1 + reserve, N]: where the token of each entry goes in this step and in those after it."""
+    tokens = np.arange(1 + reserve, dtype=np.int64)
+    columns = [
+        runs[p.node].pages[(p.base + tokens) // page_size].astype(np.int64) * page_size + (p.base + tokens) % page_size
+        for p in planned
+    ]
+    return np.stack(columns, axis=1)
+
+
+class _Lists:
+    """The lists of a step's entries as runs of keys. What several entries see is one run.
+
+    The end of a list is taken node by node, for its nodes may still grow, in this step too. What stands before the last
+    link with an `after` is fixed, and lies in logs; those are cut where some entry's list ends.
+
+    runs            of the planned nodes, with the step's tokens, and of others in the ends of lists
+    reserve         of the step; 0 where it cannot be advanced: some entry has several tokens, or sees another's
+    device_pages    the cache's, where they hold all of it
+    """
+
+    def __init__(
+        self, planned: Sequence[PlannedNode], page_size: int, reserve: int, tables: DeviceTables | None
+    ) -> None:
+        self.page_size = page_size
+        self._near: dict[int, tuple[Contents | None, list[Node]]] = {}
+        ends: dict[PageLog, set[int]] = {}
+        for p in planned:
+            chain = p.node.chain
+            if id(chain) in self._near:  # siblings have one
+                continue
+            fixed, _ = self._near[id(chain)] = self._split(chain)
+            for contents in fixed.back() if fixed is not None else ():
+                ends.setdefault(contents.log, set()).add(contents.end)
+        self._cuts = {log: sorted(ends[log]) for log in ends}
+        near = {node: None for _, nodes in self._near.values() for node in nodes}
+        alone = all(p.num_tokens == 1 and p.node not in near for p in planned)
+        self.reserve = reserve if alone else 0
+        held = {p.node: self._held(p) for p in planned}
+        self.device_pages: DevicePages | None = None
+        if tables is not None:
+            self.device_pages = tables.sync(held, [*near, *(log.first for log in self._cuts)])
+        self._tables = tables if self.device_pages is not None else None
+        self.runs = {
+            node: KeyRun.of_node(target.pages, target.tokens, page_size, self._place(node))
+            for node, target in held.items()
+        }
+        self._logs: dict[tuple[PageLog, int], KeyRun] = {}
+        self._lists: dict[int, tuple[KeyRun, ...]] = {}
+
+    def seen_by(self, chain: Link | None) -> tuple[KeyRun, ...]:
+        """The list up to a link of a planned node's chain, oldest first; the same tuple for the same link."""
+        if id(chain) not in self._lists:
+            fixed, near = self._near[id(chain)]
+            runs = [self._node_run(node) for node in near]
+            for contents in fixed.back() if fixed is not None else ():
+                runs += reversed(self._log_runs(contents))
+            self._lists[id(chain)] = tuple(reversed(runs))
+        return self._lists[id(chain)]
+
+    def _held(self, planned: PlannedNode) -> Target:
+        """What a planned node holds with its tokens, in pages that have room for those of the steps to come, too."""
+        tokens = planned.base + planned.num_tokens
+        size = -(-(tokens + self.reserve) // self.page_size)
+        pages = planned.node.page_array()
+        if size > len(pages):
+            added = planned.pages[: size - len(pages)]
+            pages = np.concatenate([pages, np.array(added, dtype=np.int32)])
+        return Target(pages, tokens, planned.start + tokens)
+
+    def _split(self, link: Link | None) -> tuple[Contents | None, list[Node]]:
+        """(what is fixed, the nodes behind it, the last first)."""
+        near = []
+        while link is not None and not link.after:
+            near.append(link.node)
+            link = link.before
+        return contents_of(link, self.page_size), near
+
+    def _place(self, node: Node) -> int | None:
+        return None if self._tables is None else self._tables.rows.place(node)
+
+    def _node_run(self, node: Node) -> KeyRun:
+        if node not in self.runs:
+            pages = node.page_array()
+            self.runs[node] = KeyRun.of_node(pages, node.length, self.page_size, self._place(node))
+        return self.runs[node]
+
+    def _log_runs(self, contents: Contents) -> list[KeyRun]:
+        """The log's entries up to the contents' end, in pieces between the ends of all lists."""
+        found, first = [], 0
+        for last in self._cuts[contents.log]:
+            if last > contents.end:
+                break
+            if (contents.log, last) not in self._logs:
+                pages, counts = contents.log.slice(first, last)
+                # The nodes of a log stand one right after the other on the device too.
+                begin = self._place(contents.log.first)
+                place = None if begin is None else begin + first
+                self._logs[contents.log, last] = KeyRun(pages, counts, int(counts.sum()), place)
+            found.append(self._logs[contents.log, last])
+            first = last
+        return found

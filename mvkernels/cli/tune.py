@@ -1,0 +1,123 @@
+"""``mvkernels train RECIPE.toml``: a base model tuned on traces by a recipe, or what that would train on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mvkernels.cli.train import resumable, seconds_text
+from mvkernels.model.training.allocator import keep_freed_memory
+from mvkernels.model.training.recipe_file import check_folder
+from mvkernels.model.training.traces import read_examples
+from mvkernels.model.training.tuning_recipe import TuningRecipe, find_recipe, load_recipe, parse_overrides
+
+if TYPE_CHECKING:
+    from mvkernels.model.training.tuning import TuningData
+
+CHART = "losses.png"
+
+
+def run(
+    recipe_file: Path,
+    given: Mapping[str, Any],
+    arguments: Sequence[str],
+    *,
+    resume: bool,
+    quiet: bool,
+    dry_run: bool,
+    skip_bad: bool,
+) -> None:
+    """Trains by the recipe and prints what came out; with ``dry_run`` prints the mixture and trains nothing.
+
+    given: fields that are options of the command too. arguments: the output folder first (not with ``dry_run``), then
+    ``--field value``.
+    """
+    words = list(arguments)
+    out = words.pop(0) if words and not words[0].startswith("--") else None
+    recipe = load_recipe(find_recipe(recipe_file), {**given, **parse_overrides(words)})
+    recipe.check_inputs()
+    if not dry_run and out is None:
+        raise ValueError("train RECIPE.toml OUT: expected a folder OUT for the model, got none")
+    _check_first_records(recipe, skip_bad)
+    if dry_run:
+        from mvkernels.model.training.tuning import read_data, recipe_tokenizer
+
+        data = read_data(recipe, recipe_tokenizer(recipe), skip_bad)
+        _print_mixture(recipe, data)
+        return
+    assert out is not None
+    first = os.environ.get("RANK", "0") == "0"
+    if first:  # the other processes may find the folder begun
+        check_folder(recipe, Path(out), resume)
+    switches = {"--resume": True, "--quiet": quiet, "--skip-bad": skip_bad}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    command = ["train", str(recipe_file), *arguments, *options, *(name for name, on in switches.items() if on)]
+    with resumable(Path(out), command):
+        from mvkernels.model.training import tune  # takes seconds, so bad input is said before
+
+        keep_freed_memory()
+        result = tune(recipe, out, resume=resume, skip_bad=skip_bad, progress=not quiet)
+    if not first:
+        return
+    _print_skipped(result.skipped)
+    held_out = [loss for _, loss in result.held_out_losses]
+    measured = f", held-out loss {held_out[0]:.4f} -> {held_out[-1]:.4f}" if held_out else ""
+    print(
+        f"{result.folder}: {result.trained} of {result.parameters} parameters trained in "
+        f"{seconds_text(result.seconds)}, last loss {result.losses[-1][1]:.4f}{measured}"
+    )
+    curves = {"trained on": result.losses, "held out": result.held_out_losses}
+    from mvkernels.cli import charts
+
+    if charts.left_out():
+        print(charts.left_out(), file=sys.stderr)
+    charts.losses({name: points for name, points in curves.items() if points}, result.folder / CHART, "losses")
+
+
+def _check_first_records(recipe: TuningRecipe, skip_bad: bool) -> None:
+    """Raises ValueError for data that is none, as the first record shows, before PyTorch is imported."""
+    for path in recipe.data:
+        first = next(read_examples([path]), None)
+        if isinstance(first, ValueError) and not skip_bad:
+            raise first
+
+
+def _print_mixture(recipe: TuningRecipe, data: TuningData) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    mixture = data.mixture
+    table = Table(title="mixture: documents and tokens of each pass")
+    headings = (
+        "pass",
+        "share",
+        "Multiverse",
+        "sequential",
+        "Multiverse tokens",
+        "sequential tokens",
+        "labelled tokens",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, one in enumerate(mixture.passes, start=1):
+        counts = (one.parallel, one.sequential, one.parallel_tokens, one.sequential_tokens, one.labelled)
+        table.add_row(str(number), f"{one.share:g}", *(f"{count:,}" for count in counts))
+    # As wide as it is, also into a file: a table that is cut says nothing.
+    Console(width=max(110, Console().width)).print(table)
+    longest = max(sum(len(document.ids) for document in row) for row in mixture.rows)
+    print(
+        f"{mixture.steps} steps of {recipe.documents_per_step} documents in {mixture.rows_per_step} rows; "
+        f"longest row {longest:,} of {recipe.tokens_per_row:,} tokens; {mixture.repeated} documents repeated to fill "
+        f"the last step; {len(data.held_out)} held out"
+    )
+    _print_skipped(data.skipped)
+
+
+def _print_skipped(skipped: Sequence[str]) -> None:
+    if skipped:
+        print(f"skipped {len(skipped)} bad traces:")
+        for reason in skipped:
+            print(f"  {reason}")

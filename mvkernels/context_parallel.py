@@ -1,0 +1,162 @@
+"""Context parallelism: one long row over several processes, each with some of its query tiles.
+
+Rows are cut into tiles; each process gets as many tiles as the others (but one), chosen so that all see about as many
+keys. Keys and values are gathered, queries stay. A process calls the one-process attention on a mask that is the
+layout's for its own rows; in the tiles of others a row sees its tile only, which costs one diagonal block a tile, and
+their outputs and gradients are dropped. The gradients of keys and values are summed over the processes.
+
+Communication a layer: keys and values once forward; in the backward their gradients once, and each process needs memory
+for all T rows of q, k, v and out.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from mvkernels.errors import BackendError, described
+from mvkernels.layout import BranchLayout
+from mvkernels.mask import IntervalMask
+
+TILE_ROWS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class ContextSplit:
+    """Which rows each process has. rows[r]: [T_r] int64, ascending. pairs[r]: (row, key) pairs that rank r computes."""
+
+    rows: tuple[npt.NDArray[np.int64], ...]
+    pairs: tuple[int, ...]
+    masks: tuple[IntervalMask, ...]
+
+
+def split_context(layout: BranchLayout, ranks: int, tile_rows: int = TILE_ROWS) -> ContextSplit:
+    """Split the rows of a layout over `ranks` processes, balanced by the keys that they see. The same on every process.
+
+    Process r passes `x[split.rows[r]]` of everything that has a row a token: ids, positions, q, k, v. For shapes to be
+    alike, the number of tiles (layout.total_tokens / tile_rows) should be a multiple of the ranks. Raises ValueError
+    for fewer tiles than ranks.
+    """
+    tokens = layout.total_tokens
+    starts = np.arange(0, tokens, tile_rows)
+    if ranks < 1 or tile_rows < 1 or len(starts) < ranks:
+        raise ValueError(
+            f"expected at least one tile of {tile_rows} rows for each of {ranks} ranks, got {tokens} tokens"
+        )
+    return layout.cached(("context split", ranks, tile_rows), lambda: _split(layout.mask, starts, ranks))
+
+
+def _split(mask: IntervalMask, starts: npt.NDArray[np.int64], ranks: int) -> ContextSplit:
+    ends = np.append(starts[1:], mask.total_tokens)
+    costs = np.add.reduceat(_visible_keys(mask), starts)
+    most = -(-len(starts) // ranks)
+    owners = np.zeros(len(starts), dtype=np.int64)
+    counts = [0] * ranks
+    heap = [(0, rank) for rank in range(ranks)]
+    for tile in np.argsort(-costs, kind="stable"):
+        cost, rank = heapq.heappop(heap)
+        owners[tile] = rank
+        counts[rank] += 1
+        if counts[rank] < most:
+            heapq.heappush(heap, (cost + int(costs[tile]), rank))
+    owner_of_row = np.repeat(owners, ends - starts)
+    rows = tuple(np.flatnonzero(owner_of_row == rank) for rank in range(ranks))
+    pairs = tuple(int(costs[owners == rank].sum()) for rank in range(ranks))
+    masks = tuple(_part(mask, starts, owners == rank) for rank in range(ranks))
+    return ContextSplit(rows, pairs, masks)
+
+
+def _visible_keys(mask: IntervalMask) -> npt.NDArray[np.int64]:
+    """Keys that each row sees, [T]."""
+    widths = np.diff(mask.gaps, axis=1).reshape(-1).astype(np.int64)
+    before = np.concatenate([[0], np.cumsum(widths)])
+    hidden = before[mask.gap_ptr[1:]] - before[mask.gap_ptr[:-1]]
+    offset = np.repeat(mask.first_key + hidden, np.diff(mask.segment_starts))
+    visible: npt.NDArray[np.int64] = np.arange(1, mask.total_tokens + 1) - offset
+    return visible
+
+
+def _part(mask: IntervalMask, starts: npt.NDArray[np.int64], own: npt.NDArray[np.bool_]) -> IntervalMask:
+    """The mask in the tiles that are `own`; in the others each row sees its tile's rows up to itself."""
+    cuts = np.unique(np.concatenate([mask.segment_starts, starts]))
+    segments = np.searchsorted(mask.segment_starts, cuts[:-1], side="right") - 1
+    tiles = np.searchsorted(starts, cuts[:-1], side="right") - 1
+    kept = own[tiles]
+    counts = np.where(kept, np.diff(mask.gap_ptr)[segments], 0)
+    gaps = [mask.gaps[mask.gap_ptr[s] : mask.gap_ptr[s + 1]] for s, keep in zip(segments, kept, strict=True) if keep]
+    return IntervalMask(
+        segment_starts=cuts.astype(np.int32),
+        first_key=np.where(kept, mask.first_key[segments], starts[tiles]).astype(np.int32),
+        gap_ptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        gaps=np.concatenate([np.empty((0, 2), np.int32), *gaps]).astype(np.int32),
+        total_tokens=mask.total_tokens,
+    )
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: BranchLayout,
+    scale: float | None,
+    backend: str,
+    group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [T_r, Hq, D] and lse [Hq, T_r] of this rank's rows. See `multiverse_attention`, which calls this."""
+    from mvkernels.attention import multiverse_attention  # it imports this module
+
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    split = split_context(layout, ranks)
+    own = len(split.rows[rank])
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[0] != own:
+            expected = f"[{own}, heads, head_dim], the rows of rank {rank} of {ranks} (split_context)"
+            got = list(x.shape) if isinstance(x, torch.Tensor) else described(x)
+            raise ValueError(f"{name}: expected shape {expected}, got {got}")
+    if k.shape != v.shape or k.dtype != v.dtype:
+        raise ValueError(f"expected k and v of one shape and dtype, got {list(k.shape)} and {list(v.shape)}")
+    if backend == "flash":
+        raise BackendError("flash: expected one process, got a group: its kernels take no part of the rows")
+    if backend == "auto":
+        backend = "cpu" if q.device.type == "cpu" else "triton"
+    part = layout.cached(
+        ("context layout", ranks, rank, str(layout.device)), lambda: replace(layout, mask=split.masks[rank], _made=None)
+    )
+    rows = torch.from_numpy(split.rows[rank]).to(q.device)
+    heads = k.shape[1]
+    everything: torch.Tensor = _Gather.apply(torch.cat([k, v], dim=1), split, group)  # type: ignore[no-untyped-call]
+    whole = q.new_zeros((layout.total_tokens, *q.shape[1:])).index_copy(0, rows, q)
+    out, lse = multiverse_attention(
+        whole, everything[:, :heads], everything[:, heads:], part, scale, backend, return_lse=True
+    )
+    return out[rows], lse[:, rows]
+
+
+class _Gather(torch.autograd.Function):
+    """[T_r, H, D] of each rank -> [T, H, D] in the layout's order on all; backward, the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, split: ContextSplit, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.split, ctx.group = split, group
+        most = max(map(len, split.rows))
+        padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, most - len(x))).contiguous()
+        parts = [torch.empty_like(padded) for _ in split.rows]
+        dist.all_gather(parts, padded, group=group)
+        out = x.new_empty((sum(map(len, split.rows)), *x.shape[1:]))
+        for rows, part in zip(split.rows, parts, strict=True):
+            out[torch.from_numpy(rows).to(x.device)] = part[: len(rows)]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        # A sum on all ranks, of which each keeps its rows: every backend of torch.distributed has it.
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        rows = ctx.split.rows[dist.get_rank(ctx.group)]
+        return total[torch.from_numpy(rows).to(total.device)], None, None

@@ -1,0 +1,1 @@
+"""Decode steps of fixed shapes, captured as CUDA graphs."""

@@ -1,0 +1,163 @@
+"""A mask as one int32 tensor, which is what the attention ops are given; and what backends derive from it.
+
+    table [N]: T, S, G, 0, then segment_starts [S + 1], first_key [S], gap_ptr [S + 1], gaps [2 G], then zeros
+
+(see `mask` for the legend). N is one of a few sizes, so that torch.compile does not see a new shape with every layout.
+
+The ops are functions of this tensor. Everything they derive from it, tile plans above all, is made on the host once and
+found again by the tensor's address: a `MaskTable` is registered as long as it lives, and it keeps the tensor alive.
+An op that meets any other tensor, such as a copy, derives it from the tensor; the result is the same. On a GPU that
+happens where the tensor is (see `plan_triton`), and the mask is read back only if somebody asks for it. The last few
+of these are kept, and found again by what stands in the tensor: whoever owns it may write another mask there, and
+not every writer counts up the tensor's version (Inductor reuses buffers, NumPy shares memory).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+
+from mvkernels.mask import IntervalMask
+
+Value = TypeVar("Value")
+
+HEADER = 4
+_SMALLEST = 4096  # 16 KB: about 800 segments, more than most rows of packed documents have
+_KEPT = 8  # masks of tensors that nobody registered: for the backward that follows a forward
+
+
+class MaskTable:
+    """A mask, its tensor on one device, and a cache of derived data that all devices share."""
+
+    def __init__(self, mask: IntervalMask, device: torch.device, cache: dict[Hashable, Any] | None = None) -> None:
+        with torch.inference_mode(False):  # autograd saves the tensor, and would refuse one made in inference mode
+            tensor = torch.from_numpy(pack(mask)).to(device)
+        self._enter(mask, tensor, {} if cache is None else cache)
+        _registered[_address(tensor)] = self
+
+    @classmethod
+    def of_tensor(cls, tensor: torch.Tensor) -> MaskTable:
+        """The mask in a tensor that somebody else may write again: of a copy. It is not registered.
+
+        Raises ValueError when it is no mask table; of a CUDA tensor the values are checked when they are needed.
+        """
+        _check_table(tensor)
+        with torch.inference_mode(False):
+            copied = tensor.detach().clone()
+        table = cls.__new__(cls)
+        table._enter(None if tensor.is_cuda else unpack(copied), copied, {})
+        return table
+
+    def _enter(self, mask: IntervalMask | None, tensor: torch.Tensor, cache: dict[Hashable, Any]) -> None:
+        self._mask = mask
+        self.tensor = tensor
+        self._cache = cache
+        self._version = tensor._version
+
+    @property
+    def mask(self) -> IntervalMask:
+        """The mask. Where `is_on_device_only`, asking waits for the GPU, and raises ValueError if it is none."""
+        if self._mask is None:
+            self._mask = unpack(self.tensor)
+        return self._mask
+
+    @property
+    def is_on_device_only(self) -> bool:
+        """Whether nobody has the mask on the host: it was found in a CUDA tensor and not asked for yet."""
+        return self._mask is None
+
+    def _is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor at this one's address is this one, unwritten since."""
+        same = self.tensor.numel() == tensor.numel() and not tensor.is_inference()
+        return same and self._version == tensor._version
+
+    def to(self, device: torch.device | str) -> MaskTable:
+        """The same mask on another device; derived data are shared."""
+        target = torch.device(device)
+        return self if self.tensor.device == target else MaskTable(self.mask, target, self._cache)
+
+    def cached(self, key: Hashable, build: Callable[[], Value]) -> Value:
+        """`build()` once per key, remembered as long as the mask lives. Keys of device data must name the device."""
+        if key not in self._cache:
+            # Autograd refuses tensors made in inference mode, and a layout may be evaluated first and trained on later.
+            with torch.inference_mode(False):
+                self._cache[key] = build()
+        value: Value = self._cache[key]
+        return value
+
+    def __reduce__(self) -> tuple[type[MaskTable], tuple[IntervalMask, torch.device]]:
+        """Copies and pickles are registered anew, without what was derived."""
+        return MaskTable, (self.mask, self.tensor.device)
+
+
+def find_mask_table(tensor: torch.Tensor) -> MaskTable:
+    """The registered table of a tensor, else one that is made from it.
+
+    For a CUDA tensor that is not registered the host waits, to compare it with the last ones. Raises ValueError when
+    the tensor is no mask table; of a CUDA tensor the values are checked when they are needed.
+    """
+    found = _registered.get(_address(tensor))
+    if found is not None and found._is_of(tensor):
+        return found
+    with _lock:
+        kept = [table for table in reversed(_kept) if table.tensor.device == tensor.device]
+    for table in kept:
+        if table.tensor.dtype == tensor.dtype and torch.equal(table.tensor, tensor):
+            return table
+    table = MaskTable.of_tensor(tensor)
+    with _lock:
+        _kept.append(table)
+    return table
+
+
+def pack(mask: IntervalMask) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The module's table of a mask, [N] int32."""
+    parts = (mask.segment_starts, mask.first_key, mask.gap_ptr, mask.gaps.reshape(-1))
+    header = np.array([mask.total_tokens, mask.num_segments, len(mask.gaps), 0], np.int32)
+    filled = np.concatenate([header, *parts])
+    table = np.zeros(max(_SMALLEST, 1 << (len(filled) - 1).bit_length()), np.int32)
+    table[: len(filled)] = filled
+    return table
+
+
+def unpack(table: torch.Tensor) -> IntervalMask:
+    """The inverse of `pack`. Raises ValueError when the tensor is no mask table."""
+    total, *parts = split_table(table.detach().cpu())
+    starts, first_key, gap_ptr, gaps = (part.numpy().copy() for part in parts)
+    return IntervalMask(starts, first_key, gap_ptr, gaps, total)
+
+
+def split_table(table: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """T, and segment_starts, first_key, gap_ptr, gaps as views of the tensor. Of a CUDA tensor the host reads 16 bytes.
+
+    Raises ValueError when the tensor is no mask table.
+    """
+    _check_table(table)
+    total, segments, gaps, _ = header = table[:HEADER].tolist()
+    ends = list(accumulate([HEADER, segments + 1, segments, segments + 1, 2 * gaps]))
+    if min(total, segments, gaps) < 0 or ends[-1] > table.numel():
+        raise ValueError(f"expected a mask table, got a tensor that begins with {header}")
+    starts, first_key, gap_ptr, flat = (table[a:b] for a, b in pairwise(ends))
+    return total, starts, first_key, gap_ptr, flat.view(-1, 2)
+
+
+def _check_table(tensor: torch.Tensor) -> None:
+    if tensor.dtype != torch.int32 or tensor.dim() != 1 or tensor.numel() < HEADER:
+        raise ValueError(f"expected a mask table, int32 [N], got {tensor.dtype} {list(tensor.shape)}")
+
+
+def _address(tensor: torch.Tensor) -> tuple[str, int]:
+    return str(tensor.device), tensor.data_ptr()
+
+
+# A registered table holds its tensor, so that no other tensor can have its address while the entry stands.
+_registered: WeakValueDictionary[tuple[str, int], MaskTable] = WeakValueDictionary()
+_kept: deque[MaskTable] = deque(maxlen=_KEPT)
+_lock = threading.Lock()

@@ -1,0 +1,1 @@
+"""Checkpoints: names, files, loading, and adding the control tags."""

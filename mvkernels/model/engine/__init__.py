@@ -1,0 +1,1 @@
+"""The engine: scheduling, prefill and decode of requests whose paths fork and join."""

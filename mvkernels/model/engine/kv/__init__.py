@@ -1,0 +1,1 @@
+"""A request's side of the KV cache, and prefix caching."""

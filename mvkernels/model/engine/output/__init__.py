@@ -1,0 +1,1 @@
+"""What a request gives back: events, generation, transcript, text, trace page."""

@@ -1,0 +1,1 @@
+"""Branch-masked attention: schema, plans, tables and the kernels of every backend."""

@@ -1,0 +1,1 @@
+"""Tree decode and KV append: tasks, tables and the kernels of every backend."""

@@ -1,0 +1,1 @@
+"""Products, norms and whole layers for small batches."""
