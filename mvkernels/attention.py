@@ -14,6 +14,7 @@ from typing import Literal, overload
 import torch
 import torch.distributed as dist
 
+from mvkernels.context_parallel import gather_inputs
 from mvkernels.errors import require_type
 from mvkernels.layout import BranchLayout
 from mvkernels.ops.attention import flash as attention_flash
@@ -78,15 +79,16 @@ def multiverse_attention(
     """
     if not isinstance(layout, BranchLayout):
         raise ValueError(f"layout: expected a BranchLayout, got {type(layout).__name__}")
+    rows = None
     if group is not None:
-        from mvkernels import context_parallel as attention_parallel
-
-        result = attention_parallel.attend(q, k, v, layout, scale, backend, group)
-        return result if return_lse else result[0]
+        q, k, v, layout, rows = gather_inputs(q, k, v, layout, group)
     _check(q, k, v, layout)
     # Both can run on CPU tensors only where Triton is interpreted, which is for tests and slow.
     auto = ("cpu", "flash", "triton") if _prefer_flash(q) else ("cpu", "triton")
-    name = choose_backend(backend, backend_reasons(q, layout, return_lse), auto)
+    reasons = backend_reasons(q, layout, return_lse)
+    if group is not None:
+        reasons["flash"] = "expected one process, got a group: its kernels take no part of the rows"
+    name = choose_backend(backend, reasons, auto)
     factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     if not math.isfinite(factor):
         raise ValueError(f"scale: expected a finite number, got {factor}")
@@ -100,6 +102,8 @@ def multiverse_attention(
         from mvkernels.ops.attention.schema import OPS
 
         out, lse = OPS[name][0](q, k, v, layout.mask_table, factor)
+    if rows is not None:
+        out, lse = out[rows], lse[:, rows]
     return (out, lse) if return_lse else out
 
 

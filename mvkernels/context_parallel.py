@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from mvkernels.errors import BackendError, described
+from mvkernels.errors import described
 from mvkernels.layout import BranchLayout
 from mvkernels.mask import IntervalMask
 
@@ -99,18 +99,35 @@ def _part(mask: IntervalMask, starts: npt.NDArray[np.int64], own: npt.NDArray[np
     )
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: BranchLayout,
-    scale: float | None,
-    backend: str,
-    group: dist.ProcessGroup,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [T_r, Hq, D] and lse [Hq, T_r] of this rank's rows. See `multiverse_attention`, which calls this."""
-    from mvkernels.attention import multiverse_attention  # it imports this module
+class GatheredInputs(NamedTuple):
+    """What one process attends to: whole q, k, v [T, heads, D], where rows of q that are not its own are zero.
 
+    layout: its mask shows this process's rows all that they see, and other rows their own tile.
+    rows: [T_r] int64, the rows of this process.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    layout: BranchLayout
+    rows: torch.Tensor
+
+
+def gather_inputs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BranchLayout, group: dist.ProcessGroup
+) -> GatheredInputs:
+    """Gather keys and values over the group; the gradients of each rank's rows come back to it.
+
+    Args:
+        q: [T_r, Hq, D], the rows of this rank (`split_context`).
+        k: [T_r, Hkv, D], as v.
+        v: [T_r, Hkv, D].
+        layout: The whole layout, of T tokens.
+        group: The processes; all must call.
+
+    Raises:
+        ValueError: A shape or dtype does not fit.
+    """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     split = split_context(layout, ranks)
     own = len(split.rows[rank])
@@ -121,10 +138,6 @@ def attend(
             raise ValueError(f"{name}: expected shape {expected}, got {got}")
     if k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(f"expected k and v of one shape and dtype, got {list(k.shape)} and {list(v.shape)}")
-    if backend == "flash":
-        raise BackendError("flash: expected one process, got a group: its kernels take no part of the rows")
-    if backend == "auto":
-        backend = "cpu" if q.device.type == "cpu" else "triton"
     part = layout.cached(
         ("context layout", ranks, rank, str(layout.device)), lambda: replace(layout, mask=split.masks[rank], _made=None)
     )
@@ -132,10 +145,7 @@ def attend(
     heads = k.shape[1]
     everything: torch.Tensor = _Gather.apply(torch.cat([k, v], dim=1), split, group)  # type: ignore[no-untyped-call]
     whole = q.new_zeros((layout.total_tokens, *q.shape[1:])).index_copy(0, rows, q)
-    out, lse = multiverse_attention(
-        whole, everything[:, :heads], everything[:, heads:], part, scale, backend, return_lse=True
-    )
-    return out[rows], lse[:, rows]
+    return GatheredInputs(whole, everything[:, :heads], everything[:, heads:], part, rows)
 
 
 class _Gather(torch.autograd.Function):

@@ -11,7 +11,7 @@ Otherwise the base model's forward is what it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,9 +27,6 @@ from mvkernels.hf_norm import is_own, is_rms_norm, same_code
 from mvkernels.hf_parts import Parts, Snapshot, Weights
 from mvkernels.ops.dense.stack import DecoderLayer, DecoderStep, addresses, run_layers, structs
 
-if TYPE_CHECKING:
-    from mvkernels.hf_layers import FusedLayer
-
 _MODELS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 # What `patch_model` hands to the base model in a step over the paged cache. Where more is said, the model's own forward
 # knows what is meant.
@@ -40,7 +37,7 @@ _KNOWN = {
 _OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
-def stack_layers(model: nn.Module, layers: Sequence[FusedLayer]) -> None:
+def stack_layers(model: nn.Module, layers: Sequence[Any]) -> None:
     """Lets the base model in `model` run these layers in one call, where they are all that it has."""
     for module in model.modules():
         own: Any = getattr(module, "layers", None)
@@ -70,7 +67,7 @@ class _Made(NamedTuple):
 class FusedStack:
     """The forward of a base model, with all decoder layers in one call. layers: theirs, which share a frame."""
 
-    def __init__(self, base: Any, layers: Sequence[FusedLayer]) -> None:
+    def __init__(self, base: Any, layers: Sequence[Any]) -> None:
         self.base, self.layers, self.frame = base, list(layers), layers[0].frame
         self.kind = type(base)
         kinds = {type(module) for module in base.modules()}

@@ -6,10 +6,10 @@
 
 The ops are functions of this tensor. Everything they derive from it, tile plans above all, is made on the host once and
 found again by the tensor's address: a `MaskTable` is registered as long as it lives, and it keeps the tensor alive.
-An op that meets any other tensor, such as a copy, derives it from the tensor; the result is the same. On a GPU that
-happens where the tensor is (see `plan_triton`), and the mask is read back only if somebody asks for it. The last few
-of these are kept, and found again by what stands in the tensor: whoever owns it may write another mask there, and
-not every writer counts up the tensor's version (Inductor reuses buffers, NumPy shares memory).
+An op that meets any other tensor, such as a copy, reads the mask back from it; the result is the same. Training,
+compiled or not, never does. The last few of these masks are kept, and found again by the tensor's content: its owner
+may write another mask there, and not every writer counts up the tensor's version (Inductor reuses buffers, NumPy
+shares memory).
 """
 
 from __future__ import annotations
@@ -44,34 +44,21 @@ class MaskTable:
 
     @classmethod
     def of_tensor(cls, tensor: torch.Tensor) -> MaskTable:
-        """The mask in a tensor that somebody else may write again: of a copy. It is not registered.
+        """The mask in a tensor that its owner may write again: of a copy. It is not registered.
 
-        Raises ValueError when it is no mask table; of a CUDA tensor the values are checked when they are needed.
+        Raises ValueError when it is no mask table.
         """
-        _check_table(tensor)
         with torch.inference_mode(False):
             copied = tensor.detach().clone()
         table = cls.__new__(cls)
-        table._enter(None if tensor.is_cuda else unpack(copied), copied, {})
+        table._enter(unpack(copied), copied, {})
         return table
 
-    def _enter(self, mask: IntervalMask | None, tensor: torch.Tensor, cache: dict[Hashable, Any]) -> None:
-        self._mask = mask
+    def _enter(self, mask: IntervalMask, tensor: torch.Tensor, cache: dict[Hashable, Any]) -> None:
+        self.mask = mask
         self.tensor = tensor
         self._cache = cache
         self._version = tensor._version
-
-    @property
-    def mask(self) -> IntervalMask:
-        """The mask. Where `is_on_device_only`, asking waits for the GPU, and raises ValueError if it is none."""
-        if self._mask is None:
-            self._mask = unpack(self.tensor)
-        return self._mask
-
-    @property
-    def is_on_device_only(self) -> bool:
-        """Whether nobody has the mask on the host: it was found in a CUDA tensor and not asked for yet."""
-        return self._mask is None
 
     def _is_of(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor at this one's address is this one, unwritten since."""
@@ -100,8 +87,8 @@ class MaskTable:
 def find_mask_table(tensor: torch.Tensor) -> MaskTable:
     """The registered table of a tensor, else one that is made from it.
 
-    For a CUDA tensor that is not registered the host waits, to compare it with the last ones. Raises ValueError when
-    the tensor is no mask table; of a CUDA tensor the values are checked when they are needed.
+    For a CUDA tensor that is not registered the host waits, to compare it with the last ones and to read it. Raises
+    ValueError when the tensor is no mask table.
     """
     found = _registered.get(_address(tensor))
     if found is not None and found._is_of(tensor):
@@ -129,28 +116,15 @@ def pack(mask: IntervalMask) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 def unpack(table: torch.Tensor) -> IntervalMask:
     """The inverse of `pack`. Raises ValueError when the tensor is no mask table."""
-    total, *parts = split_table(table.detach().cpu())
-    starts, first_key, gap_ptr, gaps = (part.numpy().copy() for part in parts)
-    return IntervalMask(starts, first_key, gap_ptr, gaps, total)
-
-
-def split_table(table: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """T, and segment_starts, first_key, gap_ptr, gaps as views of the tensor. Of a CUDA tensor the host reads 16 bytes.
-
-    Raises ValueError when the tensor is no mask table.
-    """
-    _check_table(table)
-    total, segments, gaps, _ = header = table[:HEADER].tolist()
+    if table.dtype != torch.int32 or table.dim() != 1 or table.numel() < HEADER:
+        raise ValueError(f"expected a mask table, int32 [N], got {table.dtype} {list(table.shape)}")
+    values = table.detach().cpu().numpy()
+    total, segments, gaps, _ = header = values[:HEADER].tolist()
     ends = list(accumulate([HEADER, segments + 1, segments, segments + 1, 2 * gaps]))
-    if min(total, segments, gaps) < 0 or ends[-1] > table.numel():
+    if min(total, segments, gaps) < 0 or ends[-1] > len(values):
         raise ValueError(f"expected a mask table, got a tensor that begins with {header}")
-    starts, first_key, gap_ptr, flat = (table[a:b] for a, b in pairwise(ends))
-    return total, starts, first_key, gap_ptr, flat.view(-1, 2)
-
-
-def _check_table(tensor: torch.Tensor) -> None:
-    if tensor.dtype != torch.int32 or tensor.dim() != 1 or tensor.numel() < HEADER:
-        raise ValueError(f"expected a mask table, int32 [N], got {tensor.dtype} {list(tensor.shape)}")
+    starts, first_key, gap_ptr, flat = (values[a:b].copy() for a, b in pairwise(ends))
+    return IntervalMask(starts, first_key, gap_ptr, flat.reshape(-1, 2), total)
 
 
 def _address(tensor: torch.Tensor) -> tuple[str, int]:

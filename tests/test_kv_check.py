@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from mvkernels.cache.page_logs import FreePages
+from mvkernels.cache.free_pages import FreePages
 from mvkernels.errors import CacheError
 from tests.cache_world import poisoned_cache
 

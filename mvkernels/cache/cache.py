@@ -28,6 +28,7 @@ import torch
 
 from mvkernels.cache.check import check_cache
 from mvkernels.cache.device import DeviceTables, default_size
+from mvkernels.cache.free_pages import FreePages
 from mvkernels.cache.nodes import (
     BranchState,
     Link,
@@ -41,7 +42,6 @@ from mvkernels.cache.nodes import (
     tokens_appear,
     tokens_vanish,
 )
-from mvkernels.cache.page_logs import FreePages
 from mvkernels.cache.split import find_cut, split
 from mvkernels.cache.step import Branch, PlannedNode, Step, make_step, next_step, require_pairs
 from mvkernels.errors import BranchError, OutOfPages, StaleStep, require_integer, require_type

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from mvkernels.branch_tables import BranchTables, merge_branches
-from mvkernels.cache.nodes import Node
+from mvkernels.cache.nodes import Node, Target
 from mvkernels.cache.rows import Rows, Update
-from mvkernels.cache.spots import Target
 from mvkernels.errors import BackendError
 from mvkernels.ops.decode.tasks import DevicePages
 from mvkernels.ops.merge.cuda import cuda_reason

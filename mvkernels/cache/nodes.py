@@ -21,16 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from mvkernels.cache.page_logs import Contents
 from mvkernels.ops.decode.tasks import page_counts
-
-if TYPE_CHECKING:
-    from mvkernels.cache.spots import Spot
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -243,3 +239,114 @@ def resolve_start(node: Node, starts: Mapping[Node, int], lengths: Mapping[Node,
             (found[before] + lengths.get(before, before.length) for before in top.predecessors), default=0
         )
     return found[node]
+
+
+# ---- page lists: growing arrays that lists of nodes with a common beginning share
+
+
+class PageLog:
+    """Pages and the tokens written in each, in two arrays that grow at the end only. first: the first node in them."""
+
+    def __init__(self, first: Node) -> None:
+        self.first = first
+        self.size = 0
+        self._rows = np.empty((2, 16), np.int32)
+
+    def extend(self, pages: Int32Array, counts: Int32Array) -> None:
+        end = self.size + len(pages)
+        if end > self._rows.shape[1]:  # twice as long: whoever holds a slice of the old arrays keeps them
+            rows = np.empty((2, 2 * end), np.int32)
+            rows[:, : self.size] = self._rows[:, : self.size]
+            self._rows = rows
+        self._rows[:, self.size : end] = pages, counts
+        self.size = end
+
+    def slice(self, first: int, last: int) -> tuple[Int32Array, Int32Array]:
+        """(pages, counts) of the entries first .. last - 1; views that nothing writes to again."""
+        return self._rows[0, first:last], self._rows[1, first:last]
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a list of nodes holds: the first `end` entries of a log, after all that `before` holds.
+
+    tokens: of all of it.
+    """
+
+    log: PageLog
+    end: int
+    tokens: int
+    before: Contents | None
+
+    @classmethod
+    def after(cls, before: Contents | None, node: Node, counts: Int32Array, apart: bool) -> Contents:
+        """A node with tokens after `before`: in its log where nothing else stands behind it there, unless `apart`."""
+        if before is None or apart or before.log.size != before.end:
+            log, outer = PageLog(node), before
+        else:
+            log, outer = before.log, before.before
+        log.extend(node.page_array(), counts)
+        return cls(log, log.size, node.length + (0 if before is None else before.tokens), outer)
+
+    def back(self) -> Iterator[Contents]:
+        """This and what stands before it, the last first: one for each log."""
+        contents: Contents | None = self
+        while contents is not None:
+            yield contents
+            contents = contents.before
+
+
+# ---- where nodes stand in tables on the device: rows.py has the legend
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """What a branch owns, in order, as far as updates have met it.
+
+    slot      None while it is absent from the tables
+    alive     nodes in it that some branch sees; the others go when it is laid anew
+    end       entries in the tables
+    calls     after how many of an update's calls of merge it is complete
+    stamp     the last update that wrote it or wanted it
+    overlong  it did not fit when it was last laid, and no node of it has shrunk since
+    """
+
+    spots: list[Spot] = field(default_factory=list)
+    alive: int = 0
+    slot: int | None = None
+    end: int = 0
+    calls: int = 0
+    stamp: int = 0
+    overlong: bool = False
+
+    def add(self, node: Node) -> Spot:
+        """A node at the end, without entries."""
+        spot = node.spot = Spot(node, self)
+        self.spots.append(spot)
+        self.alive += node.refs > 0
+        return spot
+
+
+@dataclass(eq=False, slots=True)
+class Spot:
+    """Entries first .. first + entries - 1 of the row hold the node's pages. The first `paged` of them name the right
+    page, and the first `full` are known to count a full one.
+    """
+
+    node: Node
+    row: Row
+    first: int = 0
+    entries: int = 0
+    paged: int = 0
+    full: int = 0
+
+    def clear(self) -> None:
+        self.entries = self.paged = self.full = 0
+
+
+class Target(NamedTuple):
+    """What a node holds in a step: `tokens` in pages [P], the first ones full; the next position after them."""
+
+    pages: Int32Array
+    tokens: int
+    position: int

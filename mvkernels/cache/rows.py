@@ -22,8 +22,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mvkernels.cache.nodes import Node, resolve_start
-from mvkernels.cache.spots import Row, Spot, Target
+from mvkernels.cache.nodes import Node, Row, Spot, Target, resolve_start
 
 Writes = dict[int, int]
 Merge = tuple[Node, tuple[Node, ...], Node]

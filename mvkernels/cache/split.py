@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mvkernels.cache.nodes import Link, Node, make_link
-from mvkernels.cache.page_logs import Contents
+from mvkernels.cache.nodes import Contents, Link, Node, make_link
 from mvkernels.errors import BranchError
 
 

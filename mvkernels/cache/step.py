@@ -6,28 +6,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from mvkernels.cache.nodes import contents_of
-from mvkernels.cache.page_logs import Contents, PageLog
-from mvkernels.cache.spots import Target
+from mvkernels.cache.nodes import Contents, PageLog, Target, contents_of
 from mvkernels.errors import BranchError, StaleStep
 from mvkernels.ops.decode.tasks import DevicePages, EntryView, KeyRun, StepViews
 
 if TYPE_CHECKING:
-    from mvkernels.cache.cache import PagedKVCache
     from mvkernels.cache.device import DeviceTables
     from mvkernels.cache.nodes import Link, Node
+
+
+class BranchStore(Protocol):
+    """The cache behind a handle: `PagedKVCache`."""
+
+    num_pages: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def next_position(self, branch: Branch) -> int: ...
+    def num_tokens(self, branch: Branch) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Branch:
     """Handle of a branch, made by `PagedKVCache.new` and `fork`. Two handles are equal when they are the same one."""
 
-    cache: PagedKVCache
+    cache: BranchStore
     id: int
 
     def __repr__(self) -> str:

@@ -45,15 +45,7 @@ class AttentionTables(NamedTuple):
 def attention_tables(table: MaskTable, config: AttentionConfig, device: torch.device) -> AttentionTables:
     """The tables of a mask on a device, made once and kept with it."""
     key = ("attention triton", config.blocks, str(device))
-    return table.cached(key, lambda: _make_tables(table, config, device))
-
-
-def _make_tables(table: MaskTable, config: AttentionConfig, device: torch.device) -> AttentionTables:
-    if table.is_on_device_only and table.tensor.device == device:
-        from mvkernels.ops.attention.plan_triton import device_tables
-
-        return device_tables(table.tensor, config)
-    return build_tables(table.mask, config, device)
+    return table.cached(key, lambda: build_tables(table.mask, config, device))
 
 
 def build_tables(mask: IntervalMask, config: AttentionConfig, device: torch.device) -> AttentionTables:
