@@ -23,7 +23,8 @@ from benchmarks.engine_models import Loaded, make_tokenizer, with_tags
 from benchmarks.engine_watch import Watch
 from benchmarks.run import main
 from mvkernels.grammar import Kind
-from mvkernels.model.engine import Engine, choice
+from mvkernels.model.engine import choice
+from mvkernels.model.engine.engine import Engine
 from mvkernels.model.engine.sampling.logits import StepLogits
 from mvkernels.model.engine.sampling.sampler import sample_step
 from mvkernels.ops.decode.native import compile_reason
