@@ -18,9 +18,8 @@ import torch
 from mvkernels.cache.step import Step
 from mvkernels.errors import require_type
 from mvkernels.ops.backends import choose_backend, dtype_names, triton_interpreted, triton_reason
-from mvkernels.ops.decode.calls import plan_calls
 from mvkernels.ops.decode.native import compile_reason, decode_native, plan_items
-from mvkernels.ops.decode.sdpa import decode_cpu
+from mvkernels.ops.decode.sdpa import decode_sdpa, plan_calls
 from mvkernels.ops.decode.tasks import DecodePath
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,9 +69,9 @@ def tree_decode(
     scale              of the scores; None is 1 / sqrt(D)
     backend            "auto", "native" (a CPU kernel, compiled by g++ when it is first called), "cpu" (PyTorch's own
                        kernels), "triton" or "reference"; one asked for by name never falls back
-    batch_invariant    whether a branch's rows shall have the same bits whoever else is in the step: the same backend,
-                       device and threads, page size, and the same pages before them. Costs some speed. Without it
-                       the same step still has the same bits each time
+    batch_invariant    a branch's rows have the same bits in any batch, given the same number of threads, page size and
+                       pages before them: backends "native" and "reference" only. Costs some speed. Without it the
+                       same step still has the same bits each time
     Returns out [N, Hq, D] in q's dtype; with return_lse also lse [Hq, N] float32 (float64 for float64), natural log.
     Not differentiable. Raises ValueError for arguments that do not fit, StaleStep unless the step is open, and
     BackendError with the reason when the backend cannot do it.
@@ -81,17 +80,17 @@ def tree_decode(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    chosen = _choose(backend, q)
+    chosen = _choose(backend, q, batch_invariant)
     lse: torch.Tensor | None
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if chosen == "triton":
             from mvkernels.ops.decode.triton import decode_triton
 
-            out, lse = decode_triton(q, k_layer, v_layer, step.views, scale, batch_invariant)
+            out, lse = decode_triton(q, k_layer, v_layer, step.views, scale)
         elif chosen == "native":
             out, lse = decode_native(q, k_layer, v_layer, step.views, scale, batch_invariant, return_lse)
         elif chosen == "cpu":
-            out, lse = decode_cpu(q, k_layer, v_layer, step.views, scale, batch_invariant, return_lse)
+            out, lse = decode_sdpa(q, k_layer, v_layer, step.views, scale)
         else:
             out, lse = _decode_reference(q, k_layer, v_layer, step, scale)
     return out if lse is None or not return_lse else (out, lse)
@@ -113,17 +112,17 @@ def decode_path(
     The backends choose by what they cost: what sharing saves must be more than another call or launch, and the merge.
     """
     check_arguments(q, k_layer, v_layer, step)
-    chosen = _choose(backend, q)
+    chosen = _choose(backend, q, batch_invariant)
     heads, kv_heads = q.shape[1], k_layer.shape[2]
     if chosen == "triton":
         from mvkernels.ops.decode.triton import plan_tables
 
-        tables = plan_tables(step.views, heads, kv_heads, q.shape[2], q.element_size(), q.device, batch_invariant)
+        tables = plan_tables(step.views, heads, kv_heads, q.shape[2], q.element_size(), q.device)
         return tables.path
     if chosen == "native":
         return plan_items(step.views, heads // kv_heads, kv_heads, batch_invariant).path
     if chosen == "cpu":
-        return plan_calls(step.views, heads // kv_heads, kv_heads, batch_invariant).path
+        return plan_calls(step.views)[1]
     return "direct"
 
 
@@ -156,13 +155,17 @@ def check_arguments(q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tenso
         raise ValueError("q: expected a tensor outside autograd, got one that requires grad: use torch.no_grad()")
 
 
-def _choose(backend: str, q: torch.Tensor) -> str:
+def _choose(backend: str, q: torch.Tensor, batch_invariant: bool) -> str:
     """The backend to run; on a CPU nothing is asked about Triton unless it is wanted."""
     if q.is_cpu and backend in ("auto", "native") and native_reason(q) is None:
         return "native"
-    if q.is_cpu and backend in ("auto", "cpu") and q.dtype in CPU_DTYPES:
+    if q.is_cpu and backend in ("auto", "cpu") and q.dtype in CPU_DTYPES and not batch_invariant:
         return "cpu"
-    return choose_backend(backend, backend_reasons(q), auto=("native", "cpu", "triton"))
+    reasons = backend_reasons(q)
+    if batch_invariant:
+        for name in ("cpu", "triton"):
+            reasons[name] = reasons[name] or "it is not batch-invariant"
+    return choose_backend(backend, reasons, auto=("native", "cpu", "triton"))
 
 
 def native_reason(q: torch.Tensor) -> str | None:

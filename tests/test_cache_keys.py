@@ -14,7 +14,6 @@ from mvkernels.layout import BranchLayout
 from mvkernels.mask_tensor import find_mask_table
 from mvkernels.ops.attention.config import attention_config
 from mvkernels.ops.attention.tables import attention_tables
-from mvkernels.ops.decode import calls as decode_calls
 from mvkernels.ops.decode import native as decode_native
 from tests.decode_cases import CASES
 from tests.test_decode import make_world
@@ -34,31 +33,18 @@ def check(found: Callable[..., Any], base: dict[str, Any], changes: dict[str, An
     assert found(**base) is one
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        pytest.param(
-            "native", marks=pytest.mark.skipif(decode_native.compile_reason() is not None, reason="needs a compiler")
-        ),
-        "cpu",
-    ],
-)
-def test_plans_of_a_step(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(decode_native.compile_reason() is not None, reason="needs a compiler")
+def test_plans_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     w = make_world()
     views = w.write(CASES["siblings"](w)).views
 
     def found(group: int, kv_heads: int, invariant: bool, threads: int, lanes: int) -> Any:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        if plan == "cpu":
-            return decode_calls.plan_calls(views, group, kv_heads, invariant)
         monkeypatch.setattr(decode_native, "_kernel", lambda: (None, lanes))
         return decode_native.plan_items(views, group, kv_heads, invariant)
 
     base = {"group": 2, "kv_heads": 2, "invariant": False, "threads": 1, "lanes": 16}
-    changes = {"group": 3, "kv_heads": 1, "invariant": True, "threads": 2, "lanes": 8}
-    if plan == "cpu":
-        del changes["lanes"]
-    check(found, base, changes)
+    check(found, base, {"group": 3, "kv_heads": 1, "invariant": True, "threads": 2, "lanes": 8})
 
 
 @pytest.mark.triton
@@ -67,8 +53,8 @@ def test_tables_of_a_step() -> None:
 
     w = make_world()
     views = w.write(CASES["siblings"](w)).views
-    base = {"heads": 4, "kv_heads": 2, "dim": 16, "element_size": 4, "device": CPU, "batch_invariant": False}
-    changes = {"heads": 8, "kv_heads": 1, "dim": 32, "element_size": 2, "batch_invariant": True}
+    base = {"heads": 4, "kv_heads": 2, "dim": 16, "element_size": 4, "device": CPU}
+    changes = {"heads": 8, "kv_heads": 1, "dim": 32, "element_size": 2}
     check(lambda **given: plan_tables(views, **given), base, changes)
     key = tables_key(**base)
     assert all(tables_key(**{**base, name: value}) != key for name, value in changes.items())

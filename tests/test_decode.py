@@ -5,8 +5,6 @@ Caches hold NaN wherever nothing was written, so a key beyond a node's end would
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +13,8 @@ from hypothesis import strategies as st
 from mvkernels.decode import decode_path, tree_decode
 from mvkernels.errors import BackendError, StaleStep
 from mvkernels.ops.backends import choose_backend
-from mvkernels.ops.decode import calls as decode_calls
 from mvkernels.ops.decode import invariant as decode_invariant
-from mvkernels.ops.decode import sdpa as decode_cpu
+from mvkernels.ops.decode import sdpa as decode_sdpa
 from mvkernels.ops.decode.tasks import EntryView, KeyRun, build_tasks
 from tests.cache_world import World, may_grow, poisoned_cache
 from tests.decode_cases import CASES, NATIVE, assert_batch_invariant, assert_decodes, expected, queries
@@ -148,10 +145,9 @@ def test_strided_queries(backend):
     assert_decodes(w, step, q, out, lse)
 
 
-@pytest.mark.parametrize("view_tokens", [1, 8, 10**6], ids=["every run apart", "mixed", "all gathered"])
-def test_scattered_pages(view_tokens, monkeypatch):
-    """Two branches that grow by turns own every other page; the result is the same however runs are attended to."""
-    monkeypatch.setattr(decode_calls, "CALL_TOKENS", view_tokens)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scattered_pages(backend):
+    """Two branches that grow by turns own every other page."""
     w = make_world(page_size=4)
     a, b = w.new(), w.new()
     w.step((a, 19))
@@ -159,10 +155,7 @@ def test_scattered_pages(view_tokens, monkeypatch):
         w.step((a, 3), (b, 5))
     step = w.write([(b, 1), (a, 6)])
     q = queries(w, step.total_rows, 2)
-    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True)
-    calls = decode_calls.plan_calls(step.views, 1, 2).calls
-    gathered = [call for call in calls if isinstance(call.slots, torch.Tensor)]
-    assert len(gathered) > 0 if view_tokens > 1 else len(calls) > 6
+    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend=backend, return_lse=True)
     assert_decodes(w, step, q, out, lse)
 
 
@@ -180,159 +173,44 @@ def test_pages_used_again_hide_what_they_held(backend):
     assert_decodes(w, step, q, out, lse)
 
 
-def test_long_prefill_takes_one_call_and_no_gather():
+def test_long_prefill_takes_one_call():
     w = make_world(page_size=16, tokens=4096)
     step = w.write([(w.new(), 3000)])
-    plan = decode_calls.plan_calls(step.views, 1, 2)
-    (call,) = plan.calls
-    assert (call.rows, call.slots, call.causal) == (slice(0, 3000), slice(0, 3000), True)
-    assert plan.path == "direct" and not plan.merges
+    [call], path = decode_sdpa.plan_calls(step.views)
+    assert call.causal and call.slots == slice(0, 3000) and path == "direct"
     q = queries(w, 3000, 2)
     out = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu")
     exact, _ = expected(w, step, q, 0, torch.float64)
     assert (out - exact).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("prefix", "branches", "own", "path"),
-    [
-        (2000, 4, 30, "shared"),
-        (20, 4, 30, "direct"),
-        (600, 1, 5, "split"),
-        (600, 3, 1, "shared"),
-        (600, 2, 1, "direct"),
-    ],
-)
-def test_keys_are_shared_where_that_saves_more_than_it_costs(prefix, branches, own, path):
+@pytest.mark.parametrize(("prefix", "branches", "path"), [(2000, 4, "shared"), (600, 1, "direct")])
+def test_keys_of_several_branches_are_read_once(prefix, branches, path):
     w = make_world(page_size=16, tokens=3000)
     root = w.new()
     w.step((root, prefix))
     children = w.fork(root, branches)
-    w.step(*((child, own) for child in children))
+    w.step(*((child, 30) for child in children))
     step = w.write([(child, 1) for child in children])
     q = queries(w, branches, 4)
     arguments = (q, w.cache.k[0], w.cache.v[0], step)
     assert decode_path(*arguments, backend="cpu") == path
+    every_slot = torch.arange(w.cache.num_pages * 16)
+    assert sum(len(every_slot[call.slots]) for call in decode_sdpa.plan_calls(step.views)[0]) == prefix + 31 * branches
     assert decode_path(*arguments, backend="reference") == "direct"
     assert_decodes(w, step, q, *tree_decode(*arguments, backend="cpu", return_lse=True))
-
-
-def test_short_lists_of_unequal_lengths_are_one_call():
-    w = make_world(page_size=4, tokens=2000)
-    root = w.new()
-    w.step((root, 1000))
-    children = w.fork(root, 6)
-    for child, tokens in zip(children, (50, 3, 47, 49, 44, 1), strict=True):
-        w.step((child, tokens))
-    step = w.write([(child, 1) for child in children])
-    q = queries(w, 6, 4)
-    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True)
-    lists, prefix = decode_calls.plan_calls(step.views, 2, 2).calls
-    assert prefix.num_rows == lists.num_rows == 6 and lists.lists and lists.bias.shape == (6, 1, 1, 51)
-    assert_decodes(w, step, q, out, lse)
-
-
-@pytest.mark.parametrize("threads", [2, 3, 5])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_long_runs_are_cut_where_threads_would_idle(threads, rows, dtype, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    w = make_world(page_size=16, kv_heads=1, tokens=4000, dtype=dtype)
-    root = w.new()
-    w.step((root, 3001))
-    step = w.write([(child, 1) for child in w.fork(root, rows)])
-    q = queries(w, rows, 4)
-    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True)
-    assert [call.parts for call in decode_calls.plan_calls(step.views, 4, 1).calls if call.parts > 1] == [threads]
-    assert_decodes(w, step, q, out, lse)
-
-
-def plans_alike(one: decode_calls.CallPlan, other: decode_calls.CallPlan) -> bool:
-    def same(a: object, b: object) -> bool:
-        return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
-
-    def all_same(ones: tuple, others: tuple) -> bool:
-        pairs = zip(ones, others, strict=True)
-        return all(same(getattr(a, f.name), getattr(b, f.name)) for a, b in pairs for f in dataclasses.fields(a))
-
-    return (
-        (one.stacked, one.path, one.cut) == (other.stacked, other.path, other.cut)
-        and len(one.calls) == len(other.calls)
-        and len(one.merges) == len(other.merges)
-        and all_same(one.calls, other.calls)
-        and all_same(one.merges, other.merges)
-    )
-
-
-@pytest.mark.parametrize("page_size", [3, 16])
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_plans_advance_with_their_steps(page_size, kv_heads, monkeypatch):
-    """The plan of an advanced step is the one that would be made anew, but is seldom made anew."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(decode_calls, "CALL_TOKENS", 256)
-    build, built = decode_calls._plan, []
-    monkeypatch.setattr(decode_calls, "_plan", lambda *given: built.append(1) or build(*given))
-    w = make_world(page_size, kv_heads, tokens=6000)
-    root, alone, *nearly_long = (w.new() for _ in range(4))
-    w.step((root, 700))
-    children = w.fork(root, 3)  # lists of unequal lengths; below, lists that get too long, and keys for one part more
-    w.step((children[0], 5), (children[1], 40), (children[2], 40))
-    scattered = [w.new(), w.new()]
-    for _ in range(40):  # by turns, so that no run of pages is long
-        w.step((scattered[0], 13), (scattered[1], 13))
-    w.step(*((branch, 490) for branch in nearly_long))
-    w.step((alone, 1515))  # last, and first to be planned: so its pages go on in one piece
-    step = w.write([(branch, 1) for branch in (alone, *children, *scattered, *nearly_long)], reserve=40)
-    for _ in range(40):
-        q = queries(w, 8, 4)
-        out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True)
-        assert_decodes(w, step, q, out, lse)
-        plan = decode_calls.plan_calls(step.views, 4 // kv_heads, kv_heads)
-        assert plans_alike(plan, build(step.views, decode_calls.Cut(4 // kv_heads, kv_heads, 3)))
-        step = w.advance(step)
-    assert len(built) <= 4
-    w.commit(step)
-
-
-def test_many_partials_are_merged_piece_by_piece(monkeypatch):
-    monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 3)
-    monkeypatch.setattr(decode_cpu, "MERGE_NUMBERS", 1)
-    w = make_world(page_size=3)
-    step = w.write(CASES["prefill_on_prefix"](w))
-    q = queries(w, step.total_rows, 4)
-    out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", return_lse=True, batch_invariant=True)
-    assert_decodes(w, step, q, out, lse)
-
-
-@pytest.mark.parametrize("branches", [1, 2, 20])
-def test_batch_invariant_calls_are_never_of_one_problem(branches, monkeypatch):
-    """Alone, a 16-bit problem is multiplied in another way than among others: bits differed with AVX512_BF16."""
-    flash, problems = decode_cpu._flash, []
-
-    def watched(q, *given, **named):
-        problems.append(q.shape[0] * q.shape[1])
-        return flash(q, *given, **named)
-
-    monkeypatch.setattr(decode_cpu, "_flash", watched)
-    w = make_world(page_size=16, kv_heads=1, dtype=torch.bfloat16)
-    root = w.new()
-    w.step((root, 40))
-    step = w.write([(child, 1) for child in w.fork(root, branches)])
-    q = queries(w, branches, 3)
-    tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="cpu", batch_invariant=True)
-    assert problems and min(problems) >= 2
 
 
 @pytest.mark.parametrize("page_size", [3, 16])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 64), (14, 2, 8), (40, 1, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", [NATIVE, "cpu"])
+@pytest.mark.parametrize("backend", [NATIVE])
 def test_batch_invariance(page_size, heads, kv_heads, head_dim, dtype, backend, monkeypatch):
     monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 16)
     assert_batch_invariant(make_world(page_size, kv_heads, head_dim, dtype), backend, heads)
 
 
-@pytest.mark.parametrize("backend", [NATIVE, "cpu"])
+@pytest.mark.parametrize("backend", [NATIVE, "reference"])
 def test_batch_invariant_decoding_of_every_case(backend):
     for case in CASES:
         w = make_world(page_size=3)
@@ -341,6 +219,16 @@ def test_batch_invariant_decoding_of_every_case(backend):
         arguments = (q, w.cache.k[0], w.cache.v[0], step)
         out, lse = tree_decode(*arguments, backend=backend, return_lse=True, batch_invariant=True)
         assert_decodes(w, step, q, out, lse)
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.triton)])
+def test_other_backends_refuse_batch_invariance(backend):
+    w = make_world()
+    step = w.write(CASES["siblings"](w))
+    arguments = (queries(w, step.total_rows, 4), w.cache.k[0], w.cache.v[0], step)
+    for call in (tree_decode, decode_path):
+        with pytest.raises(BackendError, match=f"backend '{backend}' cannot do this: it is not batch-invariant"):
+            call(*arguments, backend=backend, batch_invariant=True)
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------

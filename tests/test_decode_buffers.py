@@ -186,17 +186,6 @@ def test_counts_on_the_device_advance(page_size, first_asked, small_chunks):  # 
             step = advance(w, step)
 
 
-def test_batch_invariant_decoding_does_not_look_at_the_device(small_chunks):  # noqa: F811
-    """The bits of a branch may not depend on where its list lies: pieces are those of the uploaded lists."""
-    found = []
-    for lists in ("uploaded", "apart"):
-        w = make_world(3)
-        step = placed(w.write(CASES["nested"](w), append="triton"), lists)
-        q = queries(w, step.total_rows, 4)
-        found.append(tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="triton", batch_invariant=True))
-    assert torch.equal(*found)
-
-
 def test_the_cost_model_counts_segments():
     """Two pages lists that stand apart are two items and two partials of each row; side by side they are one."""
     views = views_of([(300, 1)] * 200)

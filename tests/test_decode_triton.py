@@ -15,7 +15,7 @@ from mvkernels.ops.decode import invariant as decode_invariant
 from mvkernels.ops.decode.tasks import EntryView, KeyRun, StepViews
 from tests.cache_world import NAN, World, poisoned_cache
 from tests.conftest import interpreting
-from tests.decode_cases import CASES, assert_batch_invariant, assert_decodes, queries
+from tests.decode_cases import CASES, assert_decodes, queries
 
 decode_triton = pytest.importorskip("mvkernels.ops.decode.triton", reason="needs triton")
 pytestmark = pytest.mark.triton
@@ -110,8 +110,7 @@ def test_a_long_prefix_is_shared(monkeypatch):
 
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "as chosen"])
-@pytest.mark.parametrize("batch_invariant", [True, False])
-def test_steps_that_advance_on_the_device(page_size, shared, batch_invariant, request, monkeypatch):
+def test_steps_that_advance_on_the_device(page_size, shared, request, monkeypatch):
     """The tables of the first step serve those that follow, across page borders; nothing is uploaded again."""
     if shared:
         request.getfixturevalue("small_chunks")
@@ -130,9 +129,9 @@ def test_steps_that_advance_on_the_device(page_size, shared, batch_invariant, re
         if index != 1:  # tables that are first asked for, or used again, some steps later
             q = queries(w, 3, 4)
             arguments = (q, w.cache.k[0], w.cache.v[0], step)
-            out, lse = tree_decode(*arguments, backend="triton", return_lse=True, batch_invariant=batch_invariant)
+            out, lse = tree_decode(*arguments, backend="triton", return_lse=True)
             assert_decodes(w, step, q, out, lse)
-            assert (decode_path(*arguments, "triton", batch_invariant) == "shared") is shared
+            assert (decode_path(*arguments, "triton") == "shared") is shared
     assert len(uploads) == 1
     w.commit(step)
     w.check()
@@ -151,16 +150,6 @@ def test_tables_that_are_first_built_in_a_later_step(small_chunks):
         out, lse = tree_decode(q, w.cache.k[0], w.cache.v[0], step, backend="triton", return_lse=True)
         assert_decodes(w, step, q, out, lse)
         step = w.advance(step)
-
-
-@pytest.mark.parametrize("page_size", [3, 16])
-def test_batch_invariance(page_size, monkeypatch):
-    """Alone or among others, in another order, beside a prefill: the same bits for the same branch."""
-    monkeypatch.setattr(decode_invariant, "CHUNK_TOKENS", 16)
-    if interpreting():  # by NumPy, whose products of matrices have other bits for a row in another place
-        monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ik,kj->ij", a, b, dtype=dtype))
-    w = make_world(page_size, tokens=400)
-    assert_batch_invariant(w, "triton")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mvkernels.ops.decode.invariant import invariant_tasks
 from mvkernels.ops.decode.tasks import (
     DecodePath,
     DecodeTask,
@@ -50,7 +49,6 @@ ITEM_BYTES = 64 * 1024  # 1.8 us of one multiprocessor's share
 MERGE_BYTES = 128 * 1024  # 3.6 us
 CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, EVERYTHING)
 TILES = (16, 32, 64, 128)
-INVARIANT_TILE = 64
 
 
 class Shape(NamedTuple):
@@ -127,18 +125,9 @@ def tile_shapes(shape: Shape) -> list[DecodeConfig]:
     return configs
 
 
-def plan_decode(views: StepViews, shape: Shape, batch_invariant: bool = False) -> DecodePlan:
-    """The plan with the least time by the cost model; for batch-invariant decoding one that does not look at it.
-
-    Nor does that look at device pages: where a list lies apart follows from what else the cache has held.
-    """
+def plan_decode(views: StepViews, shape: Shape) -> DecodePlan:
+    """The plan with the least time by the cost model."""
     entries = final_entries(views)
-    if batch_invariant:
-        tasks = invariant_tasks(entries, views.page_size)
-        configs = tile_shapes(shape)
-        config = next((c for c in configs if c.block_m >= INVARIANT_TILE), configs[-1])
-        segments = tuple((_whole(task, views.page_size),) for task in tasks)
-        return DecodePlan(tasks, segments, config, EVERYTHING, path_of(tasks, False), 0.0)
     apart = _plan_tasks(build_tasks(entries, lambda *_: False), views, shape)
     placed = views.device_pages is not None
     tasks = build_tasks(entries, lambda rows, runs: _saves(rows, runs, views.page_size, shape, placed))

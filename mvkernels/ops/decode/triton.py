@@ -164,12 +164,11 @@ def decode_triton(
     v_cache: torch.Tensor,
     views: StepViews,
     scale: float,
-    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [N, Hq, D] in q's dtype and lse [Hq, N] float32, natural log. The caller has checked the arguments."""
     rows, heads, dim = q.shape
     kv_heads = k_cache.shape[2]
-    tables = plan_tables(views, heads, kv_heads, dim, q.element_size(), q.device, batch_invariant)
+    tables = plan_tables(views, heads, kv_heads, dim, q.element_size(), q.device)
     config, direct = tables.config, tables.path == "direct"
     q = q.detach().contiguous()
     out = torch.empty_like(q)
@@ -218,22 +217,19 @@ def plan_tables(
     dim: int,
     element_size: int,
     device: torch.device,
-    batch_invariant: bool = False,
 ) -> DecodeTables:
     """The device tables of a step, made once for all layers, and for the steps to come where it has a reserve."""
 
     def build() -> DecodeTables:
         shape = decode_shape(heads, kv_heads, dim, element_size, device)
-        return build_tables(plan_decode(views, shape, batch_invariant), views, device)
+        return build_tables(plan_decode(views, shape), views, device)
 
-    return views.cached(tables_key(heads, kv_heads, dim, element_size, device, batch_invariant), build)
+    return views.cached(tables_key(heads, kv_heads, dim, element_size, device), build)
 
 
-def tables_key(
-    heads: int, kv_heads: int, dim: int, element_size: int, device: torch.device, batch_invariant: bool = False
-) -> tuple[object, ...]:
+def tables_key(heads: int, kv_heads: int, dim: int, element_size: int, device: torch.device) -> tuple[object, ...]:
     """Under which the views of a step keep its tables."""
-    return ("triton", heads, kv_heads, dim, element_size, device, batch_invariant)
+    return ("triton", heads, kv_heads, dim, element_size, device)
 
 
 def decode_shape(heads: int, kv_heads: int, dim: int, element_size: int, device: torch.device) -> Shape:
