@@ -16,9 +16,9 @@ from mvkernels.ops.attention import cpu as attention_cpu
 from mvkernels.ops.attention import cpu_plan
 from mvkernels.ops.attention.schema import OPS
 from mvkernels.reference.attention import attention as reference_attention
-from tests.attention_cases import MEDIUM, NESTED, SMALL, AttentionCase, ids, output_grads, reference
-from tests.tolerance import assert_as_good_as_eager
-from tests.trees import trees
+from tests.ops.attention_cases import MEDIUM, NESTED, SMALL, AttentionCase, ids, output_grads, reference
+from tests.support.tolerance import assert_as_good_as_eager
+from tests.support.trees import trees
 
 NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v")
 

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mvkernels import BranchLayout, multiverse_attention, patch_model
 from tests.conftest import interpreting
-from tests.tiny_model import tiny_model
-from tests.trees import random_tree
+from tests.support.tiny_model import tiny_model
+from tests.support.trees import random_tree
 
 TREES = [
     [5, [[3], [4]], 2],

@@ -16,8 +16,8 @@ from mvkernels.ops.backends import choose_backend
 from mvkernels.ops.decode import invariant as decode_invariant
 from mvkernels.ops.decode import sdpa as decode_sdpa
 from mvkernels.ops.decode.tasks import EntryView, KeyRun, build_tasks
-from tests.cache_world import World, may_grow, poisoned_cache
-from tests.decode_cases import CASES, NATIVE, assert_batch_invariant, assert_decodes, expected, queries
+from tests.cache.world import World, may_grow, poisoned_cache
+from tests.ops.decode_cases import CASES, NATIVE, assert_batch_invariant, assert_decodes, expected, queries
 
 BACKENDS = [NATIVE, "cpu", "reference"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mvkernels.model.curator.chains import ChainReader
-from tests.test_cli import invoke
+from tests.cli.test_cli import invoke
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mvkernels.model.files import errors_name, is_free, whole_file, whole_folder, write_whole
-from tests.tiny_model import tiny_model, tiny_tokenizer
+from tests.support.tiny_model import tiny_model, tiny_tokenizer
 
 
 @contextmanager

@@ -7,9 +7,9 @@ import torch
 
 from mvkernels import BranchLayout, patch_model
 from mvkernels.model import Engine
-from tests.engine_cases import CASES, check_pages, config_for, follow
-from tests.lossless import Recorder, check_lossless
-from tests.tiny_model import tiny_model, tiny_tokenizer
+from tests.engine.cases import CASES, check_pages, config_for, follow
+from tests.engine.lossless import Recorder, check_lossless
+from tests.support.tiny_model import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.gpu
 

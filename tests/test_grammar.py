@@ -9,7 +9,7 @@ from hypothesis import given
 
 from mvkernels.errors import GrammarError
 from mvkernels.grammar import Kind, parse, parse_text
-from tests.trees import TEST_TAGS, traces
+from tests.support.trees import TEST_TAGS, traces
 
 TRACE = """Before
 <Parallel>

@@ -24,9 +24,9 @@ from mvkernels.model import Engine, GenerationConfig
 from mvkernels.ops.dense.layer import gate, layer_reason, rms_norm, rotate_append
 from mvkernels.ops.dense.linear import LinearLayers
 from mvkernels.ops.dense.linear_amx import TileLayers, tiles_reason
-from tests.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, make_cache, plain_model, steps
-from tests.tiles import as_bf16, takes_tiles, use_software
-from tests.tiny_model import tiny_model, tiny_tokenizer
+from tests.ops.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, make_cache, plain_model, steps
+from tests.ops.tiles import as_bf16, takes_tiles, use_software
+from tests.support.tiny_model import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(layer_reason() is not None, reason=str(layer_reason()))
 

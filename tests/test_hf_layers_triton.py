@@ -16,8 +16,8 @@ from mvkernels.hf_layers import fuse_layers, unfuse_layers
 from mvkernels.hf_norm import fuse_norms
 from mvkernels.model import Engine, GenerationConfig
 from tests.conftest import interpreting
-from tests.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, plain_model, steps
-from tests.tiny_model import tiny_model, tiny_tokenizer
+from tests.ops.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, plain_model, steps
+from tests.support.tiny_model import tiny_model, tiny_tokenizer
 
 layer_triton = pytest.importorskip("mvkernels.ops.dense.layer_triton", reason="needs triton")
 pytestmark = pytest.mark.triton

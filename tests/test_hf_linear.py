@@ -21,8 +21,8 @@ from mvkernels.hf_linear import pack_linear, unpack_linear
 from mvkernels.model import Engine, GenerationConfig
 from mvkernels.ops.dense.linear import LinearLayers, is_bf16, linear_reason
 from mvkernels.ops.dense.linear_amx import TileLayers, tiles_reason
-from tests.tiles import as_bf16, takes_tiles, use_software
-from tests.tiny_model import tiny_model, tiny_tokenizer
+from tests.ops.tiles import as_bf16, takes_tiles, use_software
+from tests.support.tiny_model import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(not hf_linear._takes(torch.float32), reason="needs PyTorch with oneDNN")
 unrounded_model = tiny_model

@@ -21,7 +21,7 @@ from mvkernels import hf_norm
 from mvkernels.hf_norm import fuse_norms, same_code, unfuse_norms
 from mvkernels.model import Engine
 from mvkernels.ops.dense.layer import layer_reason, rms_norm
-from tests.tiny_model import tiny_model, tiny_tokenizer
+from tests.support.tiny_model import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(layer_reason() is not None, reason=str(layer_reason()))
 IDS = torch.arange(40).view(1, 40) % 7

@@ -29,7 +29,7 @@ from mvkernels.hf_layers import fuse_layers, unfuse_layers
 from mvkernels.hf_linear import pack_linear, unpack_linear
 from mvkernels.hf_norm import fuse_norms
 from mvkernels.ops.dense.layer import layer_reason
-from tests.layer_cases import CONFIGS, IDS, assert_same, fused, make_cache, plain_model, stacked, steps
+from tests.ops.layer_cases import CONFIGS, IDS, assert_same, fused, make_cache, plain_model, stacked, steps
 
 pytestmark = pytest.mark.skipif(layer_reason() is not None, reason=str(layer_reason()))
 

@@ -20,7 +20,7 @@ from mvkernels import BranchLayout, TagTokens
 from mvkernels.errors import GrammarError
 from mvkernels.grammar import parse
 from mvkernels.reference import layout as reference
-from tests.trees import TEST_TAGS, traces, trees
+from tests.support.trees import TEST_TAGS, traces, trees
 
 REAL = sorted(["1", "2", "3", "4", "5", "7", "8", "9", "10", "11", "12", "14", "15", "17", "19", "20"], key=int)
 

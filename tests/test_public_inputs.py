@@ -10,8 +10,8 @@ import mvkernels as mk
 from mvkernels.decode import decode_path
 from mvkernels.model import Engine, Generation, GenerationConfig
 from mvkernels.model.engine.output.events import FinishEvent
-from tests.tiny_model import tiny_model, tiny_tokenizer
-from tests.trees import TEST_TAGS
+from tests.support.tiny_model import tiny_model, tiny_tokenizer
+from tests.support.trees import TEST_TAGS
 
 IDS, ARRAY = torch.arange(7), np.zeros((4, 1, 8), np.float32)
 Q = torch.zeros(4, 1, 8)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_cli import invoke
+from tests.cli.test_cli import invoke
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
