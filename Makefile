@@ -17,7 +17,7 @@ AWAIT = 2>&1 | { last=$$SECONDS; while :; do IFS= read -r -t 3 line; status=$$?;
 run = @echo "$(1)"; $(1) $(AWAIT)
 PYTHON := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup --durations 20
 
 .PHONY: help install demo test check bench-quick clean
 
