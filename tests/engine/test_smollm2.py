@@ -59,7 +59,6 @@ def questions(data_dir: Path) -> list[str]:
 
 def test_what_was_unpacked_is_saved_as_plain_weights(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = copy.deepcopy(loaded)
-    model.bfloat16()
     del model.model.layers[1:]
     model.config.num_hidden_layers = 1
     if getattr(model.config, "layer_types", None):
