@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cache",),
     ("attention", "decode"),
     ("hf",),
+    ("decoder",),
     ("graph",),
     ("model.files", "model.json_input", "model.parquet", "model.sequentialize", "model.tasks"),
     ("model.checkpoint", "model.curator"),
@@ -56,7 +57,7 @@ NARROW: dict[str, set[str]] = {
 OPTIONAL = {
     "triton": {"ops"},
     "cupy": {"ops"},
-    "transformers": {"hf", "graph", "model", "cli"},
+    "transformers": {"hf", "decoder", "graph", "model", "cli"},
     "tokenizers": {"model"},
     "safetensors": {"model"},
     "gguf": {"model"},
