@@ -1,7 +1,7 @@
 """Rotary position embedding for callers that have not rotated: `Rope`, and `rotate` for their queries.
 
 Keys are rotated on their way into the pages: `PagedKVCache.append(..., rope=rope)`, one launch for all rows of a layer.
-Models in transformers rotate before their attention interface, and need neither.
+Models in transformers rotate before their attention interface, and need neither. `mvkernels.decoder` uses `Rope`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from mvkernels.errors import described, require_type
 from mvkernels.ops.backends import choose_backend, triton_reason
 from mvkernels.ops.device import checked_device
-from mvkernels.ops.rope import Rotation, check_rotation, inverse_frequencies, rotate_rows, rotation_reason
+from mvkernels.ops.rope import Rotation, check_rotation, cos_sin, inverse_frequencies, rotate_rows, rotation_reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,19 @@ class Rope:
     def at(self, positions: torch.Tensor) -> Rotation:
         """What kernels take, for positions [N] int32 or int64 on the device of `inv_freq`."""
         return Rotation(positions, self.inv_freq, self.scaling)
+
+    def tables(self, positions: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tabulate the rotations of positions, for kernels that share them between layers.
+
+        Args:
+            positions: [N] int32 or int64, on the device of `inv_freq`.
+            dtype: of the tables; they are computed in float32 and rounded once.
+
+        Returns:
+            Scaled cosines and sines, [N, 2 H] each, contiguous: those of pair i stand at i and at i + H.
+        """
+        cos, sin = cos_sin(self.at(positions), torch.float32)
+        return torch.cat((cos, cos), 1).to(dtype), torch.cat((sin, sin), 1).to(dtype)
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, rope: Rope, backend: str = "auto") -> torch.Tensor:

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("context_parallel",),
     ("attention", "decode"),
     ("hf",),
+    ("decoder",),
     ("graph",),
     ("model.files", "model.json_input", "model.parquet", "model.sequentialize", "model.tasks"),
     ("model.checkpoint", "model.curator"),
@@ -59,7 +60,7 @@ NARROW: dict[str, set[str]] = {
 OPTIONAL = {
     "triton": {"ops"},
     "cupy": {"ops"},
-    "transformers": {"hf", "graph", "model", "cli"},
+    "transformers": {"hf", "decoder", "graph", "model", "cli"},
     "tokenizers": {"model"},
     "safetensors": {"model"},
     "gguf": {"model"},

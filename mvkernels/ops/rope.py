@@ -46,12 +46,19 @@ def rotation_reason(dtype: torch.dtype) -> str | None:
     return None if dtype in TRITON_DTYPES else f"expected dtype {dtype_names(TRITON_DTYPES)} to rotate, got {dtype}"
 
 
+def cos_sin(rotation: Rotation, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled cosines and sines [N, H] of the angles, computed in `dtype`."""
+    angle = (rotation.positions[:, None].float() * rotation.inv_freq).to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if rotation.scaling == 1.0 else (cos * rotation.scaling, sin * rotation.scaling)
+
+
 def rotate_rows(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """x [N, heads, D] -> the same shape and dtype, in plain torch."""
     half = rotation.inv_freq.shape[0]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    angle = (rotation.positions[:, None].float() * rotation.inv_freq).to(wide)[:, None]  # [N, 1, H]
-    cos, sin = angle.cos() * rotation.scaling, angle.sin() * rotation.scaling
+    cos, sin = cos_sin(rotation, wide)
+    cos, sin = cos[:, None], sin[:, None]  # [N, 1, H]
     first, second = x[..., :half].to(wide), x[..., half : 2 * half].to(wide)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out[..., :half] = first * cos - second * sin

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mvkernels import hf_linear
+from mvkernels.decoder import native
 from mvkernels.ops.dense import linear_amx as linear_tiles
 from mvkernels.ops.dense.linear_amx import SOURCE
 from mvkernels.ops.native import native_library
@@ -27,11 +28,11 @@ def software() -> ctypes.CDLL:
 
 
 def use_software(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `TileLayers` run in software, and `pack_linear` take it."""
+    """Lets `TileLayers` run in software, and `pack_linear` and `NativeDecoder` take it."""
     library = software()
     monkeypatch.setattr(linear_tiles, "native_library", lambda source: library)
     monkeypatch.setattr(linear_tiles, "_kernel", linear_tiles._kernel.__wrapped__)
-    for module in (linear_tiles, hf_linear):
+    for module in (linear_tiles, hf_linear, native):
         monkeypatch.setattr(module, "tiles_reason", lambda: None)
 
 

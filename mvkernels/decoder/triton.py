@@ -1,0 +1,56 @@
+"""Decoder layers on a GPU: between the products, which stay PyTorch's, one Triton launch for each step of a layer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import linear, pad
+
+from mvkernels.cache.cache import PagedKVCache
+from mvkernels.cache.step import Step
+from mvkernels.decode import backend_reasons, tree_decode
+from mvkernels.decoder.torch import TorchDecoder
+from mvkernels.decoder.weights import Weights
+
+
+class TritonDecoder(TorchDecoder):
+    """See the module's docstring."""
+
+    kind: ClassVar[str] = "triton"
+    capture_reason = None
+
+    def layers(
+        self, x: torch.Tensor, positions: torch.Tensor, cache: PagedKVCache, step: Step, batch_invariant: bool
+    ) -> torch.Tensor:
+        from mvkernels.ops.dense import layer_triton
+
+        weights, size, eps = self.weights, step.total_rows, self.weights.eps
+        cos, sin = weights.rope.tables(positions[:size], x.dtype)
+        normed = layer_triton.rms_norm(x, weights.layers[0].before, eps)
+        for index, layer in enumerate(weights.layers):
+            k, v = cache.k[index], cache.v[index]
+            qkv = linear(normed, *layer.q)[:size], linear(normed, *layer.k)[:size], linear(normed, *layer.v)[:size]
+            norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm, eps)
+            q = layer_triton.rotate_append(qkv, cos, sin, step.slots, k, v, norms)
+            out = tree_decode(q, k, v, step, weights.scale, "triton", batch_invariant=batch_invariant).flatten(1)
+            if len(x) > size:
+                out = pad(out, (0, 0, 0, len(x) - size))
+            x, normed = layer_triton.add_rms_norm(linear(out, *layer.o), x, layer.after, eps)
+            out = linear(layer_triton.gate(linear(normed, *layer.gate), linear(normed, *layer.up)), *layer.down)
+            following = weights.layers[index + 1].before if index + 1 < len(weights.layers) else weights.norm
+            x, normed = layer_triton.add_rms_norm(out, x, following, eps)
+        return normed
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, *self.weights.head)  # `layers` has normed it
+
+
+def triton_decoder_reason(weights: Weights, backend: str) -> str | None:
+    """Why Triton's kernels do not run these layers here, or None. On a CPU, in its interpreter, by name only."""
+    if backend not in ("auto", "triton") or (backend == "auto" and weights.device.type == "cpu"):
+        return f"expected the attention backend 'auto' or 'triton' on a GPU, got {backend!r} on {weights.device.type}"
+    if weights.head_dim % 2:
+        return f"expected an even head dimension, got {weights.head_dim}"
+    queries = torch.empty(0, weights.heads, weights.head_dim, dtype=weights.dtype, device=weights.device)
+    return backend_reasons(queries)["triton"]
