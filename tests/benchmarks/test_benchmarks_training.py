@@ -21,7 +21,13 @@ TOKENS = 300
 
 @pytest.fixture(name="run")
 def fixture_run(monkeypatch: pytest.MonkeyPatch):
-    small = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    small = {
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    }
     config = {**benchmarks.engine_models.SMOLLM2_CONFIG, **small, "num_key_value_heads": 1}
     monkeypatch.setattr(benchmarks.engine_models, "SMOLLM2_CONFIG", config)
     app = typer.Typer()

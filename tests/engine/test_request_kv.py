@@ -146,7 +146,7 @@ def make_cache(page_size: int = 3, num_pages: int = 2000) -> PagedKVCache:
     return poisoned_cache(num_pages, page_size)
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(tree=trees(max_paths=3), seed=st.integers(0, 10**9), page_size=st.sampled_from([1, 2, 3, 16]))
 def test_any_order_of_growth_steps_and_evictions(tree: list, seed: int, page_size: int) -> None:
     chosen = random.Random(seed)

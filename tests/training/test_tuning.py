@@ -387,7 +387,7 @@ def test_processes_train_as_one(
     file = tmp_path / "my.toml"
     file.write_text(
         f'model = "{base}"\ndata = ["{data}"]\nheld_out = 1\ndocuments_per_step = 4\ntokens_per_row = 500\n'
-        "chat = false\nlearning_rate = 3e-3\npasses = [0.0, 1.0]\n"
+        "chat = false\nlearning_rate = 3e-3\npasses = [0.0, 1.0]\nsteps = 3\n"
     )
     alone = tune(load_recipe(file), tmp_path / "alone", progress=False)
     launch = [sys.executable, "-m", "tests.training.processes", str(processes), module]
