@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,21 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("ci")
+
+
+def call_with_room(function: Callable[..., object], /, **arguments: object) -> object:
+    return function(**arguments)
+
+
+# CPython keeps frames in chunks of 16 KiB, and maps and unmaps a chunk on each call that crosses a border: a loop of
+# Triton's interpreter at such a depth took 3.5 times as long. A frame of 512 KiB makes the chunk around it 1 MiB.
+call_with_room.__code__ = call_with_room.__code__.replace(co_stacksize=2**16)
+
+
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    pyfuncitem.obj = functools.partial(call_with_room, pyfuncitem.obj)
+    return (yield)
 
 
 def data_folder() -> Path:

@@ -47,6 +47,8 @@ def tiny_model(
     intermediate_size: int = 96,
     vocab_size: int = 300,
     layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
     **changes: object,
 ) -> Qwen2ForCausalLM:
     """fp32, on the CPU. The weights are large enough that the logits depend on the whole context."""
@@ -55,8 +57,8 @@ def tiny_model(
         hidden_size=64,
         intermediate_size=intermediate_size,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=max_positions,
         tie_word_embeddings=False,
         bos_token_id=None,
