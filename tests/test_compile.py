@@ -37,11 +37,11 @@ class Toy(torch.nn.Module):
 
     def __init__(self, backend: str) -> None:
         super().__init__()
-        self.project = torch.nn.Linear(16, (4 + 2 + 2) * 32)
+        self.project = torch.nn.Linear(16, (2 + 1 + 1) * 32)
         self.backend = backend
 
     def forward(self, x: torch.Tensor, layout: BranchLayout) -> torch.Tensor:
-        q, k, v = self.project(x).view(len(x), 8, 32).split([4, 2, 2], dim=1)
+        q, k, v = self.project(x).view(len(x), 4, 32).split([2, 1, 1], dim=1)
         out, lse = multiverse_attention(q, k, v, layout, backend=self.backend, return_lse=True)
         return out.flatten(1).relu() * lse.t().repeat_interleave(32, dim=1)
 
@@ -84,7 +84,9 @@ def test_inductor() -> None:
 @pytest.mark.triton
 @pytest.mark.skipif(not interpreting(), reason="CPU tensors")
 def test_the_triton_backend_is_traced_too() -> None:
-    assert check_toy("triton", "aot_eager", [BranchLayout.from_tree(tree) for tree in TREES[:3]]) == 2
+    assert (
+        check_toy("triton", "aot_eager", [BranchLayout.from_tree(tree) for tree in ([3, [[2], [4]], 1], [5], [9])]) == 2
+    )
 
 
 def losses_and_gradients(
@@ -100,14 +102,14 @@ def losses_and_gradients(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_patched_model(checkpointing: bool) -> None:
-    model = patch_model(tiny_model()).train()
+    model = patch_model(tiny_model(layers=1)).train()  # the compiler traces every layer
     parameters = list(model.parameters())
-    wanted = {str(tree): losses_and_gradients(model, parameters, BranchLayout.from_tree(tree)) for tree in TREES[:4]}
+    wanted = {str(tree): losses_and_gradients(model, parameters, BranchLayout.from_tree(tree)) for tree in TREES[:3]}
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for tree in TREES[:4]:
+    for tree in TREES[:3]:
         found = losses_and_gradients(compiled, parameters, BranchLayout.from_tree(tree))
         for mine, theirs in zip(found, wanted[str(tree)], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,6 @@ import torch.multiprocessing as mp
 
 from mvkernels import BranchLayout, multiverse_attention, patch_model
 from mvkernels.context_parallel import split_context
-from tests.support.tiny_model import tiny_model
 
 TREE = [[300, [[280, [[90], [150]], 30], [210], [170]], 140], [200, [[60], [70]], 90]]
 
@@ -39,7 +38,7 @@ def one_process() -> list[torch.Tensor]:
 
 
 def worker(rank: int, folder: str) -> None:
-    """One of four processes; two of them are a group of their own too."""
+    """One of four processes; two of them are a group of their own too, with a patched model."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
     try:
@@ -47,8 +46,17 @@ def worker(rank: int, folder: str) -> None:
         run(rank, 4, dist.group.WORLD, folder)
         if rank < 2:
             run(rank, 2, pair, folder)
+            run_model(rank, pair, folder)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what the processes have computed. They are started once: each imports PyTorch."""
+    folder = tmp_path_factory.mktemp("outcomes")
+    mp.spawn(worker, (str(folder),), nprocs=4)
+    return folder
 
 
 def run(rank: int, ranks: int, group: Any, folder: str) -> None:
@@ -64,22 +72,18 @@ def run(rank: int, ranks: int, group: Any, folder: str) -> None:
     torch.save((rows, [out.detach(), lse.detach().t(), q.grad, k.grad, v.grad]), f"{folder}/{ranks}-{rank}.pt")
 
 
-def model_worker(rank: int, folder: str) -> None:
-    """One of two processes with a patched model."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/model-store", rank=rank, world_size=2)
-    try:
-        rows = torch.from_numpy(split_context(packed(), 2).rows[rank])
-        logits, gradients = of_model(rows, dist.group.WORLD)
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-        torch.save((rows, logits, gradients), f"{folder}/model-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def run_model(rank: int, group: Any, folder: str) -> None:
+    rows = torch.from_numpy(split_context(packed(), 2).rows[rank])
+    logits, gradients = of_model(rows, group)
+    for gradient in gradients:
+        dist.all_reduce(gradient, group=group)
+    torch.save((rows, logits, gradients), f"{folder}/model-{rank}.pt")
 
 
 def of_model(rows: torch.Tensor, group: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits of some tokens, and the gradients of the sum of their losses."""
+    from tests.tiny_model import tiny_model  # transformers, which two of the processes do without
+
     layout = packed()
     ids = torch.randint(0, 300, (layout.total_tokens,), generator=torch.Generator().manual_seed(0))
     shifted = torch.nn.functional.pad(layout.labels(ids)[1:], (0, 1), value=-100)
@@ -95,24 +99,22 @@ def of_model(rows: torch.Tensor, group: Any) -> tuple[torch.Tensor, list[torch.T
     return out.logits[0].detach(), [parameter.grad for parameter in model.parameters()]
 
 
-def test_a_patched_model_as_in_one_process(tmp_path: Path) -> None:
-    mp.spawn(model_worker, (str(tmp_path),), nprocs=2)
+def test_a_patched_model_as_in_one_process(outcomes: Path) -> None:
     expected, expected_gradients = of_model(torch.arange(packed().total_tokens), None)
     for rank in range(2):
-        rows, logits, gradients = torch.load(tmp_path / f"model-{rank}.pt", weights_only=True)
+        rows, logits, gradients = torch.load(outcomes / f"model-{rank}.pt", weights_only=True)
         torch.testing.assert_close(logits, expected[rows], rtol=1e-8, atol=1e-8)
         for mine, whole in zip(gradients, expected_gradients, strict=True):
             # transformers takes the loss in fp32
             torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
-def test_as_one_process(tmp_path: Path) -> None:
-    mp.spawn(worker, (str(tmp_path),), nprocs=4)
+def test_as_one_process(outcomes: Path) -> None:
     expected = one_process()
     for ranks in (2, 4):
         seen = []
         for rank in range(ranks):
-            rows, found = torch.load(tmp_path / f"{ranks}-{rank}.pt", weights_only=True)
+            rows, found = torch.load(outcomes / f"{ranks}-{rank}.pt", weights_only=True)
             seen.append(rows)
             for name, mine, whole in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
                 torch.testing.assert_close(

@@ -80,10 +80,10 @@ def test_parts_that_are_hooked_are_called(runs: list[int]) -> None:
 
 
 def test_the_engine_fuses_them(runs: list[int]) -> None:
-    config = GenerationConfig(max_new_tokens=12, eos_token_ids=(), stop=())
+    config = GenerationConfig(max_new_tokens=4, eos_token_ids=(), stop=())
     found = []
     for fast in (False, True):
-        model = tiny_model(head_dim=32).to(DEVICE)
+        model = tiny_model(heads=2, kv_heads=1).to(DEVICE)
         engine = Engine(model, tiny_tokenizer(), backend="triton", fast_linear=fast)
         found.append([one.token_ids for one in engine.generate(["a b", "12 + 3"], config)])
         assert (fused(engine.model) == 2) == fast == bool(runs)

@@ -301,10 +301,10 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
 def test_real_chains_with_and_without_faults(tmp_path: Path, data_dir: Path) -> None:
     source = data_dir / "chains" / "r1_distill_qwen_32b.json"
     with Server() as server:
-        state = run(server, source, tmp_path / "a")
-    assert state.ended == "complete" and state.done == 100 and state.rejected <= 5
+        state = run(server, source, tmp_path / "a", limit=50)
+    assert state.ended == "complete" and state.done == 50 and state.rejected <= 2
     found = records(tmp_path / "a" / "traces.jsonl")
-    assert sum(not one["warnings"] for one in found) >= 95
+    assert sum(not one["warnings"] for one in found) >= 48
     for one in found:
         assert check_trace(one["trace"]) == []
         assert content_distance(one["trace"], one["original"]) == pytest.approx(one["distance"], abs=1e-6)

@@ -82,8 +82,8 @@ def test_a_bare_question_is_answered_in_parallel(engine: Engine, newline: str) -
     assert len(trace.blocks[0].paths) == 2
 
 
-@pytest.mark.parametrize("first", [0, 10, 20, 30, 40])
-def test_lossless_on_fifty_problems(engine: Engine, first: int) -> None:
+@pytest.mark.parametrize("first", [0, 10])
+def test_lossless_on_problems(engine: Engine, first: int) -> None:
     """Every greedy token is the argmax of the packed forward, and of its path decoded alone with a plain cache."""
     problems = list(islice(generate(5, "test"), first, first + 10))
     recorder = Recorder()

@@ -211,7 +211,7 @@ def test_random_requests_with_common_beginnings_and_few_pages() -> None:
     for name in CASES:  # whole answers, which others begin with
         [out] = plain.generate("the product", config_for(plain), follow(plain, CASES[name]))
         blocks[name] = out.token_ids[:-1]
-    for _ in range(5):
+    for _ in range(3):
         names = [draw.choice(list(CASES)) for _ in range(6)]
         prompts = [
             (blocks[draw.choice(names)] if draw.random() < 0.4 else draw.choice(beginnings)[: draw.randrange(2, 40)])
@@ -223,7 +223,7 @@ def test_random_requests_with_common_beginnings_and_few_pages() -> None:
         for prompt, name, out in zip(prompts, names, outs, strict=True):
             assert_same(out, plain.generate([prompt], configs[0], follow(plain, CASES[name]))[0])
         assert engine.available_pages == engine.cache.num_pages
-    assert engine.prefix_hits > 500 and engine.preemptions > 5
+    assert engine.prefix_hits > 300 and engine.preemptions > 3
     check_pages(engine)
 
 

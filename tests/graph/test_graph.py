@@ -314,12 +314,13 @@ def test_bad_arguments_say_what_was_expected() -> None:
 @pytest.mark.triton
 def test_the_tables_of_the_kernels_advance_with_the_steps() -> None:
     """Without graphs too tables are made once for a plan, and turn into those of the next step by themselves."""
-    twin = Twin(model=patch_model(tiny_model(head_dim=16).to(DEVICE), "triton"), reserve=9, backend="eager")
+    model = tiny_model(head_dim=16, layers=1, heads=2, kv_heads=1)
+    twin = Twin(model=patch_model(model.to(DEVICE), "triton"), reserve=5, backend="eager")
     twin.run((0, 6))
     twin.fork(0, 2)
     twin.run((1, 2), (2, 3))
     made = set()
-    for _ in range(12):  # a plan of 1 + 9 steps, and two of the next
+    for _ in range(8):  # a plan of 1 + 5 steps, and two of the next
         twin.run(2, 1)
         made.update(twin.graph._plan.step.views._cache.values() if twin.graph._plan else ())
     assert len(made) == 2
@@ -353,10 +354,10 @@ def test_what_is_captured_asks_the_host_nothing(family: str, monkeypatch: pytest
         return lambda: watched[-1]
 
     graph.backend, graph._buckets.record = "cuda_graph", record
-    graph.run([(branch, 70)], [1] * 70)
+    graph.run([(branch, 5)], [1] * 5)
     for token in range(WARM_UPS + 1):
         graph.run([branch], [token])
-    assert len(watched) == 1 and branch.num_tokens == 71 + WARM_UPS
+    assert len(watched) == 1 and branch.num_tokens == 6 + WARM_UPS
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Tables of fixed capacity: other steps through the same memory, by kernels that are launched for its capacity.
 
 The kernels run on a GPU, or tiny in the interpreter. Unwritten keys, outputs and partial results hold NaN.
-The interpreter takes 10 ms and more a program: steps that advance have one KV head, rare page sizes only some cases.
+The interpreter takes 10 ms and more a program, so most tests have few steps
+and one KV head, and unusual page sizes have few cases.
 """
 
 from __future__ import annotations
