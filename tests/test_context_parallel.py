@@ -82,7 +82,7 @@ def run_model(rank: int, group: Any, folder: str) -> None:
 
 def of_model(rows: torch.Tensor, group: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits of some tokens, and the gradients of the sum of their losses."""
-    from tests.tiny_model import tiny_model  # transformers, which two of the processes do without
+    from tests.support.tiny_model import tiny_model  # transformers, which two of the processes do without
 
     layout = packed()
     ids = torch.randint(0, 300, (layout.total_tokens,), generator=torch.Generator().manual_seed(0))
