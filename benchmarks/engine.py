@@ -3,16 +3,15 @@
     single     one plain prompt, greedy, against model.generate
     batch      8 and 16 plain prompts at once, against padded model.generate and transformers' continuous batching
     parallel   one block of 2, 4 and 8 equal paths, against the same tokens one path at a time; the bound is
-               P t(1) / t(P), where t(n) is the bare model's forward on n rows in the same rounds; the bound of packed
-               weights is the same with the linear layers that the engine has
+               P t(1) / t(P), where t(n) is the bare model's forward on n rows in the same rounds; the own bound is the
+               same with the forward of the engine's decoder
     host       the host's time in a step of 64 branches, beside the model's and the sampler's (`engine_watch`)
     curve      the parallel case for several requests at once
 
 In fp32 every peer must give the engine's tokens before it is timed; in lower precision other kernels may choose others,
 and only their number is checked. The parallel run must give the tokens of the sequential one in every precision, for
-its sampler follows a script. The engine's model has its decoder layers fused (`fuse_layers`), on a CPU also fast linear
-layers (`pack_linear`), the peers' has not; in `ours-unpacked`, on a CPU, it has not either. `ours-strict` is a strict
-engine. Nobody is warmed up by a timed call: a short one comes first.
+its sampler follows a script. `ours` has a decoder of its own; `ours-hosted`, on a CPU, runs transformers' modules, as
+the peers do. `ours-strict` is a strict engine. A short call warms each peer up; it is not timed.
 """
 
 from __future__ import annotations
@@ -30,11 +29,10 @@ from benchmarks import engine_models, engine_peers, gate
 from benchmarks.attention import Effort
 from benchmarks.engine_cases import Blocks, plain_config, plain_prompts
 from benchmarks.engine_models import QWEN2, SMOLLM2, Loaded, copy_model
-from benchmarks.engine_peers import EnginePeer, bare_forward
+from benchmarks.engine_peers import EnginePeer, bare_forward, own_forward
 from benchmarks.engine_report import CASES, EngineRow
 from benchmarks.engine_watch import StepTime, Watch
 from benchmarks.timing import Contender, Spread, captured, measure_rounds, ratio_spread
-from mvkernels.hf_linear import pack_linear
 from mvkernels.model.engine.engine import Engine, Generation
 from mvkernels.model.engine.sampling.sampler import Sampler
 from mvkernels.ops.decode.native import compile_reason
@@ -51,19 +49,19 @@ HOST_TOKENS = 16  # at least
 FORWARDS = 8  # t(n) is the mean of so many
 GOALS = {"generate": 1.0, "generate-padded": 1.0, "continuous-batching": 3.0}
 SHARE_GOAL = 0.9
-PACKED = "-packed"
+OWN = "-own"
 HOST_GOAL_MS = 2.0
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A model with the engine on it, and where results go. On a CPU also: unpacked, the engine on weights as they are;
+    """A model with the engine on it, and where results go. On a CPU also: hosted, the engine on transformers' modules;
     strict, a strict engine on the same model.
     """
 
     loaded: Loaded
     engine: Engine
-    unpacked: Engine | None
+    hosted: Engine | None
     strict: Engine | None
     device: str
     tokens: int
@@ -122,14 +120,14 @@ def run(
 
 
 def _bench(loaded: Loaded, device: str, tokens: int, effort: Effort, *sinks: Any) -> Bench:
-    unpacked = strict = None
+    hosted = strict = None
     if device == "cpu":
-        unpacked = Engine(copy_model(loaded.bare), loaded.tokenizer, fast_linear=False, prefix_cache=False)
+        hosted = Engine(copy_model(loaded.bare), loaded.tokenizer, decoder="hosted", prefix_cache=False)
         if compile_reason() is None:  # it has no other attention to run with
             strict = Engine(loaded.model, loaded.tokenizer, strict=True, prefix_cache=False)
     # Every round has the same prompts, which are to be computed in each.
-    engine = Engine(loaded.model, loaded.tokenizer, fast_linear=True, prefix_cache=False)
-    return Bench(loaded, engine, unpacked, strict, device, tokens, effort, *sinks)
+    engine = Engine(loaded.model, loaded.tokenizer, decoder="own", prefix_cache=False)
+    return Bench(loaded, engine, hosted, strict, device, tokens, effort, *sinks)
 
 
 # ---- plain prompts
@@ -157,8 +155,8 @@ def batch(bench: Bench) -> None:
 
 def _engines(bench: Bench, prompts: list[list[int]]) -> list[EnginePeer]:
     peers = [engine_peers.ours(bench.engine, prompts)]
-    if bench.unpacked is not None:
-        peers.append(replace(engine_peers.ours(bench.unpacked, prompts), name="ours-unpacked"))
+    if bench.hosted is not None:
+        peers.append(replace(engine_peers.ours(bench.hosted, prompts), name="ours-hosted"))
     return peers
 
 
@@ -268,12 +266,12 @@ def check_blocks(wide: list[Generation], narrow: list[Generation], blocks: Block
 
 
 def _forwards(bench: Bench, blocks: Blocks) -> list[Contender]:
-    """t(1) and t(P), behind the prompt and half a path; on a CPU with packed weights too."""
+    """t(1) and t(P), behind the prompt and half a path; on a CPU by the engine's decoder too."""
     prompt = blocks.prompts()[0]
     context = [*prompt, *blocks.script().text[: blocks.tokens // 2]]
-    twins = {"": bench.loaded.twin()}
-    if bench.unpacked is not None:
-        twins[PACKED] = pack_linear(bench.loaded.twin())
+    forwards = {"": partial(bare_forward, bench.loaded.twin(), context)}
+    if bench.device == "cpu":
+        forwards[OWN] = partial(own_forward, bench.loaded.twin(), context)
 
     def repeated(call: Callable[[], object]) -> Callable[[], object]:
         call, refused = captured(call, bench.device)
@@ -288,8 +286,8 @@ def _forwards(bench: Bench, blocks: Blocks) -> list[Contender]:
         return calls
 
     return [
-        Contender(f"forward-{rows}{kind}", {"call": repeated(bare_forward(twin, context, rows))})
-        for kind, twin in twins.items()
+        Contender(f"forward-{rows}{kind}", {"call": repeated(forward(rows))})
+        for kind, forward in forwards.items()
         for rows in (1, blocks.paths)
     ]
 
@@ -298,19 +296,19 @@ def _bounded(
     row: EngineRow, values: list[float], mine: list[float], times: dict[str, list[float]], device: str
 ) -> EngineRow:
     """The speed-up beside what the bare model gives, and the goal. On CUDA that is P itself, at one request."""
-    bounds, packed = (
+    bounds, own = (
         [row.paths * one / many for one, many in zip(*both, strict=False)]
-        for both in ([times.get(f"forward-{rows}{kind}", []) for rows in (1, row.paths)] for kind in ("", PACKED))
+        for both in ([times.get(f"forward-{rows}{kind}", []) for rows in (1, row.paths)] for kind in ("", OWN))
     )
-    gains = [value / own for value, own in zip(values, mine, strict=False)]
+    gains = [value / time for value, time in zip(values, mine, strict=False)]
     goal: float | None = None
     if bounds:
         share = Spread.of([gain / bound for gain, bound in zip(gains, bounds, strict=False)]).median
         row = replace(row, bound=Spread.of(bounds).median, share=share)
         goal = SHARE_GOAL * Spread.of(bounds).median
-    if packed:
-        share = Spread.of([gain / bound for gain, bound in zip(gains, packed, strict=False)]).median
-        row = replace(row, packed_bound=Spread.of(packed).median, packed_share=share)
+    if own:
+        share = Spread.of([gain / bound for gain, bound in zip(gains, own, strict=False)]).median
+        row = replace(row, own_bound=Spread.of(own).median, own_share=share)
     if device == "cuda":
         goal = SHARE_GOAL * row.paths if row.requests == 1 else None
     return replace(row, goal=goal, of_goal=row.ratio / goal if goal and row.ratio else None)
@@ -339,7 +337,7 @@ def host(bench: Bench) -> None:
 
 def _watched(bench: Bench, requests: int, paths: int, tokens: int) -> list[StepTime]:
     """The steps of one run in which all branches had one token each."""
-    watch = Watch(bench.engine.model, bench.device)
+    watch = Watch(bench.engine._decoder, bench.device)
     with watch.watching():
         if paths == 1:
             config = plain_config(tokens)

@@ -22,7 +22,10 @@ from transformers import ContinuousBatchingConfig, DynamicCache, PreTrainedModel
 from transformers import GenerationConfig as TransformersConfig
 
 from benchmarks.engine_cases import plain_config
+from mvkernels.cache.step import Branch, Step
+from mvkernels.decoder.choose import make_decoder
 from mvkernels.model.engine.engine import Engine
+from mvkernels.model.engine.memory import make_cache
 
 Prompts = Sequence[list[int]]
 
@@ -110,6 +113,30 @@ def bare_forward(twin: PreTrainedModel, context: Sequence[int], rows: int) -> Ca
             layer.keys, layer.values = keys, values
         with torch.inference_mode():
             return twin(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+
+    return call
+
+
+def own_forward(twin: PreTrainedModel, context: Sequence[int], rows: int) -> Callable[[], object]:
+    """The same by the engine's decoder: `rows` branches behind the context, whose pages they share."""
+    decoder = make_decoder(twin, "own")
+    cache = make_cache(twin, 16, -(-len(context) // 16) + rows)
+    trunk = cache.new()
+
+    def forward(entries: Sequence[tuple[Branch, int]], ids: Sequence[int], last: int) -> tuple[Step, torch.Tensor]:
+        step = cache.plan(entries)
+        with torch.inference_mode():
+            return step, decoder.forward(torch.tensor(ids), step.positions, cache, step, torch.arange(last))
+
+    step, _ = forward([(trunk, len(context))], context, 1)
+    cache.commit(step)
+    entries = [(branch, 1) for branch in cache.fork(trunk, rows)]
+    step, _ = forward(entries, context[:1] * rows, rows)
+    ids = torch.tensor(list(context[:1]) * rows)
+
+    def call() -> object:
+        with torch.inference_mode():  # an open step may run any number of times
+            return decoder.forward(ids, step.positions, cache, step)
 
     return call
 

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.timing import synchronize
+from mvkernels.decoder.decoder import Decoder
 from mvkernels.model.engine import choice
 from mvkernels.model.engine.sampling.logits import StepLogits
 from mvkernels.model.engine.sampling.sampler import BranchView
@@ -38,8 +39,8 @@ class StepTime:
 class Watch:
     """Takes the times of steps while `watching`. clock: seconds, ascending."""
 
-    def __init__(self, model: torch.nn.Module, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.model, self.device, self.clock = model, device, clock
+    def __init__(self, decoder: Decoder, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.decoder, self.device, self.clock = decoder, device, clock
         self.steps: list[StepTime] = []
         self._last: tuple[float, int] | None = None  # end of the step before, and its branches
         self._depth = 0
@@ -47,12 +48,16 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks on the model, its parts that an engine may call alone, the replay of CUDA graphs, and the sampler."""
-        modules = {self.model, getattr(self.model, "base_model", self.model)}
-        output = getattr(self.model, "get_output_embeddings", lambda: None)()
-        modules |= {output} if output is not None else set()
-        handles = [module.register_forward_pre_hook(lambda *_: self._enter()) for module in modules]
-        handles += [module.register_forward_hook(lambda *_: self._leave(), always_call=True) for module in modules]
+        """Patch the decoder's forward, the replay of CUDA graphs, and the sampler."""
+        forward = self.decoder.forward
+
+        def forwarded(*args: Any) -> torch.Tensor:
+            self._enter()
+            try:
+                return forward(*args)
+            finally:
+                self._leave()
+
         replay = torch.cuda.CUDAGraph.replay
 
         def watched(graph: Any) -> None:
@@ -68,16 +73,13 @@ class Watch:
             self._in_sampler += self.clock() - start
             return found
 
-        try:
-            with (
-                patch.object(torch.cuda.CUDAGraph, "replay", watched),
-                patch.object(StepLogits, "of", looked),
-                patch.object(choice, "sample_step", self.sampler(choice.sample_step)),
-            ):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with (
+            patch.object(self.decoder, "forward", forwarded),
+            patch.object(torch.cuda.CUDAGraph, "replay", watched),
+            patch.object(StepLogits, "of", looked),
+            patch.object(choice, "sample_step", self.sampler(choice.sample_step)),
+        ):
+            yield
 
     def sampler(self, inner: Callable[[Sequence[BranchView], Any], Any]) -> Callable[..., Any]:
         """A sampler, timed. The engine's own is while `watching`."""

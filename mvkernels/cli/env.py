@@ -1,4 +1,4 @@
-"""``mvkernels env``: versions, the GPU, and which backends can run here and why the others cannot."""
+"""``mvkernels env``: versions, the GPU, and which backends and decoders can run here and why the others cannot."""
 
 from __future__ import annotations
 
@@ -54,10 +54,15 @@ def backends() -> dict[str, dict[str, dict[str, str | None]]]:
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     probes = {device: torch.empty(1, 1, 64, device=device) for device in devices}
-    return {
+    found = {
         "multiverse_attention": {device: dict(attention.backend_reasons(q)) for device, q in probes.items()},
         "tree_decode": {device: dict(decode.backend_reasons(q)) for device, q in probes.items()},
     }
+    if package_version("transformers") is not None:
+        from mvkernels.decoder.choose import executor_reasons
+
+        found["decoder"] = {device: {**executor_reasons(q), "hosted": None} for device, q in probes.items()}
+    return found
 
 
 def cpu_kernels() -> dict[str, str | None]:

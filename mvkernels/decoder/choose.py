@@ -45,13 +45,20 @@ def make_decoder(
     if decoder == "hosted" or reason is not None:
         hosted = HostedDecoder(patch_model(model, backend=backend))
         if reason is not None:
-            warnings.warn(f'transformers\' modules run the model (decoder "hosted"): {reason}', stacklevel=3)
+            warnings.warn(f'transformers\' modules run the model (decoder "hosted"): {reason}', stacklevel=4)
         return hosted
     weights = take_weights(model)
-    if native_decoder_reason(weights, backend) is None:
+    queries = torch.empty(0, weights.heads, weights.head_dim, dtype=weights.dtype, device=weights.device)
+    reasons = executor_reasons(queries, backend)
+    if reasons["native"] is None:
         size = torch.bfloat16.itemsize * weights.linear_numbers()
         narrow = (copies is None or size <= copies) and rows <= narrow_rows()
         return NativeDecoder(weights, backend, narrow)
-    if triton_decoder_reason(weights, backend) is None:
+    if reasons["triton"] is None:
         return TritonDecoder(weights, backend)
     return TorchDecoder(weights, backend)
+
+
+def executor_reasons(q: torch.Tensor, backend: str = "auto") -> dict[str, str | None]:
+    """Say for each own executor, best first, why it cannot run layers with such queries [0, heads, dim], or None."""
+    return {"native": native_decoder_reason(q, backend), "triton": triton_decoder_reason(q, backend), "torch": None}

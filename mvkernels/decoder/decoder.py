@@ -74,6 +74,10 @@ class Decoder(ABC):
             BackendError: for a context beyond the sliding window, or what the attention backend cannot do.
         """
 
+    def refresh(self) -> None:
+        """Make what was derived from weights again, after they were written to in place."""
+        return None
+
 
 def check_window(window: int | None, step: Step) -> None:
     """Raises BackendError where a row of the step sees more tokens than a sliding window has."""

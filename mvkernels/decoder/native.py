@@ -41,6 +41,12 @@ class NativeDecoder(TorchDecoder):
     def __init__(self, weights: Weights, backend: str = "auto", narrow: bool = True) -> None:
         super().__init__(weights, backend)
         warn_if_busy()
+        self._narrow = narrow
+        self._own = _PerThread()
+        self.refresh()
+
+    def refresh(self) -> None:
+        weights, narrow = self.weights, self._narrow
         sizes = Heads(weights.heads, weights.kv_heads, weights.head_dim, weights.scale)
         self._layers = [_layer(layer, sizes, weights.eps, narrow) for layer in weights.layers]
         self._head = product((weights.head,), narrow)
@@ -52,7 +58,6 @@ class NativeDecoder(TorchDecoder):
             alike = list(group)
             self._runs.append((first, first + len(alike), structs(alike)))
             first += len(alike)
-        self._own = _PerThread()
 
     def layers(
         self, x: torch.Tensor, positions: torch.Tensor, cache: PagedKVCache, step: Step, batch_invariant: bool
@@ -74,16 +79,15 @@ class NativeDecoder(TorchDecoder):
         return self._head(rms_norm(x, self.weights.norm, self.weights.eps))
 
 
-def native_decoder_reason(weights: Weights, backend: str) -> str | None:
-    """Why the kernels cannot run these layers here, or None. Compiles them at the first call."""
-    if weights.device.type != "cpu" or weights.dtype is not torch.float32:
-        return f"expected float32 weights on cpu, got {weights.dtype} on {weights.device.type}"
+def native_decoder_reason(q: torch.Tensor, backend: str) -> str | None:
+    """Why the kernels cannot run layers with such queries [0, heads, dim] here, or None. Compiles them if need be."""
+    if not q.is_cpu or q.dtype is not torch.float32:
+        return f"expected torch.float32 weights on cpu, got {q.dtype} on {q.device.type}"
     if backend not in ("auto", "native"):
         return f"expected the attention backend 'auto' or 'native', got {backend!r}"
-    if weights.head_dim % 2:
-        return f"expected an even head dimension, got {weights.head_dim}"
-    queries = torch.empty(0, weights.heads, weights.head_dim)
-    return native_reason(queries) or layer_reason() or linear_reason()
+    if q.shape[2] % 2:
+        return f"expected an even head dimension, got {q.shape[2]}"
+    return native_reason(q) or layer_reason() or linear_reason()
 
 
 def narrow_rows() -> int:

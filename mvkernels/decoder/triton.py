@@ -11,7 +11,6 @@ from mvkernels.cache.cache import PagedKVCache
 from mvkernels.cache.step import Step
 from mvkernels.decode import backend_reasons, tree_decode
 from mvkernels.decoder.torch import TorchDecoder
-from mvkernels.decoder.weights import Weights
 
 
 class TritonDecoder(TorchDecoder):
@@ -46,11 +45,14 @@ class TritonDecoder(TorchDecoder):
         return linear(x, *self.weights.head)  # `layers` has normed it
 
 
-def triton_decoder_reason(weights: Weights, backend: str) -> str | None:
-    """Why Triton's kernels do not run these layers here, or None. On a CPU, in its interpreter, by name only."""
-    if backend not in ("auto", "triton") or (backend == "auto" and weights.device.type == "cpu"):
-        return f"expected the attention backend 'auto' or 'triton' on a GPU, got {backend!r} on {weights.device.type}"
-    if weights.head_dim % 2:
-        return f"expected an even head dimension, got {weights.head_dim}"
-    queries = torch.empty(0, weights.heads, weights.head_dim, dtype=weights.dtype, device=weights.device)
-    return backend_reasons(queries)["triton"]
+def triton_decoder_reason(q: torch.Tensor, backend: str) -> str | None:
+    """Why Triton's kernels do not run layers with such queries [0, heads, dim], or None. On a CPU, in its interpreter,
+    they do so by name only.
+    """
+    if backend not in ("auto", "triton"):
+        return f"expected the attention backend 'auto' or 'triton', got {backend!r}"
+    if q.is_cpu and backend == "auto":
+        return "expected weights on a GPU, got them on cpu"
+    if q.shape[2] % 2:
+        return f"expected an even head dimension, got {q.shape[2]}"
+    return backend_reasons(q)["triton"]

@@ -1,4 +1,4 @@
-"""DecodeGraph: whole decode steps of a patched model, captured as CUDA graphs that serve any tree.
+"""DecodeGraph: whole decode steps of a model, captured as CUDA graphs that serve any tree.
 
     plan      slots for one token of each branch, and for `reserve` more (PagedKVCache.plan); the tables of the step are
               copied into memory of fixed addresses and capacity, that of its bucket (fixed_step.py, buckets.py)
@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 
 from mvkernels.cache.cache import PagedKVCache
 from mvkernels.cache.step import Branch, Step
+from mvkernels.decoder.decoder import Decoder
+from mvkernels.decoder.hosted import HostedDecoder
 from mvkernels.errors import BackendError, OutOfPages, require_integer, require_type
 from mvkernels.graph.buckets import Bucket, Buckets
 from mvkernels.graph.fixed_step import fixed_reason, plan_fixed
-from mvkernels.hf import is_patched, patched_backend
 
 BACKENDS = ("cuda_graph", "eager")
 #: Steps that add several tokens to a branch run in buckets up to so many tokens in all: what an engine writes between
@@ -51,9 +52,10 @@ class _Plan:
 
 
 class DecodeGraph:
-    """Runs decode steps of a patched model over a paged cache; on a GPU by replaying CUDA graphs.
+    """Runs decode steps of a model over a paged cache; on a GPU by replaying CUDA graphs.
 
-    model     patched by `patch_model`, on one device; its weights must stay where they are (`reset` after a move)
+    model     a `Decoder`, or a model patched by `patch_model`, which is then hosted; on one device. Its weights must
+              stay where they are (`reset` after a move)
     cache     its `PagedKVCache`, on the same device
     reserve   tokens of each branch that a plan sets pages aside for beyond the first: one plan serves 1 + reserve
               steps. Where so many pages are not free, half of it is tried, and so on
@@ -71,29 +73,25 @@ class DecodeGraph:
     BackendError when the backend asked for by name cannot be used.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: PagedKVCache, reserve: int = 64, backend: str = "auto") -> None:
-        if not isinstance(model, PreTrainedModel) or not is_patched(model):
-            raise ValueError(f"model: expected a model patched by patch_model, got {type(model).__name__}")
+    def __init__(
+        self, model: Decoder | PreTrainedModel, cache: PagedKVCache, reserve: int = 64, backend: str = "auto"
+    ) -> None:
+        self.decoder = decoder = model if isinstance(model, Decoder) else HostedDecoder(model)
         require_type(PagedKVCache, cache=cache)
         require_integer("reserve: expected an integer number of tokens", reserve)
         if model.device != cache.device:
             raise ValueError(f"cache: expected the model's device {model.device}, got {cache.device}")
         if reserve < 0:
             raise ValueError(f"reserve: expected at least 0 tokens, got {reserve}")
-        self.model, self.cache, self.reserve = model, cache, reserve
-        self.backend = _choose(backend, model, cache)
-        config = model.config.get_text_config()
-        self._heads: int = config.num_attention_heads
-        self._vocabulary: int = config.vocab_size
-        self._window: int | None = getattr(config, "sliding_window", None) or None
+        self.cache, self.reserve = cache, reserve
+        self.backend = _choose(backend, decoder, cache)
+        self._name = type(model).__name__
         self._plan: _Plan | None = None
         self._buckets = Buckets(cache.device)
 
     def __repr__(self) -> str:
-        model = type(self.model).__name__
-        return (
-            f"DecodeGraph({model}, {self.backend}, {self.captures} graphs, reserve {self.reserve}, {self.cache.device})"
-        )
+        state = f"{self.backend}, {self.captures} graphs, reserve {self.reserve}, {self.cache.device}"
+        return f"DecodeGraph({self._name}, {state})"
 
     @property
     def captures(self) -> int:
@@ -153,14 +151,14 @@ class DecodeGraph:
         if ids.device.type == "cpu" and expected:
             known = ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids
             low, high = min(known), max(known)  # in Python, which is faster for what a step of decoding has
-            if low < 0 or high >= self._vocabulary:
+            if low < 0 or high >= self.decoder.vocabulary:
                 wrong = low if low < 0 else high
-                raise ValueError(f"token_ids: expected ids from 0 to {self._vocabulary - 1}, got {wrong}")
+                raise ValueError(f"token_ids: expected ids from 0 to {self.decoder.vocabulary - 1}, got {wrong}")
         return ids
 
     def _goes_on(self, plan: _Plan) -> bool:
         """Whether the plan's next step may run. In a bucket no layer looks whether a row has outgrown its window."""
-        outgrown = self._window is not None and plan.context + plan.runs > self._window
+        outgrown = self.decoder.window is not None and plan.context + plan.runs > self.decoder.window
         return plan.step.state.closed is None and not (outgrown and plan.bucket is not None)
 
     def _plan_for(self, entries: tuple[tuple[Branch, int], ...]) -> _Plan:
@@ -173,15 +171,19 @@ class DecodeGraph:
         in_bucket = self.backend == "cuda_graph" and (single or sum(tokens) <= MOST_TOKENS)
         reserve = self.reserve if single else 0
         step = self._plan_step(entries, reserve, tensors=not in_bucket)
-        context = step.longest_context if self._window is not None else 0
-        if in_bucket and self._window is not None and context > self._window:  # only layers know whether they look
+        context = step.longest_context if self.decoder.window is not None else 0
+        if (
+            in_bucket and self.decoder.window is not None and context > self.decoder.window
+        ):  # only layers know whether they look
             in_bucket, step = False, self._plan_step(entries, reserve, tensors=True)
         # The cache has discarded what was planned before, if it was open still.
         self._plan = plan = _Plan(entries, step, None, None, context)
         ends = None if single else [first + n - 1 for first, n in zip(step.row_offsets, tokens, strict=True)]
         try:
             if in_bucket:
-                plan.bucket = self._buckets.lay(plan_fixed(step, self._heads, self._buckets.pages), step, ends or ())
+                plan.bucket = self._buckets.lay(
+                    plan_fixed(step, self.decoder.heads, self._buckets.pages), step, ends or ()
+                )
                 plan.ends = None if ends is None else plan.bucket.memory.keep[: len(ends)]
             elif ends is not None:
                 plan.ends = torch.tensor(ends, device=self.cache.device)
@@ -219,7 +221,7 @@ class DecodeGraph:
 
     def _eager(self, plan: _Plan, ids: torch.Tensor) -> torch.Tensor:
         """Runs the open step over its own tensors; its logits [entries, V]."""
-        return self._forward(plan.step, ids.to(self.cache.device)[None], plan.ends)
+        return self._forward(plan.step, ids.to(self.cache.device), plan.ends)
 
     def _fixed(self, plan: _Plan, bucket: Bucket, ids: torch.Tensor) -> torch.Tensor:
         """Runs the open step through its bucket's memory; logits [rows, V], of which some are asked for."""
@@ -233,24 +235,20 @@ class DecodeGraph:
             raise BackendError("DecodeGraph: expected a planned step, got none")
         bucket.memory.advance()
         step = bucket.memory.step(self._plan.step)
-        logits = self._forward(step, bucket.ids)
+        logits = self._forward(step, bucket.ids[0])
         bucket.memory.check(step)
         return logits
 
     def _forward(self, step: Step, ids: torch.Tensor, ends: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of all rows, or of `ends`."""
-        kept = {} if ends is None else {"logits_to_keep": ends}
-        logits: torch.Tensor = self.model(
-            input_ids=ids, position_ids=step.positions[None], paged_kv=(self.cache, step), use_cache=False, **kept
-        ).logits[0]
-        return logits
+        return self.decoder.forward(ids, step.positions, self.cache, step, ends)
 
 
-def _choose(requested: str, model: PreTrainedModel, cache: PagedKVCache) -> str:
+def _choose(requested: str, decoder: Decoder, cache: PagedKVCache) -> str:
     if requested not in ("auto", *BACKENDS):
         expected = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend: expected one of {expected}, got {requested!r}")
-    reason = _reason(model, cache)
+    reason = _reason(decoder, cache)
     if requested == "auto":
         return "eager" if reason else "cuda_graph"
     if requested == "cuda_graph" and reason:
@@ -258,13 +256,8 @@ def _choose(requested: str, model: PreTrainedModel, cache: PagedKVCache) -> str:
     return requested
 
 
-def _reason(model: PreTrainedModel, cache: PagedKVCache) -> str | None:
+def _reason(decoder: Decoder, cache: PagedKVCache) -> str | None:
     """Why steps of this model cannot be captured, or None."""
     if cache.device.type != "cuda":
         return f"expected a model on cuda, got {cache.device.type}"
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") == "dynamic":
-        return "rope_type 'dynamic' decides on the host, in every forward pass, by the longest sequence"
-    if patched_backend(model) not in ("auto", "triton"):
-        return f"expected a model patched with backend 'auto' or 'triton', got {patched_backend(model)!r}"
-    return fixed_reason(cache)
+    return decoder.capture_reason or fixed_reason(cache)

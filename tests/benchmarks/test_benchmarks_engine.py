@@ -22,16 +22,18 @@ from benchmarks.engine_cases import Blocks, plain_prompts
 from benchmarks.engine_models import Loaded, make_tokenizer, with_tags
 from benchmarks.engine_watch import Watch
 from benchmarks.run import main
+from mvkernels.decoder.choose import make_decoder
 from mvkernels.grammar import Kind
 from mvkernels.model.engine import choice
 from mvkernels.model.engine.engine import Engine
+from mvkernels.model.engine.memory import make_cache
 from mvkernels.model.engine.sampling.logits import StepLogits
 from mvkernels.model.engine.sampling.sampler import sample_step
 from mvkernels.ops.decode.native import compile_reason
 from tests.support.tiny_model import tiny_model, tiny_tokenizer
 
 SMALL = ("--suite", "engine", "--tokens", "24", "--rounds", "3", "--device", "cpu")
-OURS = {"ours", "ours-unpacked"}
+OURS = {"ours", "ours-hosted"}
 STRICT = set() if compile_reason() else {"ours-strict"}
 PEERS = {"single": OURS | {"generate"}, "batch": OURS | STRICT | {"generate-padded", "continuous-batching"}}
 
@@ -65,7 +67,7 @@ def test_the_suite_writes_every_case_and_peer(run, tmp_path: Path) -> None:
     wanted = {("single", "1", "1", peer) for peer in PEERS["single"]}
     wanted |= {("batch", "3", "1", peer) for peer in PEERS["batch"]}
     for p in ("2", "4", "8"):
-        forwards = {f"forward-{rows}{kind}" for rows in ("1", p) for kind in ("", "-packed")}
+        forwards = {f"forward-{rows}{kind}" for rows in ("1", p) for kind in ("", "-own")}
         wanted |= {("parallel", "1", p, peer) for peer in {"ours", "sequential", *forwards}}
     for sizes in (("4", "1"), ("2", "2")):
         wanted |= {("host", *sizes, what) for what in ("host", "model", "sampler")}
@@ -82,7 +84,7 @@ def test_the_suite_writes_every_case_and_peer(run, tmp_path: Path) -> None:
     assert goals["single", "1", "1", "generate"] == 1 and goals["batch", "3", "1", "continuous-batching"] == 3
     assert goals["host", "4", "1", "host"] == 2
     row = found["parallel", "1", "4", "sequential"]
-    assert math.isclose(float(row["goal"]), 0.9 * float(row["bound"])) and float(row["packed_bound"]) > 0
+    assert math.isclose(float(row["goal"]), 0.9 * float(row["bound"])) and float(row["own_bound"]) > 0
     charts = {"single", "batch", "parallel", "host"}
     assert {path.stem for path in tmp_path.glob("*.png")} == {f"engine-{case}-smollm2-135m" for case in charts}
     assert "…" not in result.output and "left out" not in result.output and "failed" not in result.output
@@ -197,24 +199,36 @@ def test_the_bare_forward_is_that_of_the_rows_behind_the_context() -> None:
         torch.testing.assert_close(call(), want)
 
 
+def test_the_decoders_forward_is_that_of_branches_behind_the_context() -> None:
+    twin = tiny().twin()
+    context = [5, 9, 2, 7, 11]
+    call = benchmarks.engine_peers.own_forward(twin, context, 3)
+    with torch.inference_mode():
+        want = twin(torch.tensor([[*context, 5]])).logits[0, -1:].expand(3, -1)
+    for _ in range(2):
+        torch.testing.assert_close(call(), want, rtol=1e-4, atol=1e-4)
+
+
 def test_watch_splits_a_step() -> None:
     """On a clock of its own: 1 s for each look at it."""
     ticks = iter(range(1000))
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    model.base_model = model[0]  # called inside the model: its time counts once
-    watch = Watch(model, "cpu", clock=lambda: float(next(ticks)))
+    decoder = make_decoder(tiny_model())
+    cache = make_cache(tiny_model(), 4, 4)
+    step = cache.plan([(cache.new(), 1)])
+    given = torch.zeros(1, dtype=torch.int64), step.positions, cache, step
+    watch = Watch(decoder, "cpu", clock=lambda: float(next(ticks)))
     sampler = watch.sampler(lambda views, logits: [0] * len(views))
     with watch.watching():
         for branches in (0, 2, 2):
-            model(torch.zeros(1, 2))
-            model(torch.zeros(1, 2))
+            decoder.forward(*given)
+            decoder.forward(*given)
             next(ticks)  # a second of the host
             logits = StepLogits.of(torch.zeros(branches, 2))
             if not branches:
                 choice.sample_step([], logits)  # the engine's own
             else:
                 sampler([None] * branches, logits.values)
-    model(torch.zeros(1, 2))
+    decoder.forward(*given)
     # From one sampler's end to the next: two calls of the model, each 1 s, the look at the logits and the sampler, each
     # 1 s too, between them 1 s each.
     assert [(s.branches, s.steady, s.model, s.sampler, s.host) for s in watch.steps] == [
@@ -222,7 +236,7 @@ def test_watch_splits_a_step() -> None:
         (2, True, 2.0, 2.0, 5.0),
     ]
     assert choice.sample_step is sample_step and StepLogits.of.__func__ is vars(StepLogits)["of"].__func__
-    assert torch.cuda.CUDAGraph.replay.__name__ == "replay" and not model._forward_hooks
+    assert torch.cuda.CUDAGraph.replay.__name__ == "replay" and "forward" not in vars(decoder)
 
 
 def test_steps_without_the_model_are_no_measurement(run, monkeypatch: pytest.MonkeyPatch) -> None:

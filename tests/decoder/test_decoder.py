@@ -25,7 +25,7 @@ from mvkernels.ops.dense.layer import layer_reason
 from mvkernels.ops.dense.linear import LinearLayers
 from mvkernels.ops.dense.linear_amx import TileLayers, tiles_reason
 from tests.decoder.cases import IDS, MODELS, distance, eager, exact, make_cache, make_model, sequences, steps
-from tests.tiles import use_software
+from tests.ops.tiles import use_software
 
 needs_compiler = pytest.mark.skipif(layer_reason() is not None, reason=str(layer_reason()))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from mvkernels import BranchLayout, patch_model, unpatch_model
+from mvkernels import BranchLayout, is_patched, patch_model, unpatch_model
 from mvkernels.grammar import Tree, parse
 from mvkernels.model.engine.engine import BranchView, Engine, Generation
 from mvkernels.model.engine.sampling.sampler import sample
@@ -42,11 +42,14 @@ class Recorder:
 @contextmanager
 def unpatched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model as transformers has it, on sdpa."""
-    unpatch_model(model)
+    patched = is_patched(model)
+    if patched:
+        unpatch_model(model)
     try:
         yield model
     finally:
-        patch_model(model)
+        if patched:
+            patch_model(model)
 
 
 def recorded_logits(recorder: Recorder, generation: Generation, request: int) -> dict[int, torch.Tensor]:
@@ -64,10 +67,16 @@ def recorded_logits(recorder: Recorder, generation: Generation, request: int) ->
 
 def packed_logits(model: PreTrainedModel, ids: Sequence[int], layout: BranchLayout) -> torch.Tensor:
     """[T, V] of one packed forward."""
-    with torch.inference_mode():
-        positions = layout.position_ids[None].to(model.device)
-        tokens = torch.tensor([list(ids)], device=model.device)
-        return model(tokens, position_ids=positions, branch_layout=layout, use_cache=False).logits[0].float()
+    patched = is_patched(model)
+    try:
+        with torch.inference_mode():
+            positions = layout.position_ids[None].to(model.device)
+            tokens = torch.tensor([list(ids)], device=model.device)
+            model = model if patched else patch_model(model)
+            return model(tokens, position_ids=positions, branch_layout=layout, use_cache=False).logits[0].float()
+    finally:
+        if not patched:
+            unpatch_model(model)
 
 
 def alone_logits(model: PreTrainedModel, ids: Sequence[int], tree: Tree, chunk: int) -> torch.Tensor:

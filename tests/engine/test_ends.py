@@ -244,7 +244,7 @@ def test_stop_strings_in_a_list(engine: Engine) -> None:
 
 def test_a_model_that_was_changed_behind_the_engine() -> None:
     """Unpatched, or with another attention, it wrote other tokens without a word."""
-    engine = Engine(tiny_model(), tiny_tokenizer(), page_size=4)
+    engine = Engine(tiny_model(), tiny_tokenizer(), page_size=4, decoder="hosted")
     sampler, config = follow(engine, CASES["two paths"]), config_for(engine)
     [expected] = engine.generate("so", config, sampler)
     opened = engine.stream("so", config, sampler)
@@ -270,7 +270,7 @@ def test_a_model_that_was_changed_behind_the_engine() -> None:
 
 
 def test_a_model_that_is_unpatched_while_a_request_runs() -> None:
-    engine = Engine(tiny_model(), tiny_tokenizer(), page_size=4)
+    engine = Engine(tiny_model(), tiny_tokenizer(), page_size=4, decoder="hosted")
     stream = engine.stream("so", GenerationConfig(max_new_tokens=12))
     next(stream)
     unpatch_model(engine.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -40,10 +41,14 @@ class Rows:
 
     def __init__(self, engine: Engine) -> None:
         self.count = 0
-        engine.model.model.embed_tokens.register_forward_hook(self._add)
+        decoder = engine._decoder
+        forward = decoder.forward
 
-    def _add(self, module: torch.nn.Module, args: tuple[torch.Tensor], out: torch.Tensor) -> None:
-        self.count += args[0].numel()
+        def counted(ids: torch.Tensor, *args: Any) -> torch.Tensor:
+            self.count += len(ids)
+            return forward(ids, *args)
+
+        decoder.forward = counted
 
     def take(self) -> int:
         count, self.count = self.count, 0
@@ -204,7 +209,13 @@ def test_a_request_that_is_computed_again_finds_what_it_had() -> None:
 def test_random_requests_with_common_beginnings_and_few_pages() -> None:
     """The same text as without the cache, with preemptions, evictions and hits; the cache is whole after each step."""
     engine, plain = make(num_pages=110, max_step_tokens=40), make(prefix_cache=False)
-    engine.model.register_forward_hook(lambda *_: engine.cache.check())
+    forward = engine._decoder.forward
+
+    def checked(*args: Any) -> torch.Tensor:
+        engine.cache.check()
+        return forward(*args)
+
+    engine._decoder.forward = checked
     draw = random.Random(0)
     beginnings = [tokens(40, seed) for seed in range(3)]
     blocks = {}
@@ -282,7 +293,7 @@ def test_the_embedded_model_has_the_same_answers() -> None:
 @pytest.mark.parametrize("graph", [False, True])
 def test_what_failed_is_not_found(kind: str, graph: bool) -> None:
     """Neither what was never computed nor, in pieces of a prompt whose logits nobody asked for, what is no number."""
-    engine, plain = make(max_step_tokens=8, graph=graph), make(prefix_cache=False)
+    engine, plain = make(max_step_tokens=8, graph=graph, decoder="hosted"), make(prefix_cache=False)
     prompt = tokens(23)
 
     def spoil(module: torch.nn.Module, args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
@@ -346,7 +357,7 @@ def test_weights_that_change_make_prefixes_void() -> None:
 
 
 def test_weights_that_lie_where_others_have_lain() -> None:
-    """As in `test_hf_linear`: the second of two replacements comes to lie where the first weights did."""
+    """The second of two replacements would come to lie where the first weights did, if their memory were not held."""
     engine = make()
     engine.model.extra = torch.nn.Parameter(torch.zeros(2**17 + 16, 64), requires_grad=False)
     prompt = tokens(23)

@@ -155,7 +155,7 @@ def test_every_call_returns() -> None:
     def check(
         options: dict[str, Any], requests: list[tuple[Any, dict[str, Any]]], how: str, masked: bool, salt: int
     ) -> None:
-        engine = Engine(MODEL, TOKENIZER, fast_linear=False, **options)
+        engine = Engine(MODEL, TOKENIZER, decoder="hosted", **options)
         MODEL.salt, MODEL.forwards = salt, 0
         configs = [GenerationConfig(**config) for _, config in requests]
         try:

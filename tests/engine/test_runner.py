@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mvkernels import PagedKVCache, patch_model
+from mvkernels.decoder.hosted import HostedDecoder
 from mvkernels.model.engine.kv.request_kv import Entry
 from mvkernels.model.engine.memory import make_cache
 from mvkernels.model.engine.runner import BadLogits, Runner
@@ -20,7 +21,7 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, pages: int = 300, **options: object) -> None:
         self.model = patch_model(tiny_model())
         self.cache = make_cache(self.model, 4, pages)
-        self.runner = Runner(self.model, self.cache, **options)
+        self.runner = Runner(HostedDecoder(self.model), self.cache, **options)
         self.branches = [self.cache.new() for _ in range(3)]
         self.plans: list[int] = []
         plan = PagedKVCache.plan

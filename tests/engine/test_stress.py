@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from dataclasses import replace
@@ -12,8 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mvkernels import PagedKVCache, hf_stack
-from mvkernels.hf_layers import unfuse_layers
+from mvkernels import PagedKVCache
+from mvkernels.decoder import native
+from mvkernels.decoder.torch import TorchDecoder
 from mvkernels.model import Engine, Generation
 from mvkernels.model.engine.request import Request
 from mvkernels.model.evaluation.stress import Summary, any_tokens, main, same_text, serve
@@ -115,24 +117,23 @@ class Fault:
         return self.function(*args, **kwargs)
 
 
-CALLS = ["new", "fork", "merge", "plan", "append", "run", "commit", "rollback", "free", "evict"]
+CALLS = ["new", "fork", "merge", "plan", "append", "run_layers", "commit", "rollback", "free", "evict"]
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_fault_at_any_call_of_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """It comes once: requests that share the step get on in its second run; one that is alone with it ends.
 
-    Fused layers append within `run`, others by `append`.
+    The native decoder appends within `run_layers`, a hosted one by `append`.
     """
     expected = run_all(engine)
-    small = Engine(engine.model, engine.tokenizer, page_size=4, num_pages=80)
     owner: object = PagedKVCache
-    if name == "append":
-        unfuse_layers(small.model)
-    elif name == "run":
-        owner = hf_stack.FusedStack
+    if name == "run_layers":
+        owner = native
         if layer_reason() is not None:
             pytest.skip(str(layer_reason()))
+    decoder = "hosted" if name == "append" else "auto"
+    small = Engine(copy.deepcopy(engine.model), engine.tokenizer, page_size=4, num_pages=80, decoder=decoder)
     run_all(small)
     at, failed, calls = 0, 0, 1
     while at < calls:
@@ -153,33 +154,33 @@ def test_a_fault_at_any_call_of_the_cache(engine: Engine, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("kind", "graph"), [("exception", False), ("NaN", False), ("memory", False), ("exception", True), ("NaN", True)]
 )
-def test_a_fault_at_any_call_of_the_model(engine: Engine, kind: str, graph: bool) -> None:
+def test_a_fault_at_any_call_of_the_model(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: str, graph: bool
+) -> None:
     """Through a DecodeGraph NaN is met when the step is committed: those whose logits have it are computed again."""
     expected = run_all(engine)
     other = Engine(engine.model, engine.tokenizer, page_size=4, graph=graph)
-    left = 0
+    left, forward = 0, TorchDecoder.forward
 
-    def hook(module, args, output):
+    def faulty_forward(self, *args):
         nonlocal left
         left -= 1
+        logits = forward(self, *args)
         if left != -1:
-            return None
+            return logits
         if kind == "NaN":
-            return torch.full_like(output, torch.nan)
+            return torch.full_like(logits, torch.nan)
         raise RuntimeError("a fault") if kind == "exception" else torch.OutOfMemoryError("a fault")
 
-    handle = engine.model.model.layers[1].register_forward_hook(hook)
-    try:
-        for at in range(0, max(out.steps for out in expected), 1 if FULL else 6):
-            left = at
-            outs = run_all(other)
-            faulty = {number for number, out in enumerate(outs) if out.finish_reason == "error"}
-            names = {"exception": "RuntimeError: a fault", "NaN": "BadLogits", "memory": "OutOfMemoryError: a fault"}
-            check_others(outs, expected, faulty, names[kind])
-            assert len(faulty) <= 1 and left < 0 and not (graph and kind == "NaN" and faulty)
-            check_pages(other)
-    finally:
-        handle.remove()
+    monkeypatch.setattr(TorchDecoder, "forward", faulty_forward)
+    for at in range(0, max(out.steps for out in expected), 1 if FULL else 6):
+        left = at
+        outs = run_all(other)
+        faulty = {number for number, out in enumerate(outs) if out.finish_reason == "error"}
+        names = {"exception": "RuntimeError: a fault", "NaN": "BadLogits", "memory": "OutOfMemoryError: a fault"}
+        check_others(outs, expected, faulty, names[kind])
+        assert len(faulty) <= 1 and left < 0 and not (graph and kind == "NaN" and faulty)
+        check_pages(other)
 
 
 @pytest.mark.parametrize("kind", ["exception", "NaN", "take", "views"])
@@ -198,15 +199,15 @@ def test_a_fault_that_stays_is_found_with_its_request(
             marked if view.drawn == 10 and not view.path else token for view, token in zip(views, chosen, strict=True)
         ]
 
-    def hook(module, args, kwargs, output):
-        ids = kwargs["input_ids"][0]
+    forward = TorchDecoder.forward
+
+    def spoiled_forward(self, ids, positions, cache, step, rows=None, batch_invariant=False):
         if kind == "exception" and (ids == marked).any():
             raise RuntimeError("spoiled")
+        logits = forward(self, ids, positions, cache, step, rows, batch_invariant)
         if kind == "NaN":
-            kept = kwargs.get("logits_to_keep", 0)
-            kept = range(len(ids)) if isinstance(kept, int) else kept.tolist()  # 0: of all tokens
-            output.logits[:, [row for row, last in enumerate(kept) if ids[last] == marked]] = torch.nan
-        return output
+            logits[(ids if rows is None else ids[rows]) == marked] = torch.nan
+        return logits
 
     if kind in ("take", "views"):
         method = getattr(Request, kind)
@@ -221,12 +222,10 @@ def test_a_fault_that_stays_is_found_with_its_request(
         spoil if i == culprit and kind in ("exception", "NaN") else follow(engine, CASES[name])
         for i, name in enumerate(names)
     ]
-    handle = engine.model.register_forward_hook(hook, with_kwargs=True)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchDecoder, "forward", spoiled_forward)
         other = Engine(engine.model, engine.tokenizer, page_size=4, graph=graph)
         outs = other.generate(["the", "two", "so"], config_for(engine), by_request(samplers))
-    finally:
-        handle.remove()
     check_pages(other)
     check_others(outs, expected, {culprit}, "BadLogits" if kind == "NaN" else "RuntimeError: spoiled")
     assert (
@@ -236,18 +235,17 @@ def test_a_fault_that_stays_is_found_with_its_request(
     check_pages(engine)
 
 
-def test_a_step_that_needs_too_much_memory_is_made_in_halves(engine: Engine) -> None:
+def test_a_step_that_needs_too_much_memory_is_made_in_halves(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run_all(engine)
+    forward = TorchDecoder.forward
 
-    def hook(module, args, kwargs):
-        if kwargs["input_ids"].shape[1] > 12:
+    def small_forward(self, ids, *args):
+        if len(ids) > 12:
             raise torch.OutOfMemoryError("too many rows")
+        return forward(self, ids, *args)
 
-    handle = engine.model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        check_others(run_all(engine), expected, set(), "")
-    finally:
-        handle.remove()
+    monkeypatch.setattr(TorchDecoder, "forward", small_forward)
+    check_others(run_all(engine), expected, set(), "")
     check_pages(engine)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mvkernels import BranchLayout, patch_model
+from mvkernels.decoder.hosted import HostedDecoder
 from mvkernels.errors import BackendError
-from mvkernels.hf_linear import pack_linear
 from mvkernels.model import Engine, Generation, GenerationConfig
 from mvkernels.model.checkpoint.loading import EMBEDDED
 from mvkernels.model.engine.kv.request_kv import Entry
@@ -62,8 +62,8 @@ def run(engine: Engine, chosen: Sequence[int]) -> list[Generation]:
 
 @pytest.mark.parametrize(
     ("threads", "products", "counts"),
-    [(1, "fused", (3, 6, 10)), (2, "packed", (3,)), (2, "tiles", (3,))],
-    ids=["fused", "packed, 2 threads", "matrix units, 2 threads"],
+    [(1, "native", (3, 6, 10)), (2, "hosted", (3,)), (2, "tiles", (3,))],
+    ids=["native", "hosted, 2 threads", "matrix units, 2 threads"],
 )
 def test_alone_and_among_others(
     threads: int, products: str, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -74,12 +74,11 @@ def test_alone_and_among_others(
     try:
         if products == "tiles" and tiles_reason() is not None:
             use_software(monkeypatch)
-        engine, small = tiny(wide=True), tiny(wide=True, num_pages=90)
+        decoder = "hosted" if products == "hosted" else "own"
+        engine, small = (tiny(wide=True, decoder=decoder, num_pages=pages) for pages in (None, 90))
         for one in (engine, small):
             if products == "tiles":
                 as_bf16(one.model)
-            if products == "packed":  # anew: its layers are not fused
-                pack_linear(one.model)
         alone: dict[int, object] = {}
         order = random.Random(threads)
         for count in counts:
@@ -89,7 +88,8 @@ def test_alone_and_among_others(
                 for i, out in zip(chosen, run(one, chosen), strict=True):
                     assert bits(out) == alone[i], f"{NAMES[i]} among {count}"
         assert small.preemptions > 0 or max(counts) < 6
-        assert takes_tiles(engine.model) == (products == "tiles")
+        assert (products == "hosted") == (engine.decoder == "hosted")
+        assert products == "hosted" or takes_tiles(engine._decoder) == (products == "tiles")
     finally:
         torch.set_num_threads(before)
 
@@ -120,7 +120,7 @@ def test_a_row_has_the_same_bits_in_every_place_and_in_prompts_cut_anywhere() ->
     for pieces in ([64] * 18, [63, 1, 2, 33] * 12, [7] * 158):
         model = patch_model(tiny_model(max_positions=2048))
         cache = make_cache(model, 4, 300)
-        runner = Runner(model, cache, constant_rows=64)
+        runner = Runner(HostedDecoder(model), cache, constant_rows=64)
         branch, done = cache.new(), 0
         for piece in pieces:
             taken = ids[done : done + piece]
@@ -135,7 +135,7 @@ def test_a_row_has_the_same_bits_in_every_place_and_in_prompts_cut_anywhere() ->
 def test_what_a_forward_refuses() -> None:
     model = patch_model(tiny_model())
     cache = make_cache(model, 4, 10)
-    runner = Runner(model, cache, constant_rows=4)
+    runner = Runner(HostedDecoder(model), cache, constant_rows=4)
     with pytest.raises(ValueError, match="expected at most 4 tokens in a step, got 5"):
         runner.run([Entry(0, cache.new(), 0, 5)], [1] * 5, None, [0])
     layout = BranchLayout.causal(3)

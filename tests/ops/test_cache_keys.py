@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from mvkernels.hf_layers import Frame
 from mvkernels.layout import BranchLayout
 from mvkernels.mask_tensor import find_mask_table
 from mvkernels.ops.attention.config import attention_config
@@ -78,20 +77,6 @@ def test_tables_of_a_mask() -> None:
     kept.append(attention_tables(table, config, torch.device("meta")))
     assert len({id(one) for one in kept}) == len(kept) == 8
     assert kept[-1].rows.device.type == "meta"
-
-
-def test_what_the_layers_of_a_model_remember() -> None:
-    """Every part of the kind, and every object."""
-    frame, first, second = Frame(), torch.zeros(1), torch.zeros(1)
-    kind = (torch.float32, CPU, (1, 3, 8), 4, 2, False)
-    others = (torch.float16, torch.device("meta"), (1, 4, 8), 8, 1, True)
-    frame.remember(kind, first, second)
-    assert frame.knows(kind, first, second)
-    for place, value in enumerate(others):
-        assert not frame.knows((*kind[:place], value, *kind[place + 1 :]), first, second)
-    assert not frame.knows(kind, second, second) and not frame.knows(kind, first, first)
-    del second  # and what is made next may lie where it lay
-    assert not frame.knows(kind, first, torch.zeros(1))
 
 
 @pytest.mark.triton

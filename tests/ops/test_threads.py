@@ -10,10 +10,14 @@ import warnings
 import pytest
 import torch
 
-from mvkernels.hf_linear import pack_linear
+pytest.importorskip("transformers", reason="needs the hf extra: transformers is not installed")
+
+from mvkernels.decoder.native import NativeDecoder
+from mvkernels.decoder.weights import take_weights
 from mvkernels.ops import native
 from mvkernels.ops.decode.native import compile_reason
 from mvkernels.ops.dense.linear import linear_reason
+from tests.support.tiny_model import tiny_model
 
 # libgomp starts a thread at the first parallel region that needs it.
 SCRIPT = """
@@ -57,8 +61,10 @@ def test_only_large_work_is_shared_among_threads() -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.skipif(linear_reason() is not None, reason="needs a C++ compiler")
 def test_threads_that_would_spin_on_a_busy_machine_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     native._warn_once.cache_clear()
+    weights = take_weights(tiny_model())
     before = torch.get_num_threads()
     monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
@@ -68,7 +74,7 @@ def test_threads_that_would_spin_on_a_busy_machine_are_said_once(monkeypatch: py
             monkeypatch.setenv("OMP_WAIT_POLICY", policy)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                pack_linear(torch.nn.Linear(4, 4))
+                NativeDecoder(weights)
             assert [str(one.message) for one in caught] == [native.BUSY] * said
     finally:
         torch.set_num_threads(before)

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from mvkernels import hf_linear
 from mvkernels.decoder import native
 from mvkernels.ops.dense import linear_amx as linear_tiles
 from mvkernels.ops.dense.linear_amx import SOURCE
@@ -28,11 +26,11 @@ def software() -> ctypes.CDLL:
 
 
 def use_software(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `TileLayers` run in software, and `pack_linear` and `NativeDecoder` take it."""
+    """Lets `TileLayers` run in software, and `NativeDecoder` take it."""
     library = software()
     monkeypatch.setattr(linear_tiles, "native_library", lambda source: library)
     monkeypatch.setattr(linear_tiles, "_kernel", linear_tiles._kernel.__wrapped__)
-    for module in (linear_tiles, hf_linear, native):
+    for module in (linear_tiles, native):
         monkeypatch.setattr(module, "tiles_reason", lambda: None)
 
 
@@ -44,7 +42,7 @@ def as_bf16(model: Any) -> Any:
     return model
 
 
-def takes_tiles(model: nn.Module) -> bool:
-    """Whether all linear layers of a model that were called run on matrix units."""
-    packs = {module.forward.func for module in model.modules() if isinstance(module, nn.Linear)}
-    return all(isinstance(pack.compiled(), linear_tiles.TileLayers) for pack in packs)
+def takes_tiles(decoder: native.NativeDecoder) -> bool:
+    """Whether all matrices of a decoder are multiplied on matrix units."""
+    products = [*(one for layer in decoder._layers for one in layer.products), decoder._head]
+    return all(isinstance(one, linear_tiles.TileLayers) for one in products)

@@ -145,6 +145,20 @@ class Core:
                 self._stepping = None
                 self._turn.notify_all()
 
+    def change_weights(self, change: Callable[[], None]) -> None:
+        """Change the model while no step is made. Keys and values of the old weights go: prefixes are given up, and
+        requests that run are computed again. Raises RuntimeError within a step.
+        """
+
+        def all_of_it() -> None:
+            for request in self.scheduler.running:
+                self.scheduler.preempt(request)
+            if self.prefixes is not None:
+                self.prefixes.clear()
+            change()
+
+        self.between_steps(all_of_it)
+
     @property
     def busy(self) -> bool:
         """Whether there are requests that have not ended."""

@@ -6,7 +6,7 @@ This is what callers see; what they ask for is checked here before anything runs
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as shorten
@@ -16,20 +16,18 @@ import torch
 from transformers import PreTrainedModel
 
 from mvkernels.cache.cache import PagedKVCache
+from mvkernels.decoder.choose import make_decoder
+from mvkernels.decoder.decoder import Decoder
 from mvkernels.errors import OutOfPages, require_integer
 from mvkernels.graph.graph import DecodeGraph
-from mvkernels.hf import ATTENTION_NAME, patch_model, patched_backend
-from mvkernels.hf_layers import fuse_layers
-from mvkernels.hf_linear import narrow_bytes, narrow_rows, pack_linear, packs_without_memory
-from mvkernels.hf_norm import fuse_norms
-from mvkernels.hf_parts import Snapshot
+from mvkernels.hf import ATTENTION_NAME, patched_backend
 from mvkernels.layout import SEMANTICS
 from mvkernels.model.checkpoint.add_tags import read_entry
 from mvkernels.model.checkpoint.loading import load_checkpoint
 from mvkernels.model.engine.control.masks import TokenMasks
 from mvkernels.model.engine.control.writer import TagWriter
 from mvkernels.model.engine.core import Core
-from mvkernels.model.engine.memory import fits_narrow, make_cache
+from mvkernels.model.engine.memory import make_cache, narrow_bytes
 from mvkernels.model.engine.output.events import (
     Event,
     FinishEvent,
@@ -48,6 +46,7 @@ from mvkernels.model.engine.sampling.config import GenerationConfig
 from mvkernels.model.engine.sampling.sampler import BranchView, Sampler, request_key, sample
 from mvkernels.model.engine.streams import AsyncStream, Stream
 from mvkernels.model.engine.strict import STRICT_ROWS, check_strict
+from mvkernels.model.engine.weights import TakenWeights, matched
 from mvkernels.tags import TagTokens
 
 __all__ = [
@@ -71,7 +70,7 @@ __all__ = [
 class Engine:
     """Generates with a transformers model, in parallel wherever the model writes a block.
 
-    model            a causal language model that `patch_model` takes; it is patched in place
+    model            a causal language model of transformers
     tokenizer        its tokenizer; without the control tags it generates sequentially, and says so once
     backend          of the attention
     page_size        in tokens. num_pages: pages for all requests together; None: a share of the memory
@@ -80,24 +79,28 @@ class Engine:
     max_step_tokens  tokens of one forward; prompts come in pieces where they do not fit. None: 512 on a CPU, else 4096
     max_step_width   branches of one request in one forward; if it has more, they take turns
     max_requests     requests that run at once; more of them wait
-    fast_linear      whether layers run in the kernels of this library: on a CPU linear layers that multiply few rows
-                     (`mvkernels.hf_linear.pack_linear`); norms (`mvkernels.hf_norm.fuse_norms`) and decoder layers
-                     (`mvkernels.hf_layers.fuse_layers`) there and on a GPU; without gradients only; `unpack_linear`,
-                     `unfuse_norms`, `unfuse_layers` undo it. None: where that takes no memory; on a CPU for bf16, and
-                     for fp32 without a C++ compiler, the linear layers take as much again as the weights. Either way
-                     fp32 weights that lose nothing in bf16 are also kept in it and read from there, unless that takes
-                     more than an eighth of the memory, or no step of the engine has few enough rows for it
+    decoder          what runs the model's layers: "own", this package (Llama, Mistral, Qwen2 and Qwen3); "hosted",
+                     transformers' modules, patched in place; "auto", "own" where it can, else "hosted" with a warning
+                     that says why. The attribute of this name says what runs: "native" (CPU kernels, float32), "triton"
+                     (GPU), "torch" or "hosted". "native" keeps a bf16 copy of weights that lose nothing in it, in at
+                     most an eighth of the memory
     graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
     prefix_cache     whether what requests begin with stays in pages, for those that begin in the same way: a common
                      prompt, the samples of one, the next turn of a chat, a request that is computed again. Such pages
-                     are given up, the least recently used first, before any request has to make room. Weights that are
-                     written to in place, or move, are noticed; after other changes of the model call `clear_prefixes`
+                     are given up, the least recently used first, before any request has to make room
     strict           whether a request's tokens and log-probabilities shall be the same, bit for bit, whoever shares its
                      steps (strict.py): every forward has max_step_tokens rows, by default 64, and no graph
-    One engine serves any number of threads and tasks at once; their requests share its steps. A call raises ValueError
-    where the model is meanwhile unpatched, or patched with another backend. Raises ValueError for a
-    model on several devices, for weights trained with other tags or semantics, and for sizes and limits below 1;
-    BackendError where `strict` cannot be kept; otherwise what `patch_model` raises.
+    One engine serves any number of threads and tasks at once; their requests share its steps.
+
+    Weights. An own decoder uses the tensors of the model and runs nothing else of it: hooks, adapters and replaced
+    forwards that come later take no part. `update_weights` replaces weights at any time. Parameters that are replaced,
+    or written to in place, are noticed when a request comes to an idle engine; after writes through `.data` or within
+    inference mode, and after other changes of the model, call `reload`. A hosted model is called as it is; a call
+    raises ValueError where it is meanwhile unpatched, or patched with another backend.
+
+    Raises ValueError for a model on several devices, for weights trained with other tags or semantics, for another
+    decoder, and for sizes and limits below 1; BackendError where `strict` cannot be kept, and where decoder "own" does
+    not know the model, naming the part; otherwise what `patch_model` raises.
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class Engine:
         max_requests: int = 256,
         graph: bool | None = None,
         prefix_cache: bool = True,
-        fast_linear: bool | None = None,
+        decoder: str = "auto",
         strict: bool = False,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
@@ -138,21 +141,19 @@ class Engine:
             raise ValueError(f"semantics: expected {expected}, got {semantics!r}")
         if strict:
             check_strict(model, backend, graph)
-        self.model, self.backend = patch_model(model, backend=backend), backend
-        free = self.model.device.type == "cuda" or packs_without_memory(self.model)
-        if fast_linear or (fast_linear is None and free):
-            rows = (max_step_tokens or STRICT_ROWS) if strict else 1
-            size = narrow_bytes(model)
-            narrow = size > 0 and fits_narrow(size) and rows <= narrow_rows()
-            fuse_layers(fuse_norms(pack_linear(self.model, narrow=narrow)))
-        self.tokenizer = tokenizer
+        self.model, self.backend, self.tokenizer = model, backend, tokenizer
+        self._rows = (max_step_tokens or STRICT_ROWS) if strict else 1
+        self._requested_decoder = decoder
+        self._take()
+        #: How often weights were replaced; a `Generation` has the version with which its request began.
+        self.weights_version = 0
         self.page_size, self.num_pages, self.seed = page_size, num_pages, seed
         self.graph, self.strict = False if strict else graph, strict
         self.prefix_cache = prefix_cache
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self._core: Core | None = None
+        self._core_of: tuple[Any, ...] = ()  # the model, its device and its dtype
         self._training = False
-        self._weights: Snapshot | None = None  # with which the prefixes were computed
         try:
             self.tags: TagTokens | None = TagTokens.from_tokenizer(tokenizer)
         except ValueError as error:
@@ -174,14 +175,15 @@ class Engine:
         device: str | None = None,
         device_map: Any = None,
         backend: str = "auto",
+        decoder: str = "auto",
         **options: Any,
     ) -> Engine:
         """An engine for a local checkpoint: a folder with safetensors, a GGUF file, or "embedded", the package's own.
 
-        options: those of `Engine`. Raises ValueError where the checkpoint cannot be read, in one line.
+        backend, decoder, options: of `Engine`. Raises ValueError where the checkpoint cannot be read, in one line.
         """
         model, tokenizer = load_checkpoint(path, dtype, device, device_map)
-        return cls(model, tokenizer, backend=backend, **options)
+        return cls(model, tokenizer, backend=backend, decoder=decoder, **options)
 
     def generate(
         self,
@@ -256,6 +258,64 @@ class Engine:
         if core is not None and core.prefixes is not None:
             core.between_steps(core.prefixes.clear)
 
+    # ---- weights
+
+    @property
+    def decoder(self) -> str:
+        """What runs the model's layers: "native", "triton", "torch" or "hosted"."""
+        return self._decoder.kind
+
+    def update_weights(self, named_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace all weights, between two steps; `weights_version` counts up.
+
+        They are copied into the tensors of `model`. Prefixes are given up. Requests that run go on with the new
+        weights: what they have so far is computed again.
+
+        Args:
+            named_tensors: values by the names of the model's `state_dict`, in any floating-point dtype, on any device.
+                Of tied tensors one name is enough. Adapters (LoRA) are to be merged first.
+
+        Raises:
+            ValueError: for a missing, foreign or wrongly shaped tensor, by name; then nothing is changed.
+            RuntimeError: from within a step, as a sampler's.
+        """
+        pairs = matched(self.model, named_tensors)
+
+        def write() -> None:
+            with torch.no_grad():
+                for tensor, values in pairs:
+                    tensor.copy_(values)
+            self._decoder.refresh()
+            self._taken = TakenWeights(self.model)
+            self.weights_version += 1
+
+        self._change(write)
+
+    def reload(self) -> None:
+        """Take the weights of `model` again, after they or its modules were changed; `weights_version` counts up.
+
+        Prefixes are given up; requests that run are computed again. Raises what `Engine` raises for a model.
+        """
+        self._change(self._take_again)
+
+    def _change(self, change: Callable[[], None]) -> None:
+        if self._core is None:
+            change()
+        else:
+            self._core.change_weights(change)
+
+    def _take(self) -> None:
+        """Make the decoder of the model's weights as they are now."""
+        decoder = make_decoder(self.model, self._requested_decoder, self.backend, narrow_bytes(), self._rows)
+        self._decoder: Decoder = decoder
+        self._taken = TakenWeights(self.model)
+
+    def _take_again(self) -> None:
+        self._take()
+        self.weights_version += 1
+        if self._core is not None:
+            self._core.runner.use(self._decoder)
+
     # ---- before the run
 
     def _requests(
@@ -270,7 +330,7 @@ class Engine:
                 expected = f"at most {cache.num_pages} pages to be needed"
                 raise OutOfPages(f"prompt {task.index}: expected {expected}, got {needed}")
         parts = self.tokenizer, self._writer, self._masks, core.prefixes
-        return core, [Request(task, cache, *parts) for task in tasks]
+        return core, [Request(task, cache, *parts, self.weights_version) for task in tasks]
 
     def _tasks(self, prompts: Any, config: GenerationConfig | Sequence[GenerationConfig] | None, n: int) -> list[Task]:
         listed = as_prompts(prompts)
@@ -300,29 +360,33 @@ class Engine:
         """
         self._require_patched()
         core, model, device = self._core, self.model, self.model.device
+        if (core is None or not core.busy) and not self._taken.are_those_of(model):
+            self._change(self._take_again)
         head: Any = model.get_output_embeddings()
         place = len(head.weight), device
         if self.tags is not None and (self._masks is None or self._masks.place != place):
             self._masks = TokenMasks(self.tags, *place)
-        if core is not None:
-            runner = core.runner
-            found = runner.model, runner.cache.device, runner.cache.dtype
-            if core.busy or found == (model, device, model.dtype):
-                return core
+        made_of = model, device, model.dtype
+        if core is not None and (core.busy or self._core_of == made_of):
+            return core
         cache = make_cache(self.model, self.page_size, self.num_pages)
         captures = device.type == "cuda" if self.graph is None else self.graph
         most = STRICT_ROWS if self.strict else 512 if device.type == "cpu" else 4096
         limits = {"max_step_tokens": most, **self.limits}
         constant_rows = limits["max_step_tokens"] if self.strict else None
-        runner = Runner(self.model, cache, DecodeGraph(self.model, cache) if captures else None, constant_rows)
+        decoder = self._decoder
+        runner = Runner(decoder, cache, DecodeGraph(decoder, cache) if captures else None, constant_rows)
         released = self._writer is not None and self._writer.semantics == "released"
+        self._core_of = made_of
         self._core = Core(
             runner, self._wake, self._rest, limits, own_positions=released, prefix_cache=self.prefix_cache
         )
         return self._core
 
     def _require_patched(self) -> None:
-        """Raises ValueError where the model is no longer patched as this engine has done it."""
+        """Raises ValueError where a hosted model is no longer patched as this engine has done it."""
+        if self.decoder != "hosted":
+            return
         attention = self.model.config.get_text_config()._attn_implementation
         if attention != ATTENTION_NAME:
             got = f"one with attention implementation {attention!r}"
@@ -337,14 +401,15 @@ class Engine:
 
     def _wake(self) -> None:
         self._require_patched()
-        self._training = self.model.training
-        self.model.train(False)
-        weights = list(self.model.parameters())
-        known, core = self._weights, self._core
-        if known is None or not known.holds(weights):
-            self._weights = Snapshot(weights)
-            if core is not None and core.prefixes is not None:
+        if self.decoder == "hosted":
+            self._training = self.model.training
+            self.model.train(False)
+        core = self._core
+        if core is not None and not self._taken.are_those_of(self.model):
+            if core.prefixes is not None:
                 core.prefixes.clear()
+            self._take_again()
 
     def _rest(self) -> None:
-        self.model.train(self._training)
+        if self.decoder == "hosted":
+            self.model.train(self._training)

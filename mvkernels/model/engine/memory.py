@@ -1,4 +1,4 @@
-"""How much memory an engine takes where nobody says: for keys and values, and for a second copy of weights."""
+"""How much memory an engine takes by default: for keys and values, and for bf16 copies of weights."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def _memory(device: torch.device) -> float:
     return _machine_memory() * _CPU_SHARE
 
 
-def fits_narrow(size: int) -> bool:
-    """Whether there is room for weights that are kept in bf16 besides, of so many bytes."""
-    return size <= _machine_memory() * _NARROW_SHARE
+def narrow_bytes() -> int:
+    """Bytes that bf16 copies of float32 weights may take."""
+    return int(_machine_memory() * _NARROW_SHARE)
 
 
 def _machine_memory() -> int:

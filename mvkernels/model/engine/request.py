@@ -58,9 +58,9 @@ class Request:
     `events` collects what happened, tokens only while `tells_tokens`; `finish_reason` is set when the request has
     ended, which may be at once.
 
-    writer, masks: None for a tokenizer without tags. prefixes: where it finds and leaves its beginning. Raises
-    ValueError where the prompt leaves the model no position, and where it leaves blocks open that cannot be closed
-    within the budgets.
+    writer, masks: None for a tokenizer without tags. prefixes: where it finds and leaves its beginning.
+    weights_version: what its generation says. Raises ValueError where the prompt leaves the model no position, and
+    where it leaves blocks open that cannot be closed within the budgets.
     """
 
     def __init__(
@@ -71,8 +71,10 @@ class Request:
         writer: TagWriter | None,
         masks: TokenMasks | None,
         prefixes: PrefixCache | None = None,
+        weights_version: int = 0,
     ) -> None:
         config = task.config
+        self.weights_version = weights_version
         self.task, self.config, self.tokenizer, self.writer = task, config, tokenizer, writer
         self.masks = masks if config.grammar else None
         self.interpreter = Interpreter(
@@ -303,6 +305,7 @@ class Request:
             warnings=list(self.warnings),
             error=error,
             request_id=str(self.task.index),
+            weights_version=self.weights_version,
         )
         self.events.append(FinishEvent(self.task.index, generation))
 

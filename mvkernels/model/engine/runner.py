@@ -5,16 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from mvkernels.cache.cache import PagedKVCache
 from mvkernels.cache.step import Branch, Step
+from mvkernels.decoder.decoder import Decoder
 from mvkernels.graph.graph import DecodeGraph
-from mvkernels.hf import is_patched
 from mvkernels.model.engine.kv.request_kv import Entry
 from mvkernels.model.engine.sampling.logits import StepLogits
 
@@ -34,7 +32,7 @@ class BadLogits(RuntimeError):
 
 
 class Runner:
-    """Runs a patched model over a paged cache, both on one device.
+    """Runs a decoder over a paged cache, both on one device.
 
     graph: a DecodeGraph of both, through which steps go unless they have to be run with care; None: none do.
     constant_rows: of every forward, with spare ones where a step has fewer tokens (it may not have more), and attention
@@ -43,12 +41,12 @@ class Runner:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        decoder: Decoder,
         cache: PagedKVCache,
         graph: DecodeGraph | None = None,
         constant_rows: int | None = None,
     ) -> None:
-        self.model, self.cache, self.graph, self.constant_rows = model, cache, graph, constant_rows
+        self.decoder, self.cache, self.graph, self.constant_rows = decoder, cache, graph, constant_rows
         self._latest: list[tuple[Branch, int]] = []  # what the latest step had
         self._ahead: Step | None = None  # the step after it, where it was opened already
 
@@ -87,8 +85,15 @@ class Runner:
         """How many pages the next step may take: those that a step has set aside for later are among them."""
         return self.cache.num_available_pages
 
+    def use(self, decoder: Decoder) -> None:
+        """Replace the decoder by one for the same cache; what was captured and set aside is given up."""
+        self.decoder = decoder
+        if self.graph is not None:
+            self.graph.decoder = decoder
+        self.reset()
+
     def reset(self) -> None:
-        """Forgets what was captured and set aside; to be called when weights have moved."""
+        """Give up what was captured and set aside."""
         if self.graph is not None:
             self.graph.reset()
         self._latest, step, self._ahead = [], self._ahead, None
@@ -119,12 +124,10 @@ class Runner:
     def _forward(
         self, step: Step, ids: Sequence[int], positions: Sequence[int] | None, rows: Sequence[int]
     ) -> torch.Tensor:
-        if not is_patched(self.model):  # which ignores `paged_kv` silently
-            raise ValueError("expected the model as the engine has patched it, got one that was unpatched meanwhile")
         device = self.cache.device
         tokens = torch.frombuffer(array("q", ids), dtype=torch.int64).to(device)  # a list takes three times as long
         where = step.positions if positions is None else torch.tensor(positions, dtype=torch.int32, device=device)
-        options: dict[str, Any] = {}
+        kept: torch.Tensor | None = None
         if len(rows) < len(ids) or self.constant_rows is not None:  # else the logits of all tokens, by default
             last = [step.row_offsets[row] + step.entries[row][1] - 1 for row in rows]
             kept = torch.tensor(last or [0], device=device)
@@ -132,17 +135,9 @@ class Runner:
                 if len(ids) > self.constant_rows:
                     raise ValueError(f"expected at most {self.constant_rows} tokens in a step, got {len(ids)}")
                 tokens, where, kept = (pad(x, (0, self.constant_rows - len(x))) for x in (tokens, where, kept))
-                options["batch_invariant"] = True
-            options["logits_to_keep"] = kept
+        invariant = self.constant_rows is not None
         with torch.inference_mode():
-            logits: torch.Tensor = self.model(
-                input_ids=tokens[None],
-                position_ids=where[None],
-                paged_kv=(self.cache, step),
-                use_cache=False,
-                **options,
-            ).logits[0, : len(rows)]
-        return logits
+            return self.decoder.forward(tokens, where, self.cache, step, kept, invariant)[: len(rows)]
 
 
 def _checked(values: torch.Tensor, committed: bool) -> StepLogits:

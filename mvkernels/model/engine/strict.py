@@ -17,9 +17,8 @@ how far each of them has come depends on which of them had turns, as many reques
 paths of one, and a request that was preempted comes back piece by piece. What the other budgets end is the same.
 
 It holds for the same weights, machine, number of threads, page size and number of rows. With 1 or 2 threads it is
-tested. With more of them, where decoder layers are not fused (`hf_layers`), PyTorch may cut an activation function's
-elements within a vector, whose rest is rounded otherwise, unless rows x intermediate size is a multiple of threads x
-16.
+tested. With more of them, unless the decoder is "native", PyTorch may cut an activation function's elements within a
+vector, whose rest is rounded otherwise, unless rows x intermediate size is a multiple of threads x 16.
 """
 
 from __future__ import annotations

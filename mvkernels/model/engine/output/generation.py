@@ -36,6 +36,7 @@ class Generation:
     top_logprobs     (token id, log-probability) of the likeliest tokens there; None where not asked for
     error            what ended it, where finish_reason is "error"
     request_id       the name of the request
+    weights_version  `Engine.weights_version` when the request began; tokens after an update are of newer weights
 
     Two are equal when their JSON is.
     """
@@ -56,6 +57,7 @@ class Generation:
     top_logprobs: list[tuple[tuple[int, float], ...] | None] | None = None
     error: str | None = None
     request_id: str = ""
+    weights_version: int = 0
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 40 else self.text[:37] + "..."
@@ -83,6 +85,7 @@ class Generation:
             "format": FORMAT,
             "version": VERSION,
             "request_id": self.request_id,
+            "weights_version": self.weights_version,
             "finish_reason": self.finish_reason,
             "error": self.error,
             "warnings": list(self.warnings),
@@ -156,6 +159,7 @@ class Generation:
             else [_pairs(one) for one in read.list("top_logprobs", None, count)],
             error=None if error is None else read.one("error", str),
             request_id=read.one("request_id", str),
+            weights_version=read.one("weights_version", int) if "weights_version" in found else 0,
         )
 
 

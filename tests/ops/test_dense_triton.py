@@ -1,8 +1,6 @@
-"""Fused decoder layers in Triton: on a GPU, or in the interpreter with a model that is patched for it."""
+"""Kernels of Triton between the products of a decoder: on a GPU, or in the interpreter."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -11,86 +9,13 @@ pytest.importorskip("transformers", reason="needs the hf extra: transformers is 
 
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
-from mvkernels import patch_model
-from mvkernels.hf_layers import fuse_layers, unfuse_layers
-from mvkernels.hf_norm import fuse_norms
-from mvkernels.model import Engine, GenerationConfig
 from tests.conftest import interpreting
-from tests.ops.layer_cases import CONFIGS, IDS, assert_same, count_runs, fused, plain_model, steps
-from tests.support.tiny_model import tiny_model, tiny_tokenizer
 
 layer_triton = pytest.importorskip("mvkernels.ops.dense.layer_triton", reason="needs triton")
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 # The interpreter rounds to bfloat16 in its own way.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-
-
-def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model that is patched for Triton."""
-    return patch_model(plain_model(name).to(DEVICE, dtype), "triton")
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    return count_runs(monkeypatch, "_run_triton")
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_logits_are_those_of_the_layers(name: str, runs: list[int]) -> None:
-    model = make_model(name)
-    expected = steps(model)
-    assert not runs and fused(fuse_layers(model)) == 2
-    assert_same(steps(model), expected)
-    assert runs == [7, 7, 2, 2, 2, 2, 3, 3]
-    assert fused(unfuse_layers(model)) == 0
-    assert all(map(torch.equal, steps(model), expected))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_two_byte_dtypes(name: str, dtype: torch.dtype, runs: list[int]) -> None:
-    """Rounded where the layers round: but for the order of a norm's sum the logits are the same."""
-    model = make_model(name, dtype)
-    expected = steps(model)
-    fuse_layers(fuse_norms(model))
-    for found, wanted in zip(steps(model), expected, strict=True):
-        assert float((found - wanted).float().norm() / wanted.float().norm()) <= 4 * torch.finfo(dtype).eps
-    assert len(runs) == 8
-
-
-def test_gradients_and_other_forwards_are_those_of_the_layers(runs: list[int]) -> None:
-    model, plain = fuse_layers(make_model("qwen2")), make_model("qwen2")
-    ids = IDS.to(DEVICE)
-    with torch.inference_mode():
-        assert torch.equal(model(ids).logits, plain(ids).logits)
-    for one in (model, plain):
-        one(ids, labels=ids).loss.backward()
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
-    assert not runs
-
-
-def test_parts_that_are_hooked_are_called(runs: list[int]) -> None:
-    model = fuse_layers(make_model("llama"))
-    called: list[str] = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: called.append("hook"))
-    steps(model)
-    assert len(called) == 4 and runs == [7, 2, 2, 3]  # the second layer
-
-
-def test_the_engine_fuses_them(runs: list[int]) -> None:
-    config = GenerationConfig(max_new_tokens=4, eos_token_ids=(), stop=())
-    found = []
-    for fast in (False, True):
-        model = tiny_model(heads=2, kv_heads=1).to(DEVICE)
-        engine = Engine(model, tiny_tokenizer(), backend="triton", fast_linear=fast)
-        found.append([one.token_ids for one in engine.generate(["a b", "12 + 3"], config)])
-        assert (fused(engine.model) == 2) == fast == bool(runs)
-    assert found[0] == found[1]
-
-
-# ---- the kernels
 
 
 def rows_of(*sizes: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
