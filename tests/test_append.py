@@ -159,7 +159,7 @@ def test_cos_and_sin_of_the_kernel() -> None:
     """One frequency of 1: the kernel's cos and sin at the positions themselves."""
     device = device_of("triton")
     rope = Rope(torch.ones(1, device=device))
-    positions = torch.cat([torch.arange(500), torch.arange(500, 100000, 199)])
+    positions = torch.cat([torch.arange(50), torch.arange(50, 500, 3), torch.arange(500, 100000, 1999)])
     x = torch.tensor([1.0, 0.0], device=device).expand(len(positions), 1, 2)
     got = rotate(x, positions.to(device), rope, "triton")[:, 0].cpu().double()
     wanted = torch.stack([positions.double().cos(), positions.double().sin()], dim=1)

@@ -63,7 +63,7 @@ def check_same(got: AttentionTables, wanted: AttentionTables) -> None:
 
 @pytest.mark.triton
 @pytest.mark.parametrize("chosen", CONFIGS, ids=lambda c: "-".join(map(str, c.blocks)))
-@settings(max_examples=12, phases=[Phase.generate])  # no shrinking: the interpreter takes its time
+@settings(max_examples=5, phases=[Phase.generate])  # no shrinking: the interpreter takes its time
 @given(layout=layouts, chunk=st.sampled_from([4, 16, 64]))
 def test_the_device_derives_what_the_host_plans(layout: BranchLayout, chunk: int, chosen: AttentionConfig) -> None:
     from mvkernels.ops.attention import plan_triton
@@ -130,9 +130,10 @@ def test_an_unregistered_copy_attends_bit_by_bit_alike(case) -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("fill", [False, True], ids=["count", "fill"])
-@pytest.mark.parametrize("kind", [0, 1, 2], ids=["rows", "columns", "hidden"])
+@pytest.mark.parametrize(
+    ("kind", "fill", "capability"),
+    [*((kind, fill, 90) for kind in (0, 1, 2) for fill in (False, True)), (2, True, 80), (2, True, 100)],
+)
 def test_the_kernel_compiles_and_spills_nothing(kind: int, fill: bool, capability: int, tmp_path) -> None:
     from mvkernels.ops.attention.plan_triton import CHUNK, NUM_WARPS, runs_kernel
 
