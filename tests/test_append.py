@@ -286,8 +286,13 @@ def test_triton_does_not_rotate_in_double_precision() -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("element", "dim", "half"), [("bf16", 128, 64), ("fp16", 80, 40), ("fp32", 64, 16)])
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("capability", "element", "dim", "half"),
+    [
+        (80, "bf16", 128, 64), (90, "bf16", 128, 64), (100, "bf16", 128, 64),
+        (80, "fp16", 80, 40), (90, "fp32", 64, 16),
+    ],
+)  # fmt: skip
 def test_append_rotated_kernel(capability: int, element: str, dim: int, half: int, tmp_path) -> None:
     from mvkernels.ops.decode.append_triton import append_rotated_kernel
     from tests.test_decode_aot import assert_fits, compile_kernel
