@@ -38,7 +38,7 @@ def test_the_example_of_the_design() -> None:
     assert layout.dense_mask()[10].sum() == 11
 
 
-@given(trees())
+@given(trees(max_paths=3))
 def test_trees_equal_the_definition(tree: list) -> None:
     layout = BranchLayout.from_tree(tree)
     layout.mask.check()

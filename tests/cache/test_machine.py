@@ -352,4 +352,4 @@ def reserved(step) -> int:
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(settings.get_profile("ci"), max_examples=260, stateful_step_count=50)
+TestCacheMachine.settings = settings(settings.get_profile("ci"), max_examples=130, stateful_step_count=50)

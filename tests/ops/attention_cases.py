@@ -68,7 +68,7 @@ SMALL = (
 #: Across the block borders of every backend. bfloat16 too. With the layouts that the benchmarks time.
 MEDIUM = (
     AttentionCase("causal", (TREES["causal"](1111),), heads=4, kv_heads=2, head_dim=64),
-    AttentionCase("narrow", ([100, [[601], [577]], 90],), heads=4, kv_heads=2, head_dim=64, dtype="bfloat16"),
+    AttentionCase("narrow", ([100, [[601], [577]], 90],), heads=2, kv_heads=1, head_dim=64, dtype="bfloat16"),
     AttentionCase("wide", (TREES["wide"](1289),), heads=4, kv_heads=1, head_dim=64),
     AttentionCase("short-paths", ([300, [[17]] * 40, 200, [[5]] * 30, 65],), heads=2, kv_heads=2, head_dim=32),
     AttentionCase(
