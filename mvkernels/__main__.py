@@ -173,16 +173,9 @@ def add_tags(
         command.run(model, out, seed, dtype)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command()
 def train(
-    context: typer.Context,
-    out: Annotated[
-        Path,
-        typer.Argument(
-            help="New folder for the model; with --resume, the interrupted one. Or RECIPE.toml, and then the folder.",
-            metavar="[RECIPE.toml] OUT",
-        ),
-    ],
+    out: Annotated[Path, typer.Argument(help="New folder for the model; with --resume, the interrupted one.")],
     task: Annotated[str | None, typer.Option(help="Whose problems it learns: arithmetic, sat.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     tokens_per_step: Annotated[int | None, typer.Option(help="Tokens of one packed row.")] = None,
@@ -198,18 +191,8 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of the initial weights and the problems.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With a recipe: print the mixture of each pass, train nothing.")
-    ] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="With a recipe: leave bad traces out, and count them.")
-    ] = False,
 ) -> None:
-    """Train the embedded model from nothing, on generated problems; the defaults are its recipe.
-
-    With RECIPE.toml (a file, or multiverse-32b.toml or smollm2-lora.toml, which come with the package): tune a base
-    model on traces. Then every field of the recipe is an option, such as --model, --data or --learning-rate.
-    """
+    """Train the embedded model from nothing, on generated problems; the defaults are its recipe."""
     fields = {
         "task": task,
         "steps": steps,
@@ -228,17 +211,36 @@ def train(
     given = {name: value for name, value in fields.items() if value is not None}
     with one_line_errors():
         if out.suffix == ".toml":
-            from mvkernels.cli import tune
-
-            switches = {"resume": resume, "quiet": quiet, "dry_run": dry_run, "skip_bad": skip_bad}
-            tune.run(out, given, context.args, **switches)
-            return
+            fail(f"train: expected a folder OUT, got {out}; to tune a model on traces: mvkernels tune RECIPE OUT")
         from mvkernels.cli import train as command
 
-        if context.args or dry_run or skip_bad:
-            unknown = context.args[0] if context.args else "--dry-run" if dry_run else "--skip-bad"
-            fail(f"train: expected RECIPE.toml first for {unknown}, got {out}")
         command.run(out, given, resume, quiet)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def tune(
+    context: typer.Context,
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="A TOML file, or multiverse-32b.toml or smollm2-lora.toml, which come with the package; and the new "
+            "folder for the model.",
+            metavar="RECIPE OUT",
+        ),
+    ],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the mixture of each pass, train nothing; needs no OUT.")
+    ] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad traces out, and count them.")] = False,
+) -> None:
+    """Tune a base model on traces; every field of the recipe is an option: --model, --data, --learning-rate, ..."""
+    with one_line_errors():
+        from mvkernels.cli import tune as command
+
+        switches = {"resume": resume, "quiet": quiet, "dry_run": dry_run, "skip_bad": skip_bad}
+        command.run(recipe, context.args, **switches)
 
 
 @app.command()

@@ -1,12 +1,12 @@
-"""``mvkernels train RECIPE.toml``: a base model tuned on traces by a recipe, or what that would train on."""
+"""``mvkernels tune``: a base model tuned on traces by a recipe, or what that would train on."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mvkernels.cli.train import resumable, seconds_text
 from mvkernels.model.training.allocator import keep_freed_memory
@@ -22,7 +22,6 @@ CHART = "losses.png"
 
 def run(
     recipe_file: Path,
-    given: Mapping[str, Any],
     arguments: Sequence[str],
     *,
     resume: bool,
@@ -32,15 +31,14 @@ def run(
 ) -> None:
     """Trains by the recipe and prints what came out; with ``dry_run`` prints the mixture and trains nothing.
 
-    given: fields that are options of the command too. arguments: the output folder first (not with ``dry_run``), then
-    ``--field value``.
+    arguments: the output folder first (not with ``dry_run``), then ``--field value``.
     """
     words = list(arguments)
     out = words.pop(0) if words and not words[0].startswith("--") else None
-    recipe = load_recipe(find_recipe(recipe_file), {**given, **parse_overrides(words)})
+    recipe = load_recipe(find_recipe(recipe_file), parse_overrides(words))
     recipe.check_inputs()
     if not dry_run and out is None:
-        raise ValueError("train RECIPE.toml OUT: expected a folder OUT for the model, got none")
+        raise ValueError("tune RECIPE OUT: expected a folder OUT for the model, got none")
     _check_first_records(recipe, skip_bad)
     if dry_run:
         from mvkernels.model.training.tuning import read_data, recipe_tokenizer
@@ -53,8 +51,7 @@ def run(
     if first:  # the other processes may find the folder begun
         check_folder(recipe, Path(out), resume)
     switches = {"--resume": True, "--quiet": quiet, "--skip-bad": skip_bad}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    command = ["train", str(recipe_file), *arguments, *options, *(name for name, on in switches.items() if on)]
+    command = ["tune", str(recipe_file), *arguments, *(name for name, on in switches.items() if on)]
     with resumable(Path(out), command):
         from mvkernels.model.training import tune  # takes seconds, so bad input is said before
 

@@ -289,7 +289,7 @@ def test_interrupted_the_command_says_how_to_go_on(base: Path, data: Path, tmp_p
     file.write_text(f'model = "{base}"\ndata = ["{data}"]\ntokens_per_row = 500\nchat = false\nsave_every = 1\n')
     words = ("--documents-per-step", 3, "--learning-rate", 0.001, "--quiet", "--steps=3")
     interrupts(2)
-    stopped = invoke("train", file, out, *words)
+    stopped = invoke("tune", file, out, *words)
     assert stopped.exit_code == 130, stopped.output
     said = stopped.stderr.strip().splitlines()[-1]
     assert said.startswith("interrupted; to go on: mvkernels train '") and "--resume" in said
@@ -339,7 +339,7 @@ def test_bad_input_is_one_line(change: dict[str, str], message: str, base: Path,
     file.write_text("".join(f"{name} = {value}\n" for name, value in values.items()))
     if "data" in change:
         file.write_text(file.read_text().replace('data = "nowhere"', 'data = ["nowhere"]'))
-    assert_one_line_error(invoke("train", file, out), message)
+    assert_one_line_error(invoke("tune", file, out), message)
     assert not out.exists()
 
 
@@ -348,22 +348,22 @@ def test_the_command(base: Path, data: Path, tmp_path: Path) -> None:
     file.write_text(
         f'model = "{base}"\ndata = ["{data}"]\ndocuments_per_step = 4\ntokens_per_row = 500\nchat = false\n'
     )
-    shown = invoke("train", file, "--dry-run", "--passes", "0.5,1", "--seed", 3)
+    shown = invoke("tune", file, "--dry-run", "--passes", "0.5,1", "--seed", 3)
     assert shown.exit_code == 0, shown.output
     assert "4 steps of 4 documents in 2 rows" in shown.output.replace("\n", " ")
     out = tmp_path / "out"
-    result = invoke("train", file, out, "--steps", 1, "--quiet", "--learning-rate", 0.001)
+    result = invoke("tune", file, out, "--steps", 1, "--quiet", "--learning-rate", 0.001)
     assert result.exit_code == 0, (result.output, result.exception)
     saved = json.loads((out / "recipe.json").read_text())
     assert (saved["steps"], saved["learning_rate"], saved["passes"]) == (1, 0.001, [1.0])
     assert result.stdout.startswith(f"{out}: ")
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert_one_line_error(invoke("train", file), "expected a folder OUT")
-    assert_one_line_error(invoke("train", tmp_path / "no.toml", out), "expected a recipe", "multiverse-32b.toml")
-    assert_one_line_error(invoke("train", tmp_path / "new", "--dry-run"), "expected RECIPE.toml first")
-    assert_one_line_error(invoke("train", file, tmp_path / "new", "--nothing", 1), "expected a field of a recipe")
+    assert_one_line_error(invoke("tune", file), "expected a folder OUT")
+    assert_one_line_error(invoke("tune", tmp_path / "no.toml", out), "expected a recipe", "multiverse-32b.toml")
+    assert_one_line_error(invoke("train", file), "to tune a model on traces: mvkernels tune RECIPE OUT")
+    assert_one_line_error(invoke("tune", file, tmp_path / "new", "--nothing", 1), "expected a field of a recipe")
     file.write_text("model = ")
-    assert_one_line_error(invoke("train", file, "--dry-run"), "expected a recipe in TOML")
+    assert_one_line_error(invoke("tune", file, "--dry-run"), "expected a recipe in TOML")
 
 
 SHARDED = {
@@ -391,7 +391,7 @@ def test_processes_train_as_one(
     )
     alone = tune(load_recipe(file), tmp_path / "alone", progress=False)
     launch = [sys.executable, "-m", "tests.training.processes", str(processes), module]
-    command = [*launch, "train", str(file), str(tmp_path / "many"), "--quiet"]
+    command = [*launch, "tune", str(file), str(tmp_path / "many"), "--quiet"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
