@@ -292,7 +292,7 @@ def test_interrupted_the_command_says_how_to_go_on(base: Path, data: Path, tmp_p
     stopped = invoke("tune", file, out, *words)
     assert stopped.exit_code == 130, stopped.output
     said = stopped.stderr.strip().splitlines()[-1]
-    assert said.startswith("interrupted; to go on: mvkernels train '") and "--resume" in said
+    assert said.startswith("interrupted; to go on: mvkernels tune '") and "--resume" in said
     interrupts(0)
     done = invoke(*shlex.split(said.partition("mvkernels ")[2]))
     assert done.exit_code == 0, (done.output, done.exception)
