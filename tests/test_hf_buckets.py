@@ -16,6 +16,7 @@ import torch
 
 from mvkernels import BackendError, DecodeGraph, patch_model
 from mvkernels.cache.step import StepState
+from mvkernels.decoder.choose import make_decoder
 from mvkernels.graph import buckets as buckets_module
 from mvkernels.graph.buckets import WARM_UPS
 from mvkernels.ops.decode import buffers as decode_buffers
@@ -59,10 +60,15 @@ def replaying(twin: Twin) -> list[Replayed]:
     return made
 
 
-def make_twin(reserve: int = 8, num_pages: int = 128, model=None, layers: int = 2, **options) -> Twin:
+def make_twin(
+    reserve: int = 8, num_pages: int = 128, model=None, layers: int = 2, decoder: str = "hosted", **options
+) -> Twin:
+    """decoder: what the graph runs of the model, "hosted" or "own"."""
     model = model or patch_model(tiny_model(head_dim=16, layers=layers).to(DEVICE), "triton")
     plain = patch_model(tiny_model(head_dim=16, layers=layers).to(DEVICE), "reference")
     twin = Twin(reserve=reserve, num_pages=num_pages, model=model, plain_model=plain, **options)
+    if decoder == "own":
+        twin.graph = DecodeGraph(make_decoder(model, "own", "triton"), twin.graph.cache, reserve)
     for tensor in (*twin.graph.cache.k, *twin.graph.cache.v):
         tensor.fill_(torch.nan)
     return twin
@@ -72,8 +78,9 @@ def written_slots(twin: Twin) -> int:
     return int((~torch.isnan(twin.graph.cache.k[0]).any(dim=(2, 3))).sum())
 
 
-def test_a_bucket_is_captured_once_whatever_the_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    twin = make_twin(reserve=4)
+@pytest.mark.parametrize("decoder", ["hosted", "own"])
+def test_a_bucket_is_captured_once_whatever_the_tree(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = make_twin(reserve=4, decoder=decoder)
     made = replaying(twin)
     plans = count_plans(twin, monkeypatch)
     twin.run((0, 5))
