@@ -31,18 +31,12 @@ class Decoder(ABC):
     """
 
     kind: ClassVar[str]
+    dtype: torch.dtype
+    device: torch.device
     heads: int
     vocabulary: int
     window: int | None
     capture_reason: str | None = None
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device: ...
 
     @abstractmethod
     def forward(
@@ -79,8 +73,8 @@ class Decoder(ABC):
         return None
 
 
-def check_window(window: int | None, step: Step) -> None:
-    """Raises BackendError where a row of the step sees more tokens than a sliding window has."""
-    if window is not None and step.longest_context > window:
+def check_window(window: int, step: Step) -> None:
+    """Raise BackendError where a row of the step sees more tokens than a sliding window has."""
+    if step.longest_context > window:
         expected = f"expected a sequence within the sliding window of {window} tokens"
         raise BackendError(f"branch attention: {expected}, got {step.longest_context} tokens")

@@ -28,20 +28,11 @@ class HostedDecoder(Decoder):
     def __init__(self, model: PreTrainedModel) -> None:
         if not isinstance(model, PreTrainedModel) or not is_patched(model):
             raise ValueError(f"model: expected a model patched by patch_model, got {type(model).__name__}")
-        self.model = model
+        self.model, self.dtype, self.device = model, model.dtype, model.device
         config = model.config.get_text_config()
         self.heads, self.vocabulary = config.num_attention_heads, config.vocab_size
         self.window = getattr(config, "sliding_window", None) or None
         self.capture_reason = self._capture_reason()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def forward(
         self,

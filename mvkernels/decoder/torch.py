@@ -29,15 +29,8 @@ class TorchDecoder(Decoder):
     def __init__(self, weights: Weights, backend: str = "auto") -> None:
         self.weights, self.backend = weights, backend
         self._append_backend = "auto" if backend == "native" else backend  # which is one of `tree_decode` alone
+        self.dtype, self.device = weights.dtype, weights.device
         self.heads, self.vocabulary, self.window = weights.heads, len(weights.head.weight), weights.window
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights.device
 
     def forward(
         self,
@@ -107,8 +100,9 @@ class TorchDecoder(Decoder):
             raise ValueError(f"positions: expected shape {list(ids.shape)}, got {list(positions.shape)}")
         if step.entries[0][0].cache is not cache:
             raise ValueError("step: expected one of this cache, got one of another")
-        sizes = len(weights.layers), weights.kv_heads, weights.head_dim, weights.dtype, weights.device
+        sizes = len(weights.layers), weights.kv_heads, weights.head_dim, self.dtype, self.device
         found = cache.num_layers, cache.num_kv_heads, cache.head_dim, cache.dtype, cache.device
         if found != sizes:
             raise ValueError(f"cache: expected (layers, heads, head size, dtype, device) {sizes}, got {found}")
-        check_window(weights.window, step)
+        if weights.window is not None:
+            check_window(weights.window, step)

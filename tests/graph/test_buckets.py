@@ -17,6 +17,7 @@ import torch
 
 from mvkernels import BackendError, DecodeGraph, patch_model
 from mvkernels.cache.step import StepState
+from mvkernels.decoder.choose import make_decoder
 from mvkernels.graph import buckets as buckets_module
 from mvkernels.graph.buckets import WARM_UPS
 from mvkernels.ops.decode import buffers as decode_buffers
@@ -60,11 +61,16 @@ def replaying(twin: Twin) -> list[Replayed]:
     return made
 
 
-def make_twin(reserve: int = 8, num_pages: int = 128, window: dict[str, object] | None = None, **options) -> Twin:
+def make_twin(
+    reserve: int = 8, num_pages: int = 128, window: dict[str, object] | None = None, decoder: str = "hosted", **options
+) -> Twin:
+    """decoder: what the graph runs of the model, "hosted" or "own"."""
     sizes = {"head_dim": 16, "layers": 1, "heads": 2, "kv_heads": 1}
     model = patch_model(tiny_model(**sizes, **(window or {})).to(DEVICE), "triton")
     plain = patch_model(tiny_model(**sizes).to(DEVICE), "reference")
     twin = Twin(reserve=reserve, num_pages=num_pages, model=model, plain_model=plain, **options)
+    if decoder == "own":
+        twin.graph = DecodeGraph(make_decoder(model, "own", "triton"), twin.graph.cache, reserve)
     for tensor in (*twin.graph.cache.k, *twin.graph.cache.v):
         tensor.fill_(torch.nan)
     return twin
@@ -74,8 +80,9 @@ def written_slots(twin: Twin) -> int:
     return int((~torch.isnan(twin.graph.cache.k[0]).any(dim=(2, 3))).sum())
 
 
-def test_a_bucket_is_captured_once_whatever_the_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    twin = make_twin(reserve=2)
+@pytest.mark.parametrize("decoder", ["hosted", "own"])
+def test_a_bucket_is_captured_once_whatever_the_tree(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = make_twin(reserve=2, decoder=decoder)
     made = replaying(twin)
     plans = count_plans(twin, monkeypatch)
     twin.run((0, 5))

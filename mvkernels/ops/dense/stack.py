@@ -130,7 +130,7 @@ def structs(layers: Sequence[DecoderLayer]) -> ctypes.Array[ctypes.c_void_p]:
 
 def addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     """Where some tensors are."""
-    return (_POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+    return (_POINTER * len(tensors))(*map(torch.Tensor.data_ptr, tensors))
 
 
 def run_layers(
