@@ -300,9 +300,11 @@ def test_an_endpoint_that_fails_is_named_at_once_with_the_error_and_the_next_try
     assert said[0].startswith(f"http://127.0.0.1:{port}/v1: Connection error. ") and f"Errno {ECONNREFUSED}" in said[0]
     assert said[0].endswith("; next try in 0.0 s, 3 left for this request")
 
+    faults = iter(["429", "500", None, "cut", "500", "cut", "429"])  # of requests in order, however many run at once
+
     class Failing(Server):
         def _http_fault(self, body: bytes) -> str | None:
-            return {1: "429", 2: "500", 4: "cut", 5: "500", 6: "cut", 7: "429"}.get(self.requests)
+            return next(faults, None)
 
     with Failing(retry_after=0.01) as server:
         assert curated(server.url).ended == "complete"
