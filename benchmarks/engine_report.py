@@ -73,8 +73,8 @@ def parallel(rows: Sequence[EngineRow]) -> Table | None:
     table = make_table(
         "a block of P equal paths at once, against the same tokens one path at a time",
         ("model", "requests", "P", "tokens/s", "speed-up", "p20-p80", "t(1) ms", "t(P) ms", "bound", "goal", "of goal"),
-        ("own bound", "share"),
-        caption="t(n): the bare model's forward on n rows. bound: P t(1) / t(P). own bound: the same with the "
+        ("own", "share"),
+        caption="t(n): the bare model's forward on n rows. bound: P t(1) / t(P). own: the same with the "
         "forward of the engine's decoder, and the speed-up over it, by round",
     )
     found = {(row.case, row.model, row.requests, row.paths, row.peer): row for row in rows}
