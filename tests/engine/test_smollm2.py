@@ -102,7 +102,7 @@ def test_patched_logits_on_plain_text(engine: Engine, data_dir: Path, length: in
     text = (data_dir / "eval" / "gsm8k_test.jsonl").read_text(encoding="utf-8")[: 8 * length]
     ids = engine.tokenizer.encode(text)[:length]
     tokens = torch.tensor([ids])
-    patched = packed_logits(engine.model, ids, BranchLayout.causal(length))
+    patched = packed_logits(patch_model(engine.model), ids, BranchLayout.causal(length))
     unpatch_model(engine.model)
     try:
         logits = {}
@@ -112,7 +112,6 @@ def test_patched_logits_on_plain_text(engine: Engine, data_dir: Path, length: in
                 logits[name] = engine.model(tokens, use_cache=False).logits[0]
     finally:
         engine.model.set_attn_implementation("sdpa")
-        patch_model(engine.model)
     error = float((patched - logits["sdpa"]).abs().max())
     eager = float((logits["eager"] - logits["sdpa"]).abs().max())
     assert error <= 2 * eager, f"patched differs from sdpa by {error:.2e}, eager by {eager:.2e}"

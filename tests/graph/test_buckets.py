@@ -275,7 +275,7 @@ def test_a_window_that_no_layer_looks_at_ends_the_graphs_and_not_the_steps() -> 
 def test_layers_with_other_heads_are_refused() -> None:
     twin = make_twin()
     replaying(twin)
-    twin.graph._heads = 4  # a model whose layers differ from its config
+    twin.graph.decoder.heads = 4  # a model whose layers differ from its config
     with pytest.raises(BackendError, match="expected layers of 4 query heads"):
         twin.graph.run([(twin.branches[0][0], 3)], [1, 2, 3])
     assert twin.branches[0][0].num_tokens == 0
