@@ -37,7 +37,7 @@ def test_chains_are_read_for_curation():
 def test_the_embedded_model_is_tuned_on_the_traces(tmp_path: Path):
     pytest.importorskip("peft", reason="needs the train extra")
     options = ("--model", "embedded", "--data", EXAMPLES / "traces.jsonl", "--steps", 1, "--lora-rank", 0)
-    result = invoke("train", "smollm2-lora.toml", tmp_path / "tuned", *options, "--quiet")
+    result = invoke("tune", "smollm2-lora.toml", tmp_path / "tuned", *options, "--quiet")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "held-out loss" in result.stdout and (tmp_path / "tuned" / "model.safetensors").exists()
     entry = json.loads((tmp_path / "tuned" / "config.json").read_text())["multiverse"]

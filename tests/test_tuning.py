@@ -26,7 +26,7 @@ from mvkernels.model.training.mixture import PackedRows, make_mixture
 from mvkernels.model.training.traces import Encoder, encode_all, read_examples
 from mvkernels.model.training.trainer import PackedTrainer
 from mvkernels.model.training.tuning import LOSSES_FILE, read_data, recipe_tokenizer
-from mvkernels.model.training.tuning_recipe import SHIPPED, find_recipe, parse_overrides
+from mvkernels.model.training.tuning_recipe import SHIPPED, find_recipe
 from tests.test_cli import assert_one_line_error, invoke
 from tests.test_training import Interrupt
 from tests.tiny_model import tiny_model, tiny_tokenizer
@@ -259,28 +259,27 @@ def test_shipped_recipes_and_overrides(tmp_path: Path) -> None:
     assert (paper.documents_per_step, paper.tokens_per_row, paper.precision) == (16, 32768, "bf16")
     assert paper.gradient_checkpointing
     assert {path.name for path in SHIPPED.glob("*.toml")} == {"multiverse-32b.toml", "smollm2-lora.toml"}
-    words = ["--data", "a.jsonl,b", "--passes=0,1", "--cut", "--lora-rank", "8", "--learning-rate", "1e-4"]
-    changed = load_recipe(find_recipe("multiverse-32b.toml"), parse_overrides(words))
+    given = {"data": ("a.jsonl", "b"), "passes": [0, 1], "cut": True, "lora_rank": 8, "learning_rate": 1e-4}
+    changed = load_recipe(find_recipe("multiverse-32b.toml"), given)
     assert (changed.data, changed.passes, changed.cut, changed.lora_rank) == (("a.jsonl", "b"), (0.0, 1.0), True, 8)
     assert changed.learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("given", "message"),
     [
-        (["--nothing", "1"], r"nothing: expected a field of a recipe"),
-        (["--lora-rank", "x"], r"lora_rank: expected a whole number, got 'x'"),
-        (["--passes", "2"], r"passes: expected shares in \[0, 1\]"),
-        (["--cut", "maybe"], r"cut: expected true or false, got 'maybe'"),
-        (["--precision", "fp8"], r"precision: expected one of \('fp32', 'bf16'\), got 'fp8'"),
-        (["--tokens-per-document", "99999"], r"tokens_per_document: expected at most tokens_per_row, 32768, got 99999"),
-        (["--model"], r"--model: expected a value, got none"),
-        (["model"], r"expected --field value, got 'model'"),
+        ({"nothing": 1}, r"nothing: expected a field of a recipe"),
+        ({"lora_rank": "x"}, r"lora_rank: expected a whole number, got 'x'"),
+        ({"passes": (2,)}, r"passes: expected shares in \[0, 1\]"),
+        ({"passes": "1"}, r"passes: expected a list, got '1'"),
+        ({"cut": "maybe"}, r"cut: expected true or false, got 'maybe'"),
+        ({"precision": "fp8"}, r"precision: expected one of \('fp32', 'bf16'\), got 'fp8'"),
+        ({"tokens_per_document": 99999}, r"tokens_per_document: expected at most tokens_per_row, 32768, got 99999"),
     ],
 )
-def test_bad_overrides(words: list[str], message: str) -> None:
+def test_bad_fields(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_recipe(find_recipe("multiverse-32b.toml"), parse_overrides(words))
+        load_recipe(find_recipe("multiverse-32b.toml"), given)
 
 
 def test_interrupted_the_command_says_how_to_go_on(base: Path, data: Path, tmp_path: Path, interrupts: Any) -> None:
@@ -289,10 +288,10 @@ def test_interrupted_the_command_says_how_to_go_on(base: Path, data: Path, tmp_p
     file.write_text(f'model = "{base}"\ndata = ["{data}"]\ntokens_per_row = 500\nchat = false\nsave_every = 1\n')
     words = ("--documents-per-step", 3, "--learning-rate", 0.001, "--quiet", "--steps=3")
     interrupts(2)
-    stopped = invoke("train", file, out, *words)
+    stopped = invoke("tune", file, out, *words)
     assert stopped.exit_code == 130, stopped.output
     said = stopped.stderr.strip().splitlines()[-1]
-    assert said.startswith("interrupted; to go on: mvkernels train '") and "--resume" in said
+    assert said.startswith("interrupted; to go on: mvkernels tune '") and "--resume" in said
     interrupts(0)
     done = invoke(*shlex.split(said.partition("mvkernels ")[2]))
     assert done.exit_code == 0, (done.output, done.exception)
@@ -339,7 +338,7 @@ def test_bad_input_is_one_line(change: dict[str, str], message: str, base: Path,
     file.write_text("".join(f"{name} = {value}\n" for name, value in values.items()))
     if "data" in change:
         file.write_text(file.read_text().replace('data = "nowhere"', 'data = ["nowhere"]'))
-    assert_one_line_error(invoke("train", file, out), message)
+    assert_one_line_error(invoke("tune", file, out), message)
     assert not out.exists()
 
 
@@ -348,22 +347,21 @@ def test_the_command(base: Path, data: Path, tmp_path: Path) -> None:
     file.write_text(
         f'model = "{base}"\ndata = ["{data}"]\ndocuments_per_step = 4\ntokens_per_row = 500\nchat = false\n'
     )
-    shown = invoke("train", file, "--dry-run", "--passes", "0.5,1", "--seed", 3)
+    shown = invoke("tune", file, "--dry-run", "--passes", "0.5,1", "--seed", 3)
     assert shown.exit_code == 0, shown.output
     assert "4 steps of 4 documents in 2 rows" in shown.output.replace("\n", " ")
     out = tmp_path / "out"
-    result = invoke("train", file, out, "--steps", 1, "--quiet", "--learning-rate", 0.001)
+    result = invoke("tune", file, out, "--steps", 1, "--quiet", "--learning-rate", 0.001)
     assert result.exit_code == 0, (result.output, result.exception)
     saved = json.loads((out / "recipe.json").read_text())
     assert (saved["steps"], saved["learning_rate"], saved["passes"]) == (1, 0.001, [1.0])
     assert result.stdout.startswith(f"{out}: ")
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert_one_line_error(invoke("train", file), "expected a folder OUT")
-    assert_one_line_error(invoke("train", tmp_path / "no.toml", out), "expected a recipe", "multiverse-32b.toml")
-    assert_one_line_error(invoke("train", tmp_path / "new", "--dry-run"), "expected RECIPE.toml first")
-    assert_one_line_error(invoke("train", file, tmp_path / "new", "--nothing", 1), "expected a field of a recipe")
+    assert_one_line_error(invoke("tune", file), "expected a folder OUT")
+    assert_one_line_error(invoke("tune", tmp_path / "no.toml", out), "expected a recipe", "multiverse-32b.toml")
+    assert_one_line_error(invoke("train", file, out, "--dry-run"), "mvkernels tune RECIPE OUT")
     file.write_text("model = ")
-    assert_one_line_error(invoke("train", file, "--dry-run"), "expected a recipe in TOML")
+    assert_one_line_error(invoke("tune", file, "--dry-run"), "expected a recipe in TOML")
 
 
 SHARDED = {
@@ -391,7 +389,7 @@ def test_processes_train_as_one(
     )
     alone = tune(load_recipe(file), tmp_path / "alone", progress=False)
     launch = [sys.executable, "-m", "tests.processes", str(processes), module]
-    command = [*launch, "train", str(file), str(tmp_path / "many"), "--quiet"]
+    command = [*launch, "tune", str(file), str(tmp_path / "many"), "--quiet"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
