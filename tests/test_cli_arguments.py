@@ -93,7 +93,7 @@ def test_bad_arguments_are_refused_before_pytorch_is_imported(tmp_path: Path):
         (["stats", at("text.txt"), "--out", at("text.txt")], "expected a folder, got a file"),
         (["stats", at("text.txt"), "--tokenizer", at("nowhere")], "tokenizer.json"),
         (["curate", at("other.jsonl"), at("new")], "--base-url URL"),
-        (["curate", "--check", at("other.jsonl")], "No such option: --check"),
+        (["curate", "--check", at("other.jsonl")], "--check"),
         (
             ["curate", at("nowhere"), at("new"), "--base-url", "http://localhost:1/v1", "--model", "m"],
             "input: expected a .jsonl",
@@ -115,7 +115,7 @@ def test_bad_arguments_are_refused_before_pytorch_is_imported(tmp_path: Path):
         (["tune", at("record.toml"), at("new")], "expected a JSON object on the line"),
         (["tune", at("record.toml"), "--dry-run"], "expected a JSON object on the line"),
         (["tune", at("record.toml")], "expected a folder OUT"),
-        (["tune", "smollm2-lora.toml", at("new"), "--model", "embedded", "--nope", "1"], "No such option: --nope"),
+        (["tune", "smollm2-lora.toml", at("new"), "--model", "embedded", "--nope", "1"], "--nope"),
         (["tune", "smollm2-lora.toml", at("new"), "--lora-rank", "x"], "--lora-rank"),
         (["tune", "smollm2-lora.toml", at("new"), "--passes", "0.5,x"], "--passes"),
         (["tune", "smollm2-lora.toml", at("new"), "--lora-rank", "-1"], "lora_rank: expected a whole number"),
