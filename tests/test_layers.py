@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("hf",),
     ("decoder",),
     ("graph",),
-    ("model.files", "model.json_input", "model.parquet", "model.sequentialize", "model.tasks"),
+    ("model.files", "model.json_input", "model.parquet", "model.sequentialize", "model.settings", "model.tasks"),
     ("model.checkpoint", "model.curator"),
     ("model.engine.control", "model.engine.kv", "model.engine.sampling"),
     ("model.engine.output",),
@@ -53,7 +53,7 @@ NARROW: dict[str, set[str]] = {
     "decode": {"cache", "ops", "reference"},
     "model.engine.control": {"grammar", "tags"},
     "model.engine.kv": {"cache"},
-    "model.engine.sampling": {"ops.dense"},
+    "model.engine.sampling": {"model.settings", "ops.dense"},
     "__main__": {"cli"},
 }
 # A distribution -> the only packages that may import it. torch and numpy: everywhere but in STDLIB_ONLY.

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import typer
 
-from mvkernels.model.curator.budget import Limits
+from mvkernels.cli.options import Fields, Given, Json, Quiet
 from mvkernels.model.curator.chains import ChainReader, Columns
-from mvkernels.model.curator.endpoint import EndpointSettings
-from mvkernels.model.curator.job import Job, State, changes_since
+from mvkernels.model.curator.job import EndpointSettings, Job, Limits, Rules, State, changes_since
 from mvkernels.model.curator.outputs import REJECTED, TRACES
-from mvkernels.model.curator.pipeline import Rules
-from mvkernels.model.curator.run import curate
 
-__all__ = ["ChainReader", "Columns", "EndpointSettings", "Job", "Limits", "Rules", "run"]
+if TYPE_CHECKING:
+    from rich.console import Console
 
+EPILOG = "Exit status: 0 all chains done, 3 a budget used up, 4 some requests not answered, 130 interrupted."
 DEFAULT_KEY = "OPENAI_API_KEY"
 #: Exit status by how a run ended; an endpoint that cannot be used is bad input, 2.
 STATUS = {"complete": 0, "budget": 3, "unfinished": 4, "interrupted": 130}
@@ -41,12 +39,38 @@ def key_of(variable: str | None) -> str:
     return key or "none"
 
 
-def run(make_job: Callable[[str], Job], key_variable: str | None, quiet: bool, as_json: bool) -> None:
-    """Curates, shows how far it is, and prints what came out; exits with the status of how the run ended.
+def run(
+    source: Annotated[
+        Path, typer.Argument(help="Chains of thought: .jsonl, .json (a list) or .parquet", metavar="INPUT")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for the traces; one that has some goes on.", metavar="OUT")],
+    endpoint: Annotated[Given, Fields(EndpointSettings)],
+    columns: Annotated[Given, Fields(Columns)],
+    settings: Annotated[Given, Fields(Job)],
+    rules: Annotated[Given, Fields(Rules)],
+    limits: Annotated[Given, Fields(Limits)],
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key. Default: OPENAI_API_KEY, or no key.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Curate, show the progress, and print what came out; exit with the status of how the run ended.
 
-    make_job: the job with the key. Raises ValueError for bad input and where the endpoint cannot be used.
+    Raises:
+        ValueError: Arguments or the input are bad, or the endpoint cannot be used.
     """
-    job = make_job(key_of(key_variable))
+    if not {"base_url", "model"} <= endpoint.keys():
+        raise ValueError("expected curate INPUT OUT --base-url URL --model NAME")
+    ChainReader(source)
+    if endpoint.get("answer_tokens") == 0:
+        endpoint["answer_tokens"] = None
+    where = EndpointSettings(key=key_of(api_key_env), **endpoint)
+    job = Job(source, out, where, Columns(**columns), rules=Rules(**rules), limits=Limits(**limits), **settings)
+    from rich.console import Console
+
+    from mvkernels.model.curator.run import curate
+
     console = Console(stderr=True, markup=False)
 
     def say(message: str) -> None:
@@ -54,6 +78,8 @@ def run(make_job: Callable[[str], Job], key_variable: str | None, quiet: bool, a
 
     for change in changes_since(job):
         say(change)
+    import asyncio
+
     with bar(console, quiet) as watch:
         state = asyncio.run(curate(job, watch, say))
     print(json.dumps(asdict(state)) if as_json else report(job, state))
@@ -77,6 +103,15 @@ def report(job: Job, state: State) -> str:
 @contextmanager
 def bar(console: Console, quiet: bool) -> Iterator[Callable[[State], None]]:
     """A progress bar on the console; what it gives is told the state."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )  # fmt: skip
+
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[more]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),

@@ -14,6 +14,7 @@ from rich.table import Table
 
 import mvkernels
 from mvkernels._lazy import EXTRAS
+from mvkernels.cli.options import Json
 
 PACKAGES = ("torch", "triton", "transformers", "cupy", "numpy", "safetensors", "gguf")
 # CuPy is published under one name per CUDA version.
@@ -94,8 +95,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run(as_json: bool) -> None:
-    """Prints the environment."""
+def run(as_json: Json = False) -> None:
+    """Print the environment."""
     found = environment()
     if as_json:
         print(json.dumps(found, indent=1))

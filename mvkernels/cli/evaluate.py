@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mvkernels.cli import charts
 from mvkernels.cli.files import require_writable
-from mvkernels.cli.generate import check_model, load_engine, untrained
+from mvkernels.cli.loading import Placement, check_model, load_engine, untrained
+from mvkernels.cli.options import Fields, Given, Json, Model, Raw
+from mvkernels.model.checkpoint.names import EMBEDDED_NAME
 from mvkernels.model.engine.sampling.config import GenerationConfig
 from mvkernels.model.evaluation.figures import Summary, accuracies, markdown_table, summarize
 from mvkernels.model.evaluation.grading import require_graders
@@ -27,6 +30,10 @@ from mvkernels.model.tasks import TASKS
 DEFAULT_MAX_TOKENS = 32768
 #: Problems of a task, which are made before the first is asked: in about a minute.
 MOST_PROBLEMS = 100_000
+#: `sequential` is the engine's, not the mode of that name: it would only make the same answers slower.
+SAMPLING = Fields(
+    GenerationConfig, ("sequential", "logprobs"), {"max_new_tokens": f"the task's; of a file {DEFAULT_MAX_TOKENS}"}
+)
 
 
 def questions_of(what: str, problems: int | None, seed: int, raw: bool) -> tuple[list[Question], int]:
@@ -48,22 +55,29 @@ def questions_of(what: str, problems: int | None, seed: int, raw: bool) -> tuple
 
 
 def run(
-    what: str,
-    model: str,
-    out: Path,
-    modes: Sequence[str],
-    given: Mapping[str, Any],
-    placement: Mapping[str, str | None],
-    problems: int | None,
-    n: int,
-    batch: int,
-    raw: bool,
-    as_json: bool,
+    what: Annotated[str, typer.Argument(help="arithmetic, sat, or a file of questions: .jsonl, .cnf")] = "arithmetic",
+    model: Model = EMBEDDED_NAME,
+    out: Annotated[Path, typer.Option(help="Folder for samples, table and charts; one that has some goes on.")] = Path(
+        "evaluation"
+    ),
+    mode: Annotated[
+        list[str] | None, typer.Option(help="parallel, zero (asked without), sequential; again for more. Default: all.")
+    ] = None,
+    problems: Annotated[int | None, typer.Option(help="How many questions. Default: 200, or all of the file.")] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Samples of each question; they share its prompt.")] = 1,
+    batch: Annotated[int, typer.Option(help="Questions at once; 1 for the wall-clock of each alone.")] = 16,
+    *,
+    given: Annotated[Given, SAMPLING],
+    raw: Raw = False,
+    placed: Annotated[Given, Fields(Placement)],
+    as_json: Json = False,
 ) -> None:
-    """Answers what is missing in ``out``; prints the table, and writes there samples, table and charts.
+    """Answer what is missing in `out`; print the table, and write samples, table and charts there.
 
-    given: the fields of GenerationConfig that were given on the command line. Raises ValueError for bad ones.
+    Raises:
+        ValueError: Arguments are bad; before PyTorch is imported.
     """
+    modes, placement = mode or [], Placement(**placed)
     unknown = [name for name in modes if name not in MODES]
     if unknown:
         raise ValueError(f"--mode: expected one of {', '.join(MODES)}, got {unknown[0]!r}")
@@ -73,7 +87,7 @@ def run(
     config = GenerationConfig(**{"max_new_tokens": most, **given})
     chosen = [MODES[name] for name in dict.fromkeys(modes or MODES)]
     # Weights read in another dtype give other answers, so the samples name it.
-    name = " in ".join(filter(None, (model, placement["dtype"])))
+    name = " in ".join(filter(None, (model, placement.dtype)))
     plans = [Plan(name, mode, config, n, batch) for mode in chosen]
     check_model(model, placement)
     for plan in plans:

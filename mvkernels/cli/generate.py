@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from mvkernels._lazy import import_for
 from mvkernels.cli.files import require_file
-from mvkernels.model.checkpoint.files import require_checkpoint
-from mvkernels.model.checkpoint.names import EMBEDDED, EMBEDDED_NAME, checkpoint_path, require_device, trained_task
+from mvkernels.cli.loading import Placement, check_model, load_engine, untrained
+from mvkernels.cli.options import Fields, Given, Model, Raw
+from mvkernels.model.checkpoint.names import EMBEDDED_NAME, checkpoint_path, trained_task
 from mvkernels.model.engine.sampling.config import GenerationConfig
 from mvkernels.model.files import write_whole
 from mvkernels.model.tasks import GeneratedProblem, grade
@@ -36,9 +33,6 @@ WARM_UP_TOKENS = 8
 #: The likeliest tokens that a page shows beside each one, where --logprobs does not say how many.
 PAGE_LOGPROBS = 5
 PARALLEL, SEQUENTIAL, CHAIN = "parallel", "one path at a time", "one chain, no blocks"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-#: The devices that a model can be put on: those of the attention backends.
-DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -73,72 +67,6 @@ class Question:
         return None if self.problem is None else grade(run.generation.text, self.problem)
 
 
-# ---- loading and asking
-
-
-def check_model(model: str, placement: Mapping[str, str | None]) -> None:
-    """Raises ValueError for arguments that `load_engine` could not use, before PyTorch is imported."""
-    dtype, device, device_map = placement["dtype"], placement["device"], placement["device_map"]
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if device is not None and not DEVICE.fullmatch(device):
-        raise ValueError(f"--device: expected cpu, cuda or a numbered one such as cuda:0, got {device!r}")
-    if device is not None and device_map is not None:
-        raise ValueError(f"expected --device or --device-map, got both: {device!r} and {device_map!r}")
-    if checkpoint_path(model) == EMBEDDED and not (EMBEDDED / "config.json").exists():
-        raise ValueError(f"expected the embedded model in {EMBEDDED}, found none; name a model with --model")
-    require_checkpoint(checkpoint_path(model))
-
-
-def load_engine(model: str, placement: Mapping[str, str | None]) -> tuple[Engine, list[str]]:
-    """Load the engine of a checkpoint; stderr shows what is being loaded, which takes seconds.
-
-    Args:
-        model: Checkpoint as on the command line.
-        placement: dtype, device and device_map as on the command line, checked by `check_model`.
-
-    Returns:
-        The engine, and the warnings of loading that a user can act on.
-
-    Raises:
-        ValueError: The device is not in this machine; also what `Engine.from_pretrained` raises.
-    """
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status("loading") as status:
-            return _load(model, placement, lambda what: status.update(f"loading {what}"))
-    return _load(model, placement, lambda what: print(f"loading {what} ...", file=sys.stderr, flush=True))
-
-
-def _load(model: str, placement: Mapping[str, str | None], show: Callable[[str], None]) -> tuple[Engine, list[str]]:
-    show("PyTorch")
-    import torch
-
-    dtype, device = placement["dtype"], placement["device"]
-    require_device(device)
-    if model == EMBEDDED_NAME and "OMP_NUM_THREADS" not in os.environ:
-        # Its layers are too small to share among threads, which on a busy machine wait for one another a hundredfold.
-        torch.set_num_threads(1)
-    show("transformers")
-    transformers_logging: Any = import_for("mvkernels generate", "transformers.utils.logging")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    from mvkernels.model import Engine
-
-    show(f"the model: {model}")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        engine = Engine.from_pretrained(
-            model,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            device=device,
-            device_map=placement["device_map"],
-        )
-    said = (str(warning.message) for warning in caught)
-    notes = [text for text in said if "generates sequentially" in text or text.startswith("mvkernels: ")]
-    return engine, notes
-
-
 def own_problem(model: str, seed: int) -> GeneratedProblem:
     """A held-out problem of the task that the model was trained on. Raises ValueError for a model of no one task."""
     task = trained_task(checkpoint_path(model))
@@ -159,16 +87,6 @@ def ask(engine: Engine, text: str | None, problem: GeneratedProblem | None, raw:
     if raw or getattr(engine.tokenizer, "chat_template", None) is None:
         return Question(text, text)
     return Question([{"role": "user", "content": text}], text)
-
-
-def untrained(questions: Sequence[str], model: str) -> list[str]:
-    """A note where questions are none of the only task that the model was trained on, or an empty list."""
-    task = trained_task(checkpoint_path(model))
-    others = [question for question in questions if task is not None and not task.covers(question)]
-    if task is None or not others:
-        return []
-    which = "this prompt is" if len(questions) == 1 else f"{len(others)} of {len(questions)} questions are"
-    return [f"{model} was trained on {task.name} alone ({task.range}), and {which} none of these: expect wrong answers"]
 
 
 # ---- running
@@ -217,21 +135,26 @@ def sequential_runs(engine: Engine, question: Question, config: GenerationConfig
 
 
 def run(
-    prompt: str | None,
-    model: str,
-    given: Mapping[str, Any],
-    placement: Mapping[str, str | None],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="What to answer. Default: a fresh problem of the task that MODEL was trained on."),
+    ] = None,
+    model: Model = EMBEDDED_NAME,
     *,
-    compare: bool,
-    raw: bool,
-    full: bool,
-    as_json: bool,
-    html: Path | None,
+    given: Annotated[Given, Fields(GenerationConfig, defaults={"max_new_tokens": "1024; embedded: 4096"})],
+    compare: Annotated[bool, typer.Option("--compare", help="Then again sequentially, and compare.")] = False,
+    raw: Raw = False,
+    placed: Annotated[Given, Fields(Placement)],
+    full: Annotated[
+        bool, typer.Option("--full", help="Print the whole text too, with all that the paths say.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead, one line a generation.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file: tree, timeline, text.")] = None,
 ) -> None:
-    """Generates once, and with ``compare`` once more sequentially; prints the answer and the figures of each run.
+    """Generate once, and with `compare` once more sequentially; print the answer and the figures of each run.
 
-    given: the fields of GenerationConfig that were given on the command line. full: also the whole text. html: a file
-    for the page, or None. Raises ValueError for bad ones, before PyTorch is imported.
+    Raises:
+        ValueError: Arguments are bad; before PyTorch is imported.
     """
     if compare and given.get("sequential"):
         raise ValueError("expected --compare or --sequential, got both")
@@ -242,6 +165,7 @@ def run(
         require_file(html, "--html")
         defaults["logprobs"] = PAGE_LOGPROBS
     config = GenerationConfig(**{**defaults, **given})
+    placement = Placement(**placed)
     check_model(model, placement)
     problem = own_problem(model, config.seed) if prompt is None else None
     engine, notes = load_engine(model, placement)

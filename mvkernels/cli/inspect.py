@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from mvkernels.cli.files import load_tokenizer
+from mvkernels.cli.options import Json, Tokenizer
 from mvkernels.errors import GrammarError
 from mvkernels.grammar import INDEX_PATTERN, Block, Trace, parse_text
 from mvkernels.model.curator.trace_files import StoredTrace, read_traces
@@ -24,6 +27,14 @@ if TYPE_CHECKING:
 
     from mvkernels.layout import BranchLayout
     from mvkernels.mask import IntervalMask
+
+
+class Semantics(StrEnum):
+    """As `mvkernels.grammar.SEMANTICS`, for typer."""
+
+    canonical = "canonical"
+    released = "released"
+
 
 # Columns that one level of nesting takes in the tree, and that a label needs.
 INDENT, LABEL = 8, 32
@@ -195,16 +206,14 @@ def stored_trace(file: FilePath, number: int) -> tuple[StoredTrace, str, bool]:
 
 
 def run(
-    file: FilePath,
-    tokenizer: str | FilePath | None,
-    plot: FilePath | None,
-    semantics: str,
-    as_json: bool,
-    trace: int = 1,
+    file: Annotated[FilePath, typer.Argument(help="Traces: a text file, .jsonl, .parquet, or a folder of such.")],
+    tokenizer: Tokenizer = None,
+    plot: Annotated[FilePath | None, typer.Option(help="Draw mask and positions to this file.")] = None,
+    semantics: Annotated[Semantics, typer.Option(help="The layout to use.")] = Semantics.canonical,
+    trace: Annotated[int, typer.Option(help="Which trace of a file or folder with several, from 1.")] = 1,
+    as_json: Json = False,
 ) -> None:
-    """Prints the figures of one trace of a file or folder, and draws its mask and positions where ``plot`` names a
-    file. trace: its number.
-    """
+    """Print the figures of one trace of a file or folder, and draw its mask and positions."""
     if plot is not None:
         from mvkernels.cli.plots import check_plot, plot_layout
 

@@ -12,7 +12,9 @@ from dataclasses import replace
 from itertools import chain
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
 from mvkernels.cli import charts
@@ -26,12 +28,21 @@ WORK = Path("runs/reproduce")
 QUICK_SUFFIX = "-quick"
 
 
-def run(out: Path | None, work: Path | None, quick: bool, jobs: int = 1, task: str | None = None) -> None:
-    """Does what is not done yet in ``work``, cell by cell, and writes the report on all that is done after each.
+def run(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for tables and figures. Default: benchmarks/results/reproduce.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for models and samples, to go on from. Default: runs/reproduce.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Everything once, on models that hardly learn.")] = False,
+    jobs: Annotated[int, typer.Option(help="Models trained and asked at the same time; the cores are shared.")] = 1,
+    task: Annotated[str | None, typer.Option(help="Only this task: arithmetic or sat.")] = None,
+) -> None:
+    """Do what is not done yet in `work`, cell by cell, and after each write the report on all that is done.
 
-    jobs: models that are trained, and asked, at the same time, each in a process of its own with its share of the
-    cores; what is timed runs alone afterwards. task: the only one whose cells are done, None for both; each task has a
-    report of its own.
+    With several jobs each model has a process of its own; what is timed runs alone afterwards. Each task has a report
+    of its own.
     """
     if jobs < 1:
         raise ValueError(f"--jobs: expected at least 1, got {jobs}")

@@ -21,7 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvkernels.cli.generate import load_engine
+from mvkernels.cli.loading import Placement, load_engine
 from mvkernels.model.engine.sampling.config import GenerationConfig
 from mvkernels.model.evaluation.questions import Question, generated_questions
 from mvkernels.model.evaluation.samples import MODES, Plan, batches
@@ -237,7 +237,7 @@ def _unseen(task: str, count: int) -> list[Question]:
 
 @cache
 def _load(folder: Path) -> Engine:
-    return load_engine(str(folder), {"dtype": None, "device": None, "device_map": None})[0]
+    return load_engine(str(folder), Placement())[0]
 
 
 def forget_engines() -> None:

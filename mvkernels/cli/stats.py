@@ -7,13 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mvkernels.cli import charts
 from mvkernels.cli.files import load_tokenizer, require_writable
+from mvkernels.cli.options import Json, Tokenizer, Traces
 from mvkernels.model.curator.statistics import Spread, TraceFigures, measures, spreads, trace_figures
 from mvkernels.model.curator.trace_files import read_traces
 from mvkernels.model.files import write_whole
@@ -34,11 +37,16 @@ def file_sets(files: Sequence[Path]) -> dict[str, list[Path]]:
     return sets
 
 
-def run(files: Sequence[Path], tokenizer: str | Path | None, out: Path | None, as_json: bool) -> None:
-    """Prints a table a set of traces. A malformed trace is left out, and named on stderr.
+def run(
+    files: Traces,
+    tokenizer: Tokenizer = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures as JSON, and a chart of them.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a table for each set of traces. A malformed trace is left out, and named on stderr.
 
-    out: a folder for `statistics.json` and `distributions.png`, whose paths are printed. Raises ValueError for a set
-    without a good trace.
+    Raises:
+        ValueError: A set has no good trace, or the figures cannot be written.
     """
     if out is not None:
         require_writable(out, "--out")

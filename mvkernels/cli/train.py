@@ -8,11 +8,16 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from mvkernels.cli.options import Fields, Given, Quiet
 from mvkernels.model.training.allocator import keep_freed_memory
 from mvkernels.model.training.recipe import Recipe
 from mvkernels.model.training.recipe_file import RECIPE_FILE, check_folder, read_recipe
+
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")]
 
 
 def make_recipe(out: Path, given: Mapping[str, Any], resume: bool) -> Recipe:
@@ -47,8 +52,13 @@ def resumable(out: Path, words: Sequence[str]) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def run(out: Path, given: Mapping[str, Any], resume: bool, quiet: bool) -> None:
-    """Trains and saves to ``out``; prints what came out."""
+def run(
+    out: Annotated[Path, typer.Argument(help="New folder for the model; with --resume, the interrupted one.")],
+    given: Annotated[Given, Fields(Recipe)],
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train and save to `out`; print what came out."""
     recipe = make_recipe(out, given, resume)
     check_folder(recipe, out, resume)
     with resumable(out, ["train", str(out), "--resume", *(["--quiet"] if quiet else [])]):

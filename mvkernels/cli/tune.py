@@ -6,13 +6,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from mvkernels.cli.train import resumable, seconds_text
+import typer
+
+from mvkernels.cli.options import Fields, Given, Quiet
+from mvkernels.cli.train import Resume, resumable, seconds_text
 from mvkernels.model.training.allocator import keep_freed_memory
 from mvkernels.model.training.recipe_file import check_folder
 from mvkernels.model.training.traces import read_examples
-from mvkernels.model.training.tuning_recipe import TuningRecipe, find_recipe, load_recipe, parse_overrides
+from mvkernels.model.training.tuning_recipe import TuningRecipe, find_recipe, load_recipe
 
 if TYPE_CHECKING:
     from mvkernels.model.training.tuning import TuningData
@@ -21,21 +24,28 @@ CHART = "losses.png"
 
 
 def run(
-    recipe_file: Path,
-    arguments: Sequence[str],
+    context: typer.Context,
+    recipe_file: Annotated[
+        Path,
+        typer.Argument(
+            help="A TOML file, or one that comes with the package: multiverse-32b.toml, smollm2-lora.toml.",
+            metavar="RECIPE",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Argument(help="New folder for the model; with --resume, the interrupted one.", metavar="OUT")
+    ] = None,
     *,
-    resume: bool,
-    quiet: bool,
-    dry_run: bool,
-    skip_bad: bool,
+    given: Annotated[Given, Fields(TuningRecipe, defaults=None)],
+    resume: Resume = False,
+    quiet: Quiet = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the mixture of each pass, train nothing; needs no OUT.")
+    ] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad traces out, and count them.")] = False,
 ) -> None:
-    """Trains by the recipe and prints what came out; with ``dry_run`` prints the mixture and trains nothing.
-
-    arguments: the output folder first (not with ``dry_run``), then ``--field value``.
-    """
-    words = list(arguments)
-    out = words.pop(0) if words and not words[0].startswith("--") else None
-    recipe = load_recipe(find_recipe(recipe_file), parse_overrides(words))
+    """Train by the recipe and print what came out; with `dry_run` print the mixture and train nothing."""
+    recipe = load_recipe(find_recipe(recipe_file), given)
     recipe.check_inputs()
     if not dry_run and out is None:
         raise ValueError("tune RECIPE OUT: expected a folder OUT for the model, got none")
@@ -49,10 +59,8 @@ def run(
     assert out is not None
     first = os.environ.get("RANK", "0") == "0"
     if first:  # the other processes may find the folder begun
-        check_folder(recipe, Path(out), resume)
-    switches = {"--resume": True, "--quiet": quiet, "--skip-bad": skip_bad}
-    command = ["tune", str(recipe_file), *arguments, *(name for name, on in switches.items() if on)]
-    with resumable(Path(out), command):
+        check_folder(recipe, out, resume)
+    with resumable(out, [*context.obj, *([] if resume else ["--resume"])]):
         from mvkernels.model.training import tune  # takes seconds, so bad input is said before
 
         keep_freed_memory()

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from benchmarks import figures
-from mvkernels.cli.generate import EMBEDDED
+from mvkernels.model.checkpoint.names import EMBEDDED
 from mvkernels.model.engine.output.trace_html import TEMPLATE
 from tests.cli.test_cli import ROOT, invoke
 

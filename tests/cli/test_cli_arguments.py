@@ -93,6 +93,7 @@ def test_bad_arguments_are_refused_before_pytorch_is_imported(tmp_path: Path):
         (["stats", at("text.txt"), "--out", at("text.txt")], "expected a folder, got a file"),
         (["stats", at("text.txt"), "--tokenizer", at("nowhere")], "tokenizer.json"),
         (["curate", at("other.jsonl"), at("new")], "--base-url URL"),
+        (["curate", "--check", at("other.jsonl")], "--check"),
         (
             ["curate", at("nowhere"), at("new"), "--base-url", "http://localhost:1/v1", "--model", "m"],
             "input: expected a .jsonl",
@@ -103,8 +104,8 @@ def test_bad_arguments_are_refused_before_pytorch_is_imported(tmp_path: Path):
         (["train", at("new"), "--resume"], "resume: expected a folder"),
         (["train", at("new"), "--steps", "0"], "steps: expected a whole number"),
         (["train", at("new"), "--task", "chess"], "task: expected one of"),
-        (["train", at("field.toml")], "to tune a model on traces: mvkernels tune RECIPE OUT"),
-        (["train", at("new"), "--unknown", "1"], "No such option: --unknown"),
+        (["train", "a.toml", at("new")], "mvkernels tune RECIPE OUT"),
+        (["train", "a.toml", at("new"), "--data", "x", "--dry-run"], "mvkernels tune RECIPE OUT"),
         (["tune", "nowhere.toml", at("new")], "expected a recipe: a TOML file"),
         (["tune", at("bad.toml"), at("new")], "expected a recipe in TOML"),
         (["tune", at("field.toml"), at("new")], "learning: expected a field of a recipe"),
@@ -114,13 +115,16 @@ def test_bad_arguments_are_refused_before_pytorch_is_imported(tmp_path: Path):
         (["tune", at("record.toml"), at("new")], "expected a JSON object on the line"),
         (["tune", at("record.toml"), "--dry-run"], "expected a JSON object on the line"),
         (["tune", at("record.toml")], "expected a folder OUT"),
-        (["tune", "smollm2-lora.toml", at("new"), "--model", "embedded", "--nope", "1"], "nope: expected a field"),
+        (["tune", "smollm2-lora.toml", at("new"), "--model", "embedded", "--nope", "1"], "--nope"),
+        (["tune", "smollm2-lora.toml", at("new"), "--lora-rank", "x"], "--lora-rank"),
+        (["tune", "smollm2-lora.toml", at("new"), "--passes", "0.5,x"], "--passes"),
+        (["tune", "smollm2-lora.toml", at("new"), "--lora-rank", "-1"], "lora_rank: expected a whole number"),
         (["tune", "smollm2-lora.toml", at("new")], "expected a local model folder"),
         (["reproduce", "--jobs", "0"], "--jobs: expected at least 1"),
         (["reproduce", "--task", "chess"], "--task: expected arithmetic or sat"),
         (["reproduce", "--out", at("text.txt")], "expected a folder, got a file"),
     ]
-    commands = ("generate", "evaluate", "inspect", "check", "stats", "curate", "add-tags", "env", "reproduce")
+    commands = ("generate", "evaluate", "inspect", "check", "stats", "curate", "add-tags", "env", "reproduce", "train")
     cases += [([name, "--nope"], "--nope") for name in commands]
     cases += [  # at the end, for they import numpy
         (["inspect", at("text.txt"), "--plot", at("nowhere/a.png")], "--plot: expected a folder to write to"),

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from mvkernels import BranchLayout, TagTokens
-from mvkernels.cli.generate import EMBEDDED
 from mvkernels.grammar import TAGS
 from mvkernels.model import Engine, Generation, GenerationConfig
+from mvkernels.model.checkpoint.names import EMBEDDED
 from mvkernels.model.tasks import arithmetic
 from tests.cli.test_cli import ROOT, assert_one_line_error, invoke
 from tests.engine.test_trace_html import data_of
@@ -120,6 +120,7 @@ def test_every_option_reaches_the_config(checkpoint: Path, monkeypatch: pytest.M
     limits += ("--max-path-tokens", 300, "--max-seconds", 90, "--no-grammar")
     sampling = ("--temperature", 0.5, "--top-p", 0.6, "--top-k", 7, "--seed", 9)
     sampling += ("--min-p", 0.1, "--repetition-penalty", 1.2, "--logprobs", 3)
+    sampling += ("--stop", "a,b", "--stop", "c", "--eos-token-id", 5, "--eos-token-id", 6)
     generate_json("two", "--model", checkpoint, *limits, *sampling)
     generate_json("two", "--model", checkpoint, "--max-tokens", 5)
     assert seen == [
@@ -138,6 +139,8 @@ def test_every_option_reaches_the_config(checkpoint: Path, monkeypatch: pytest.M
             repetition_penalty=1.2,
             logprobs=3,
             seed=9,
+            stop=("a,b", "c"),
+            eos_token_ids=(5, 6),
             sequential=True,
         ),
         GenerationConfig(max_new_tokens=5),
@@ -362,7 +365,8 @@ def test_bad_input_is_said_before_the_imports_that_take_seconds(tmp_path: Path):
         (["train", full], "expected a new or empty folder"),
         (["train", full, "--resume"], "expected a folder with the checkpoint"),
         (["tune", tmp_path / "none.toml", tmp_path / "new"], "expected a recipe"),
-        (["tune", recipe, tmp_path / "new", "--lora-rank", "x"], "lora_rank: expected"),
+        (["tune", recipe, tmp_path / "new", "--lora-rank", -1], "lora_rank: expected"),
+        (["train", recipe, tmp_path / "new", "--data", "x"], "mvkernels tune RECIPE OUT"),
         (["tune", recipe, tmp_path / "new"], "expected a local model folder"),
         (["tune", recipe, tmp_path / "new", "--model", EMBEDDED], "data: expected"),
         (["tune", recipe, full, "--model", EMBEDDED, "--data", ROOT / "tests" / "no.jsonl"], "data: expected"),

@@ -150,17 +150,6 @@ def test_a_folder_of_the_curator_holds_its_traces_once(tmp_path: Path) -> None:
     assert [one.name for one in read_examples([tmp_path])] == [f"{tmp_path / 'traces.jsonl'}:1"]  # type: ignore[union-attr]
 
 
-def test_curate_can_check_alone(tmp_path: Path) -> None:
-    """The same as `check`, exit status too, and without an endpoint."""
-    for name, text in (("good.xml", TRACE), ("bad.xml", TRACE.replace("</Conclusion>", ""))):
-        (tmp_path / name).write_text(text)
-        one, other = invoke("check", tmp_path / name), invoke("curate", "--check", tmp_path / name)
-        assert (one.exit_code, one.output) == (other.exit_code, other.output)
-        assert one.exit_code == (name == "bad.xml")
-    assert_one_line_error(invoke("curate", "--check", tmp_path / "good.xml", tmp_path / "out"), "expected no OUT")
-    assert_one_line_error(invoke("curate", tmp_path / "good.xml", tmp_path / "out"), "--base-url URL --model NAME")
-
-
 def test_check_prints_a_line_a_finding_and_a_table(tmp_path: Path) -> None:
     (tmp_path / "good.xml").write_text(DEPENDENT)
     line = DEPENDENT.split("\n").index("2: Similarly, five are nine.") + 1

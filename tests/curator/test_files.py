@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from mvkernels.model.curator.asking import Answer
-from mvkernels.model.curator.budget import Budget, BudgetUsedUp, Limits
+from mvkernels.model.curator.budget import Budget, BudgetUsedUp
 from mvkernels.model.curator.cache import AnswerCache
 from mvkernels.model.curator.chains import ChainReader, Columns
-from mvkernels.model.curator.endpoint import Endpoint, EndpointSettings, retry_after, without_credentials
-from mvkernels.model.curator.job import Job, State
+from mvkernels.model.curator.endpoint import Endpoint, retry_after
+from mvkernels.model.curator.job import EndpointSettings, Job, Limits, State, without_credentials
 from mvkernels.model.curator.outputs import OutputFolder, read_lines, repair
 from mvkernels.model.curator.prompts import Form
 from mvkernels.model.curator.run import curate

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from mvkernels.model.curator.answers import LONGEST, Wrong
 from mvkernels.model.curator.asking import Answer, Message
-from mvkernels.model.curator.budget import Budget, Limits
+from mvkernels.model.curator.budget import Budget
 from mvkernels.model.curator.cache import AnswerCache
 from mvkernels.model.curator.chains import Chain
-from mvkernels.model.curator.endpoint import Endpoint, EndpointBusy, EndpointSettings
+from mvkernels.model.curator.endpoint import Endpoint, EndpointBusy
 from mvkernels.model.curator.groups import read_groups
-from mvkernels.model.curator.job import Job, State
+from mvkernels.model.curator.job import EndpointSettings, Job, Limits, Rules, State
 from mvkernels.model.curator.mapreduce import read_mapreduce
-from mvkernels.model.curator.pipeline import Pipeline, Rules
+from mvkernels.model.curator.pipeline import Pipeline
 from mvkernels.model.curator.prompts import STAGES, Form
 from mvkernels.model.curator.refill import read_ranges
 from mvkernels.model.curator.run import curate

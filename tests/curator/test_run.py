@@ -16,12 +16,9 @@ from typing import Any
 
 import pytest
 
-from mvkernels.model.curator.budget import Limits
 from mvkernels.model.curator.checks import check_trace, content_distance
-from mvkernels.model.curator.endpoint import EndpointSettings
-from mvkernels.model.curator.job import Job, State
+from mvkernels.model.curator.job import EndpointSettings, Job, Limits, Rules, State
 from mvkernels.model.curator.outputs import OutputFolder
-from mvkernels.model.curator.pipeline import Rules
 from mvkernels.model.curator.run import curate
 from mvkernels.model.training.traces import read_examples
 from tests.cli.test_cli import invoke

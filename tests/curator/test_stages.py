@@ -15,8 +15,9 @@ from mvkernels.model.curator.answers import Wrong, answer_text
 from mvkernels.model.curator.asking import Answer, Message
 from mvkernels.model.curator.chains import Chain
 from mvkernels.model.curator.groups import Group, read_groups
+from mvkernels.model.curator.job import Rules
 from mvkernels.model.curator.mapreduce import BlockText, Draft, block_at, read_mapreduce
-from mvkernels.model.curator.pipeline import Pipeline, Rules
+from mvkernels.model.curator.pipeline import Pipeline
 from mvkernels.model.curator.prompts import FOLDER, STAGES, Form, form_of, prompts_version, read_prompt, render
 from mvkernels.model.curator.refill import read_ranges
 from mvkernels.model.curator.sentences import Sentences

@@ -373,9 +373,9 @@ def anew() -> Iterator[None]:
 def test_the_command_line_says_that_there_is_no_compiler(
     anew: None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    env, generate = pytest.importorskip("mvkernels.cli.env"), pytest.importorskip("mvkernels.cli.generate")
+    env, loading = pytest.importorskip("mvkernels.cli.env"), pytest.importorskip("mvkernels.cli.loading")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    _, notes = generate.load_engine("embedded", {"dtype": None, "device": "cpu", "device_map": None})
+    _, notes = loading.load_engine("embedded", loading.Placement(device="cpu"))
     reason = "expected the C++ compiler no-such-compiler, which is not installed"
     assert notes == [native.WITHOUT.format(reason)]
     for _ in range(2):

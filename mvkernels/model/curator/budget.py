@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+
+from mvkernels.model.curator.job import Limits
 
 
 class BudgetUsedUp(Exception):
     """No further request fits."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of all runs into one folder; None: no limit. max_cost and prices in one currency, prices per million tokens."""
-
-    max_tokens: int | None = None
-    max_cost: float | None = None
-    prompt_price: float = 0.0
-    completion_price: float = 0.0
-
-    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
 
 
 class Budget:

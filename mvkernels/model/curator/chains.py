@@ -15,6 +15,7 @@ from typing import Any
 
 from mvkernels.model.json_input import parse_json, shown
 from mvkernels.model.parquet import open_parquet, parquet_rows
+from mvkernels.model.settings import option
 
 #: Names that are looked for, in this order, where none is given.
 KNOWN_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -55,9 +56,9 @@ class NoRecord:
 class Columns:
     """The names of the columns; None: whichever known name the first record has."""
 
-    question: str | None = None
-    chain: str | None = None
-    answer: str | None = None
+    question: str | None = option(None, "Default: a known name, such as question.", "--question-column")
+    chain: str | None = option(None, "Default: a known name, as in s1K-1.1.", "--chain-column")
+    answer: str | None = option(None, "Default: a known name, such as solution.", "--answer-column")
 
     def found_in(self, record: Mapping[str, Any]) -> Columns:
         """The same with every name looked up. Raises ValueError where one that is needed is missing."""

@@ -8,13 +8,13 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from mvkernels._lazy import import_for
 from mvkernels.model.curator.asking import Answer, Message, Rejected
 from mvkernels.model.curator.budget import Budget
 from mvkernels.model.curator.cache import AnswerCache, request_key
+from mvkernels.model.curator.job import EndpointSettings, without_credentials
 from mvkernels.model.curator.prompts import Form
 from mvkernels.model.json_input import parse_json
 
@@ -37,26 +37,6 @@ class EndpointError(ValueError):
 
 class EndpointBusy(Exception):
     """A request was not answered, by no fault of its own as far as can be seen: its chain is left for the next run."""
-
-
-@dataclass(frozen=True)
-class EndpointSettings:
-    """base_url, model: as the endpoint names them. key: "none" for servers without one.
-
-    retries: of one request. timeout: seconds of one request. answer_tokens: most tokens of an answer; None: the
-    endpoint's own limit. temperature: None: the endpoint's own. structured: whether to ask for JSON by a schema; None:
-    where the endpoint has it.
-    """
-
-    base_url: str
-    model: str
-    key: str = "none"
-    retries: int = 12
-    timeout: float = 600.0
-    backoff: float = 1.0
-    answer_tokens: int | None = 8192
-    temperature: float | None = None
-    structured: bool | None = None
 
 
 class Endpoint:
@@ -294,11 +274,3 @@ def retry_after(headers: Any) -> float | None:
             return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError):
         return None
-
-
-def without_credentials(url: str) -> str:
-    """The URL without user, password, query and fragment."""
-    scheme, separator, rest = url.partition("://")
-    rest = rest.partition("?")[0].partition("#")[0]
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"

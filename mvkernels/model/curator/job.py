@@ -7,15 +7,59 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mvkernels.model.curator.budget import Limits
 from mvkernels.model.curator.chains import Columns
-from mvkernels.model.curator.endpoint import EndpointSettings, without_credentials
 from mvkernels.model.curator.outputs import read_manifest
-from mvkernels.model.curator.pipeline import Rules
 from mvkernels.model.curator.prompts import prompts_version
+from mvkernels.model.settings import described, option
 
 #: Requests at the same time: each has a task and a connection of its own.
 MOST_CONCURRENT = 10_000
+
+
+@dataclass(frozen=True)
+class EndpointSettings:
+    """base_url, model: as the endpoint names them. key: "none" for servers without one.
+
+    retries: of one request. timeout: seconds of one request. answer_tokens: most tokens of an answer; None: the
+    endpoint's own limit. temperature: None: the endpoint's own. structured: whether to ask for JSON by a schema; None:
+    where the endpoint has it.
+    """
+
+    base_url: str = field(metadata=described("OpenAI-compatible endpoint, such as http://localhost:8000/v1"))
+    model: str = field(metadata=described("The model's name at the endpoint."))
+    key: str = "none"
+    retries: int = option(12, "Of one request that failed in passing.")
+    timeout: float = option(600.0, "Seconds of one request.")
+    backoff: float = 1.0
+    answer_tokens: int | None = option(8192, "Of one answer; 0: the endpoint's own limit.", "--max-tokens-request")
+    temperature: float | None = option(None, "Default: the endpoint's own.")
+    structured: bool | None = option(None, "Whether to ask for JSON by a schema. Default: where the endpoint can.")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of all runs into one folder; None: no limit. max_cost and prices in one currency, prices per million tokens."""
+
+    max_tokens: int | None = option(None, "Of all runs into OUT; then the run stops.", "--max-tokens-total")
+    max_cost: float | None = option(None, "Of all runs into OUT, by the prices; then it stops.")
+    prompt_price: float = option(0.0, "Of a million prompt tokens.", "--price-prompt")
+    completion_price: float = option(0.0, "Of a million tokens of answers.", "--price-completion")
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
+
+
+@dataclass(frozen=True)
+class Rules:
+    """max_tries: answers to one request, the first included. max_distance: of a trace from its original.
+
+    drop_sequential: whether a chain without a parallel step is rejected. max_characters: of a chain.
+    """
+
+    max_tries: int = option(3, "Answers to one request, until the chain is rejected.")
+    max_distance: float = option(0.2, "Edit distance of a trace over its original's length.")
+    drop_sequential: bool = option(False, "Reject chains without a parallel step instead of keeping them.")
+    max_characters: int = option(200_000, "Of a chain; a longer one is rejected.")
 
 
 @dataclass(frozen=True)
@@ -26,11 +70,11 @@ class Job:
     out: Path
     endpoint: EndpointSettings
     columns: Columns = field(default_factory=Columns)
-    limit: int | None = None
-    concurrency: int = 16
+    limit: int | None = option(None, "Only so many chains, from the first on.")
+    concurrency: int = option(16, "Requests at the same time.")
     rules: Rules = field(default_factory=Rules)
     limits: Limits = field(default_factory=Limits)
-    retry_rejected: bool = False
+    retry_rejected: bool = option(False, "Do the chains again that were rejected, say with more tries.")
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is out of range."""
@@ -80,6 +124,14 @@ def _is_web_address(url: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
     except ValueError:  # of a port or an address
         return False
+
+
+def without_credentials(url: str) -> str:
+    """The URL without user, password, query and fragment."""
+    scheme, separator, rest = url.partition("://")
+    rest = rest.partition("?")[0].partition("#")[0]
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 @dataclass

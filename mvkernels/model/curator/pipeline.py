@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mvkernels.grammar import TAG_PATTERN
@@ -12,6 +11,7 @@ from mvkernels.model.curator.asking import Answerer, Dialogue, Message, Record, 
 from mvkernels.model.curator.chains import Chain
 from mvkernels.model.curator.checks import Finding, check_trace, content_distance
 from mvkernels.model.curator.groups import read_groups
+from mvkernels.model.curator.job import Rules
 from mvkernels.model.curator.mapreduce import BlockText, Draft, block_at, read_mapreduce
 from mvkernels.model.curator.refill import Ranges, read_ranges
 from mvkernels.model.curator.sentences import Sentences
@@ -19,19 +19,6 @@ from mvkernels.model.curator.structure import Node, ParallelBlock, blocks_of, re
 from mvkernels.model.curator.summary import MOST_STEPS, Step, main_of, read_summary, summary_text
 
 NO_PARALLEL_STEP = "no parallel step"
-
-
-@dataclass(frozen=True)
-class Rules:
-    """max_tries: answers to one request, the first included. max_distance: of a trace from its original.
-
-    drop_sequential: whether a chain without a parallel step is rejected. max_characters: of a chain.
-    """
-
-    max_tries: int = 3
-    max_distance: float = 0.2
-    drop_sequential: bool = False
-    max_characters: int = 200_000
 
 
 class Pipeline:

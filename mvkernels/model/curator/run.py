@@ -14,13 +14,8 @@ from mvkernels._lazy import import_for
 from mvkernels.model.curator.budget import Budget, BudgetUsedUp
 from mvkernels.model.curator.cache import AnswerCache
 from mvkernels.model.curator.chains import Chain, ChainReader
-from mvkernels.model.curator.endpoint import (
-    Endpoint,
-    EndpointBusy,
-    EndpointError,
-    without_credentials,
-)
-from mvkernels.model.curator.job import Job, State
+from mvkernels.model.curator.endpoint import Endpoint, EndpointBusy, EndpointError
+from mvkernels.model.curator.job import Job, State, without_credentials
 from mvkernels.model.curator.outputs import (
     CACHE,
     PARQUET,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mvkernels.model.settings import option
 from mvkernels.model.tasks import task_named
 from mvkernels.model.training.recipe_file import RecipeFile
 
@@ -39,23 +40,23 @@ class Recipe(RecipeFile):
 
     outcome: ClassVar[str] = "training.json"
 
-    task: str = "arithmetic"
-    steps: int = 3600
-    tokens_per_step: int = 3072
-    learning_rate: float = 6e-3
-    embedding_learning_rate: float = 3e-3
-    weight_decay: float = 0.05
-    warmup_steps: int = 100
-    sequential_share: float = 0.4
-    bare_share: float = 0.1
-    hidden_size: int = 128
-    layers: int = 5
-    intermediate_size: int = 512
-    rope_theta: float = 1000.0
-    bf16: bool = True
-    seed: int = 0
-    log_every: int = 20
-    save_every: int = 200
+    task: str = option("arithmetic", "Whose problems it learns: arithmetic, sat.")
+    steps: int = option(3600, "Optimizer steps.")
+    tokens_per_step: int = option(3072, "Tokens of one packed row.")
+    learning_rate: float = option(6e-3, "Peak, of the layers' matrices.")
+    embedding_learning_rate: float = option(3e-3, "Peak, of all other parameters.")
+    weight_decay: float = option(0.05, "Of the layers' matrices.")
+    warmup_steps: int = option(100, "Steps up to the peak.")
+    sequential_share: float = option(0.4, "Share of problems written without blocks.")
+    bare_share: float = option(0.1, "Share of the parallel problems whose prompt ends with the question.")
+    hidden_size: int = option(128, "A multiple of 32.")
+    layers: int = option(5, "Decoder layers.")
+    intermediate_size: int = option(512, "Of the feed-forward part.")
+    rope_theta: float = option(1000.0, "Base of the rotary positions.")
+    bf16: bool = option(True, "Whether matrix products are in bf16.")
+    seed: int = option(0, "Of the initial weights and the problems.")
+    log_every: int = option(20, "Steps between two logged losses.")
+    save_every: int = option(200, "Steps between two checkpoints to resume from.")
 
     def __post_init__(self) -> None:
         task_named(self.task)

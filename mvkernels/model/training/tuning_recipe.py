@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -13,6 +13,7 @@ from mvkernels.grammar import SEMANTICS
 from mvkernels.model.checkpoint.files import DTYPES, require_checkpoint
 from mvkernels.model.checkpoint.names import checkpoint_path
 from mvkernels.model.curator.outputs import TRACES
+from mvkernels.model.settings import described, option
 from mvkernels.model.training.recipe_file import RecipeFile
 
 #: Recipes that come with the package.
@@ -58,38 +59,40 @@ class TuningRecipe(RecipeFile):
 
     outcome: ClassVar[str] = "losses.csv"
 
-    model: str
-    data: tuple[str, ...]
-    tokenizer: str = ""
-    end_of_text: str = ""
-    held_out: int = 0
-    semantics: str = "canonical"
-    parallel_ending: str = " Think step by step and in parallel before answering."
-    sequential_ending: str = " Think step by step before answering."
-    chat: bool = True
-    passes: tuple[float, ...] = (1.0,)
-    documents_per_step: int = 16
-    tokens_per_row: int = 32768
-    tokens_per_document: int = 0
-    cut: bool = False
-    steps: int = 0
-    learning_rate: float = 1e-5
-    warmup_share: float = 0.05
-    weight_decay: float = 1e-4
-    betas: tuple[float, ...] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
-    precision: str = "fp32"
-    dtype: str = ""
-    gradient_checkpointing: bool = False
-    lora_rank: int = 0
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    merge: bool = True
-    tensorboard: bool = False
-    evaluate_every: int = 0
-    log_every: int = 1
-    save_every: int = 100
-    seed: int = 0
+    model: str = field(metadata=described("Folder of the base model, or a GGUF file."))
+    data: tuple[str, ...] = field(metadata=described("JSONL files, .xml traces, folders of either.", commas=True))
+    tokenizer: str = option("", "A tokenizer.json, or a folder with one, instead of the model's.")
+    end_of_text: str = option("", "Token that ends a document.")
+    held_out: int = option(0, "Examples at the end that are not trained on, but evaluated.")
+    semantics: str = option("canonical", "canonical, or released.")
+    parallel_ending: str = option(
+        " Think step by step and in parallel before answering.", "End of the prompt of Multiverse data."
+    )
+    sequential_ending: str = option(" Think step by step before answering.", "End of the prompt of sequential data.")
+    chat: bool = option(True, "Whether prompts go through the tokenizer's chat template.")
+    passes: tuple[float, ...] = option((1.0,), "Share of Multiverse data in each pass.", commas=True)
+    documents_per_step: int = option(16, "Examples of one optimizer step.")
+    tokens_per_row: int = option(32768, "Tokens of a packed row, at most.")
+    tokens_per_document: int = option(0, "Longest document; 0: tokens-per-row.")
+    cut: bool = option(False, "Cut longer documents instead of refusing them.")
+    steps: int = option(0, "Stop after so many optimizer steps; 0: all passes.")
+    learning_rate: float = option(1e-5, "Peak.")
+    warmup_share: float = option(0.05, "Share of the steps up to the peak.")
+    weight_decay: float = option(1e-4, "Of AdamW.")
+    betas: tuple[float, ...] = option((0.9, 0.95), "Of AdamW.", commas=True)
+    max_grad_norm: float = option(1.0, "Of clipping.")
+    precision: str = option("fp32", "bf16: products in bf16, weights in fp32; fp32: all in fp32.")
+    dtype: str = option("", "Of the saved weights: float32, bfloat16, float16.")
+    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass.")
+    lora_rank: int = option(0, "0: all weights are trained.")
+    lora_alpha: float = option(32.0, "Of LoRA.")
+    lora_dropout: float = option(0.0, "Of LoRA.")
+    merge: bool = option(True, "Whether LoRA is merged into the saved weights.")
+    tensorboard: bool = option(False, "Write TensorBoard logs to OUT/logs.")
+    evaluate_every: int = option(0, "Steps between two evaluations; 0: first and last only.")
+    log_every: int = option(1, "Steps between two logged losses.")
+    save_every: int = option(100, "Steps between two checkpoints to resume from.")
+    seed: int = option(0, "Of new embedding rows, LoRA, and the order of the data.")
 
     def __post_init__(self) -> None:
         for name in ("documents_per_step", "tokens_per_row", "log_every", "save_every"):
@@ -175,54 +178,27 @@ def load_recipe(path: Path, given: Mapping[str, Any] | None = None) -> TuningRec
         raise ValueError(f"{path}: {error}") from None
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """`--field value`, `--field=value`, and `--field` alone for a truth value. Raises ValueError for anything else."""
-    given: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise ValueError(f"expected --field value, got {word!r}")
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            alone = not rest or rest[0].startswith("--")
-            if alone and _hints().get(name) is not bool:
-                raise ValueError(f"--{name}: expected a value, got none")
-            value = "true" if alone else rest.pop(0)
-        given[name] = value
-    return given
-
-
 def _hints() -> dict[str, Any]:
     hints = get_type_hints(TuningRecipe)
     return {field.name: hints[field.name] for field in fields(TuningRecipe)}
 
 
 def _value(name: str, value: Any) -> Any:
-    """A value from TOML, or a text from the command line, in the type of its field."""
+    """A value from TOML in the type of its field."""
     hint = _hints().get(name)
     if hint is None:
         raise ValueError(f"{name}: expected a field of a recipe, one of {', '.join(_hints())}")
     if hint in (tuple[str, ...], tuple[float, ...]):
-        items = value.split(",") if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)):
-            return tuple(_scalar(name, str if hint == tuple[str, ...] else float, item) for item in items)
+        if isinstance(value, (list, tuple)):
+            return tuple(_scalar(name, str if hint == tuple[str, ...] else float, item) for item in value)
         raise ValueError(f"{name}: expected a list, got {value!r}")
     return _scalar(name, hint, value)
 
 
 def _scalar(name: str, kind: type, value: Any) -> Any:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    if kind is bool and value in ("true", "false"):
-        return value == "true"
     if type(value) is kind:
         return value
-    try:
-        if kind is float and type(value) is int:
-            return float(value)
-        if kind in (int, float) and isinstance(value, str):
-            return kind(value)
-    except ValueError:
-        pass
+    if kind is float and type(value) is int:
+        return float(value)
     raise ValueError(f"{name}: expected {words[kind]}, got {value!r}")

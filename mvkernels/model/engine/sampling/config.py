@@ -10,6 +10,8 @@ from numbers import Real
 from reprlib import repr as shorten
 from typing import Any
 
+from mvkernels.model.settings import option
+
 _NAMES = {"int": "an integer", "float": "a number", "bool": "True or False"}
 
 
@@ -73,23 +75,25 @@ class GenerationConfig:
     Raises ValueError when a value is out of range.
     """
 
-    max_new_tokens: int = 1024
-    max_critical_path: int | None = None
-    max_path_tokens: int | None = None
-    max_seconds: float | None = None
-    max_width: int = 16
-    max_depth: int = 8
-    grammar: bool = True
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    logprobs: int | None = None
-    seed: int = 0
-    stop: tuple[str, ...] | None = None
-    eos_token_ids: tuple[int, ...] | None = None
-    sequential: bool = False
+    max_new_tokens: int = option(1024, "Tokens in all.", "--max-tokens")
+    max_critical_path: int | None = option(None, "Tokens on the longest chain.")
+    max_path_tokens: int | None = option(None, "Tokens on the longest chain within one path.")
+    max_seconds: float | None = option(None, "Wall-clock time.")
+    max_width: int = option(16, "Paths per block.")
+    max_depth: int = option(8, "Blocks inside one another; 0: no block.")
+    grammar: bool = option(True, "Whether every block must be well formed.")
+    temperature: float = option(0.0, "0 is greedy.")
+    top_k: int = option(0, "Sample from the most likely tokens only; 0: from all.")
+    top_p: float = option(1.0, "Sample from the smallest set of this probability.")
+    min_p: float = option(0.0, "Least share of the likeliest token's probability.")
+    repetition_penalty: float = option(1.0, "Above 1: tokens less likely again.")
+    logprobs: int | None = option(None, "Log-probabilities, with so many likeliest tokens.")
+    seed: int = option(0, "Of sampling, and of the problems of a task.")
+    stop: tuple[str, ...] | None = option(None, "String that ends a branch; again for more. Default: the model's.")
+    eos_token_ids: tuple[int, ...] | None = option(
+        None, "Id that ends a branch; again for more. Default: the model's.", "--eos-token-id"
+    )
+    sequential: bool = option(False, "Advance one path at a time.")
 
     def __repr__(self) -> str:
         """What differs from the defaults."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mvkernels.cli.options import Json, Traces
 from mvkernels.model.curator.checks import check_trace, content_distance
 from mvkernels.model.curator.trace_files import read_traces
 
@@ -34,8 +35,8 @@ class FileChecks:
     distance: float | None = None
 
 
-def run(files: Sequence[Path], as_json: bool) -> None:
-    """Checks every trace of files and folders: a line a finding, then a table; or all of it as JSON.
+def run(files: Traces, as_json: Json = False) -> None:
+    """Check every trace of files and folders: print a line for each finding, then a table; or all of it as JSON.
 
     Grammar findings are errors, with which the exit status is 1; independence findings are warnings.
     """
