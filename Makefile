@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench-quick      (set-up included; a second call is quick)
+# make demo | make test | make check | make docs | make bench-quick      (set-up included; a second call is quick)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -19,12 +19,13 @@ PYTHON := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup --durations 20
 
-.PHONY: help install demo test check bench-quick clean
+.PHONY: help install demo test check docs bench-quick clean
 
 help:
 	@echo 'make demo    set up .venv (1.2 GB), then generate with the embedded model, in parallel and sequentially'
 	@echo 'make test    set up .venv (2.9 GB), then run the whole test suite'
-	@echo 'make check   set up .venv, then ruff and mypy --strict'
+	@echo 'make check   set up .venv, then ruff, mypy --strict and make docs'
+	@echo 'make docs    set up .venv, then build the documentation into site/; any warning is an error'
 	@echo 'make bench-quick   set up .venv, then time a few calls beside the run before; BENCH=... for other options'
 	@echo 'make clean   remove .venv and what builds and tools leave behind'
 
@@ -48,6 +49,11 @@ check: $(STAMPS)/installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(MAKE) docs
+
+# NO_MKDOCS_2_WARNING: no banner about the project that succeeds mkdocs-material.
+docs: $(STAMPS)/installed
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
 
 # Saves the times in .benchmarks and shows those of the run before beside them.
 BENCH ?= --benchmark-autosave --benchmark-compare
@@ -88,4 +94,4 @@ $(STAMPS)/test-weights: $(STAMPS)/torch
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ TRAIN = [*HF, "peft>=0.17", "tensorboard"]
 PLOT = ["matplotlib"]
 EVAL = [*PLOT, "math-verify>=0.9"]
 CURATE = ["openai>=2", "rapidfuzz>=3.9", "pyarrow>=18"]
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"]
 # pytest-timeout: pyproject.toml sets a limit for every test, those of benchmarks/test_quick.py too.
 BENCH = ["pytest>=9", "pytest-benchmark", "pytest-timeout"]
 # Compiles the CUDA sources in tests, without a GPU or its driver.
@@ -29,11 +30,13 @@ EXTRAS = {
     "bench": [*PLOT, *BENCH],
     "cuda": ["triton>=3.6", "cupy-cuda13x>=14"],
     "plot": PLOT,
+    "docs": DOCS,
     "dev": [
         *TRAIN,
         *EVAL,
         *CURATE,
         *BENCH,
+        *DOCS,
         *NVRTC,
         "build",
         "hypothesis",

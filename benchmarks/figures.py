@@ -1,9 +1,9 @@
-"""The pictures of README.md, made from the code and the data of today: ``python -m benchmarks.figures [--check]``.
+"""The pictures of the documents, made from current code and data: ``python -m benchmarks.figures [--check]``.
 
-docs/trace.png is the page of `mvkernels generate --seed 5 --compare`, as chromium shows it;
-benchmarks/results/smollm2-lora/losses.png is drawn from the CSV file beside it. Each picture holds, in a text chunk,
-what it was made of. `--check` compares that with today's and draws nothing; the tests do so too. The charts of
-benchmarks/results are written by the suites that measure (`benchmarks.run`, `mvkernels reproduce`).
+docs/trace.png is the page of `mvkernels generate --seed 5 --compare`, as chromium shows it. docs/block.png is the plot
+of `mvkernels inspect examples/block.txt`. benchmarks/results/smollm2-lora/losses.png is drawn from the CSV file beside
+it. Each picture holds, in a text chunk, a hash of its input. `--check` compares that with the current input and draws
+nothing; the tests do so too. The charts of benchmarks/results come from `benchmarks.run` and `mvkernels reproduce`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,24 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from mvkernels.cli import charts
+from mvkernels.cli.plots import plot_layout
+from mvkernels.layout import BranchLayout
 from mvkernels.model import Generation
+from mvkernels.model.checkpoint.loading import load_tokenizer
+from mvkernels.model.checkpoint.names import EMBEDDED
 from mvkernels.model.engine.output.trace_html import TEMPLATE, TracedRun, trace_page
 from mvkernels.model.files import whole_file
+from mvkernels.tags import TagTokens
 
 ROOT = Path(__file__).resolve().parent.parent
-#: The command whose page the picture shows; it stands in README.md.
+#: The command whose page the picture shows; it stands in docs/guides/generation.md.
 COMMAND = ("generate", "--seed", "5", "--compare", "--json", "--html")
 TRACE = ROOT / "docs" / "trace.png"
+BLOCK = ROOT / "docs" / "block.png"
+EXAMPLE = ROOT / "examples" / "block.txt"
 LOSSES = ROOT / "benchmarks" / "results" / "smollm2-lora" / "losses.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZE = (1150, 1000)
@@ -77,6 +86,25 @@ def draw_trace(lines: Sequence[str]) -> None:
         write_picture(TRACE, picture.read_bytes(), trace_origin(lines))
 
 
+def block_layout() -> BranchLayout:
+    """The layout of the example, one token a character in the embedded vocabulary."""
+    tags = TagTokens.from_tokenizer(load_tokenizer(EMBEDDED))
+    return BranchLayout.from_token_ids(tags.encode(EXAMPLE.read_text(encoding="utf-8")), tags)
+
+
+def block_origin() -> Origin:
+    layout = block_layout()
+    exact = np.concatenate([layout.position_ids.numpy(), layout.mask.gaps.reshape(-1), layout.mask.segment_starts])
+    return {"sha256": hashlib.sha256(exact.astype("<i4").tobytes()).hexdigest()}
+
+
+def draw_block() -> None:
+    """Raises ImportError without matplotlib."""
+    layout = block_layout()
+    plot_layout(layout.mask, layout.position_ids.numpy(), "tokens", EXAMPLE.name, BLOCK)
+    write_picture(BLOCK, BLOCK.read_bytes(), block_origin())
+
+
 def losses_origin() -> Origin:
     return {"sha256": hashlib.sha256(LOSSES.with_suffix(".csv").read_bytes()).hexdigest()}
 
@@ -122,13 +150,14 @@ def read_origin(path: Path) -> Origin | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes the pictures that are not of today, or with --check names them. Returns the exit status."""
+    """Make the pictures that are out of date, or name them with --check. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="draw nothing; exit status 1 where a picture is old")
+    parser.add_argument("--check", action="store_true", help="draw nothing; exit status 1 if a picture is out of date")
     check = parser.parse_args(arguments).check
     lines = answers()
     pictures: dict[Path, tuple[Origin, Callable[[], None]]] = {
         TRACE: (trace_origin(lines), lambda: draw_trace(lines)),
+        BLOCK: (block_origin(), draw_block),
         LOSSES: (losses_origin(), draw_losses),
     }
     old = [path for path, (origin, _) in pictures.items() if read_origin(path) != origin]

@@ -1,4 +1,4 @@
-"""What README.md shows and states: pictures of today's code and data, figures of the engine and of benchmarks."""
+"""The pictures and figures of README.md and docs/benchmarks.md are those of the code, the engine and the CSV files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mvkernels.model.engine.output.trace_html import TEMPLATE
 from tests.cli.test_cli import ROOT, invoke
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -29,8 +30,8 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def cells_of(label: str) -> list[str]:
-    """The cells behind the first one, of the only row of a table in README.md that begins so."""
-    [row] = re.findall(rf"^\| {re.escape(label)} \|(.*)\|$", README, re.MULTILINE)
+    """The cells behind the first one, of the only row of a table in docs/benchmarks.md that begins so."""
+    [row] = re.findall(rf"^\| {re.escape(label)} \|(.*)\|$", BENCHMARKS, re.MULTILINE)
     return [cell.strip() for cell in row.split("|")]
 
 
@@ -48,7 +49,10 @@ def test_the_pictures_are_of_today(lines: list[str]) -> None:
     """Else: python -m benchmarks.figures."""
     assert figures.read_origin(figures.TRACE) == figures.trace_origin(lines)
     assert figures.read_origin(figures.LOSSES) == figures.losses_origin()
-    assert f"mvkernels {' '.join(figures.COMMAND)} " in README
+    assert figures.read_origin(figures.BLOCK) == figures.block_origin()
+    assert f"```\n{figures.EXAMPLE.read_text(encoding='utf-8')}```" in README
+    guide = (ROOT / "docs" / "guides" / "generation.md").read_text(encoding="utf-8")
+    assert f"mvkernels {' '.join(figures.COMMAND)} " in guide
 
 
 def test_a_picture_knows_what_it_was_made_of(lines: list[str], tmp_path: Path, monkeypatch: Any) -> None:
@@ -90,7 +94,22 @@ def test_the_size_of_the_embedded_model() -> None:
         with safe_open(file, "pt") as weights:
             shapes = (weights.get_slice(name).get_shape() for name in weights.keys())  # noqa: SIM118
             parameters += sum(rows * (rest[0] if rest else 1) for rows, *rest in shapes)
-    assert f"The embedded model has {parameters / 1e6:.2f} M parameters" in README
+    assert f"It has {parameters / 1e6:.2f} M parameters" in README
+
+
+def test_the_headlines_are_from_the_tables() -> None:
+    """Label of a row in README.md -> the row and the cell of docs/benchmarks.md that its ratio comes from."""
+    places = {
+        "attention forward + backward, one prompt with 16 responses, 8192 tokens": ("one prompt, 16 responses", 1),
+        "attention forward + backward, causal, 8192 tokens": ("causal", 2),
+        "decode, 32 branches x 8192 shared + 64 own tokens": ("32 x 8192 + 64", 1),
+        "decode, 32 branches x 32768 shared + 512 own tokens": ("32 x 32768 + 512", 2),
+        "16 requests with SmolLM2-135M, fp32": ("16", 2),
+        "one request with SmolLM2-135M, fp32": ("1", 1),
+        "a block of 8 paths, Qwen2.5-7B shape": ("7B", 2),
+    }
+    stated = dict(re.findall(r"^\| (.*?) \| .* \| .* \| ([\d.]+) \|$", README, re.MULTILINE))
+    assert stated == {label: cells_of(row)[cell] for label, (row, cell) in places.items()}
 
 
 def test_the_tables_are_those_of_the_results() -> None:
@@ -127,7 +146,7 @@ def test_the_tables_are_those_of_the_results() -> None:
         ratios = [value(engine, "ratio", peer=peer, **place) for peer in ("generate-padded", "continuous-batching")]
         speed = value(engine, "tokens_per_s", peer="ours", **place)
         assert cells_of(str(requests)) == [f"{speed:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
-    for task, label in (("arithmetic", "sums of products, three seeds"), ("sat", "3-SAT by recursive branching")):
+    for task, label in (("arithmetic", "sums of products"), ("sat", "3-SAT by recursive branching")):
         found = json.loads((RESULTS / "reproduce" / task / "results.json").read_text())
         shares: dict[str, list[str]] = {}
         for one in found["accuracy"]:
