@@ -20,7 +20,7 @@ from tests.cli.test_cli import invoke
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROSE = [*DOCUMENTS, *(ROOT / name for name in ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+PROSE = [*DOCUMENTS, *(ROOT / name for name in ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"))]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PROSE}
 COLUMNS, README_LINES = 120, 150
 OTHER_PROGRAMS = {"accelerate", "git", "hf", "pip"}
