@@ -314,18 +314,18 @@ def test_the_documents_of_a_recipe(tuned: TuningRecipe, inputs: Path) -> None:
     for document, ending in ((encoded[0].parallel, " both"), (encoded[0].sequential, " one")):
         head = tags.encode(f"add 0{ending}\n")
         assert list(document.ids[: len(head)]) == head and document.ids[-1] == tokenizer.eos_token_id
-        labels = document.layout.labels(torch.tensor(document.ids))
+        labels = document.layout().labels(torch.tensor(document.ids))
         # From the first token of the answer on, and none of the prompt.
         assert (labels[: len(head)] == -100).all() and labels[len(head)] == document.ids[len(head)]
         assert labels[-1] == document.ids[-1] and document.labelled == int((labels >= 0).sum())
-    assert (encoded[0].sequential.layout.labels(torch.tensor(encoded[0].sequential.ids)) >= 0).sum() == len(
+    assert (encoded[0].sequential.layout().labels(torch.tensor(encoded[0].sequential.ids)) >= 0).sum() == len(
         encoded[0].sequential.ids
     ) - len(tags.encode("add 0 one\n"))
     canonical, _ = encode_all(
         read_examples(tuned.data), Encoder(replace(tuned, semantics="canonical"), tokenizer), skip_bad=False
     )
-    released = encoded[0].parallel.layout.position_ids
-    assert not torch.equal(canonical[0].parallel.layout.position_ids, released)
+    released = encoded[0].parallel.layout().position_ids
+    assert not torch.equal(canonical[0].parallel.layout().position_ids, released)
     asked, _ = encode_all(read_examples(tuned.data), Encoder(replace(tuned, chat=True), tokenizer), skip_bad=False)
     assert tokenizer.decode(asked[0].parallel.ids).startswith("user: add 0 both\nbot: ")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 import shlex
@@ -17,11 +18,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from mvkernels import BranchLayout, TagTokens, patch_model
+from mvkernels import BranchLayout, TagTokens, mask_tensor, patch_model
+from mvkernels.grammar import parse_text
+from mvkernels.model import sequentialize as sequentialize_module
 from mvkernels.model.checkpoint.add_tags import read_entry
 from mvkernels.model.checkpoint.loading import load_checkpoint
 from mvkernels.model.sequentialize import sequentialize
-from mvkernels.model.training import TuningRecipe, TuningRun, load_recipe, tune
+from mvkernels.model.training import TuningRecipe, TuningRun, load_recipe, traces, tune, tuning
 from mvkernels.model.training.mixture import PackedRows, make_mixture
 from mvkernels.model.training.traces import Encoder, encode_all, read_examples
 from mvkernels.model.training.trainer import PackedTrainer
@@ -172,16 +175,38 @@ def test_documents(recipe: TuningRecipe) -> None:
     text = tokenizer.decode(encoded[0].parallel.ids)
     head = "add 0 Think step by step and in parallel before answering.\n"
     assert text == head + examples[0].trace + tokenizer.eos_token
-    layout = encoded[0].parallel.layout
+    layout = encoded[0].parallel.layout()
     assert layout.has_branches and not layout.sampled[: len(tokenizer.encode(head))].any()
     chain = tokenizer.decode(encoded[0].sequential.ids)
     assert (
         chain == f"add 0 Think step by step before answering.\n{sequentialize(examples[0].trace)}{tokenizer.eos_token}"
     )
-    assert not encoded[0].sequential.layout.has_branches
+    assert not encoded[0].sequential.layout().has_branches
     assert "an own chain" in tokenizer.decode(encoded[2].sequential.ids)
     ids = torch.tensor(encoded[0].parallel.ids)
     assert encoded[0].parallel.labelled == int((layout.labels(ids) >= 0).sum())
+
+
+def test_an_encoded_example_keeps_no_mask_and_its_text_is_parsed_once(
+    recipe: TuningRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+    for module in (traces, sequentialize_module):
+        monkeypatch.setattr(module, "parse_text", lambda text, real=parse_text: [parsed.append(text), real(text)][1])
+    examples = list(read_examples(recipe.data))
+    before = len(mask_tensor._registered)
+    encoded, _ = encode_all(examples, Encoder(recipe, recipe_tokenizer(recipe)), skip_bad=False)
+    assert parsed == [example.trace for example in examples] and len(encoded) == len(parsed)
+    gc.collect()
+    assert len(mask_tensor._registered) == before
+
+
+def test_the_tokenizer_is_loaded_once(recipe: TuningRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    real = tuning.load_tokenizer
+    monkeypatch.setattr(tuning, "load_tokenizer", lambda path: [loaded.append(path), real(path)][1])
+    tune(replace(recipe, steps=1, warmup_share=0.0), tmp_path / "out", progress=False)
+    assert loaded == [recipe.tokenizer or recipe.model]
 
 
 def test_mixture(recipe: TuningRecipe) -> None:

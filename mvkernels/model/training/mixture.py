@@ -131,4 +131,4 @@ class PackedRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        return {**pack_row((document.ids, document.layout) for document in row), "names": [doc.name for doc in row]}
+        return {**pack_row((document.ids, document.layout()) for document in row), "names": [doc.name for doc in row]}

@@ -17,7 +17,7 @@ def pack_row(documents: Iterable[tuple[Sequence[int], BranchLayout]]) -> dict[st
     """
     pairs = list(documents)
     layout = BranchLayout.pack([layout for _, layout in pairs])
-    ids = torch.tensor([token for tokens, _ in pairs for token in tokens])
+    ids = torch.cat([torch.as_tensor(tokens, dtype=torch.int64) for tokens, _ in pairs])
     return {
         "input_ids": ids[None],
         "labels": layout.labels(ids)[None],

@@ -8,9 +8,12 @@ file is one trace without a question. A trace whose question is missing is asked
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 import mvkernels as mk
 from mvkernels.grammar import TAG_PATTERN, parse_text
@@ -35,12 +38,27 @@ class Example:
 
 @dataclass(frozen=True)
 class Document:
-    """One example as it is trained on. layout: of its tokens. labelled: number of tokens with a label."""
+    """One example as it is trained on: 4 bytes a token, whatever its layout holds.
+
+    Attributes:
+        name: The example's.
+        ids: Token ids, [T] int32.
+        prompt_length: Leading tokens without a label.
+        cut: Whether the end of the trace is missing.
+        labelled: Number of tokens with a label.
+    """
 
     name: str
-    ids: tuple[int, ...]
-    layout: mk.BranchLayout
+    ids: npt.NDArray[np.int32]
+    prompt_length: int
+    cut: bool
     labelled: int
+    _encoder: Encoder = field(repr=False)
+
+    def layout(self) -> mk.BranchLayout:
+        """Make the layout of the tokens. Rows are packed from layouts that live no longer than the row."""
+        recipe, tags = self._encoder.recipe, self._encoder.tags
+        return mk.BranchLayout.from_token_ids(self.ids, tags, recipe.semantics, self.prompt_length, self.cut)
 
 
 @dataclass(frozen=True)
@@ -68,8 +86,9 @@ class Encoder:
     def __call__(self, example: Example) -> EncodedExample:
         """Raises ValueError (GrammarError) with the example's name where the trace is malformed, empty or too long."""
         try:
-            parse_text(example.trace)
-            chain = example.sequential or sequentialize(example.trace)
+            if example.sequential:
+                parse_text(example.trace)
+            chain = example.sequential or sequentialize(example.trace)  # parses the trace itself
             if TAG_PATTERN.search(chain):
                 raise ValueError("sequential: expected a plain chain of thought, got control tags")
             return EncodedExample(
@@ -91,11 +110,10 @@ class Encoder:
             raise ValueError(f"expected a document of at most {most} tokens, got {len(ids)}; cut = true cuts it")
         if len(head) >= min(len(ids) - 1, most):
             raise ValueError(f"expected an answer within {most} tokens, got a prompt of {len(head)} and no answer")
-        layout = mk.BranchLayout.from_token_ids(
-            ids[:most], self.tags, self.recipe.semantics, prompt_length=len(head), allow_open=len(ids) > most
-        )
-        labelled = int((layout.labels(ids[:most]) >= 0).sum())
-        return Document(example.name, tuple(ids[:most]), layout, labelled)
+        kept = np.array(ids[:most], np.int32)
+        document = Document(example.name, kept, len(head), len(ids) > most, 0, self)
+        labels = document.layout().labels(ids[:most])  # raises where the tags are malformed
+        return replace(document, labelled=int((labels >= 0).sum()))
 
 
 def encode_all(
@@ -169,11 +187,11 @@ def _from_json(name: str, line: bytes) -> Example:
 
 def _from_record(name: str, record: dict[str, Any]) -> Example:
     texts = {}
-    for field, names in _FIELDS.items():
+    for what, names in _FIELDS.items():
         value = next((record[key] for key in names if key in record), "")
         if not isinstance(value, str):
-            raise ValueError(f"{field}: expected a text, got {type(value).__name__}")
-        texts[field] = value
+            raise ValueError(f"{what}: expected a text, got {type(value).__name__}")
+        texts[what] = value
     if not texts["trace"].strip():
         raise ValueError('expected a trace in "trace" or "text", got none')
     return Example(name, texts["prompt"], texts["trace"], texts["sequential"])

@@ -7,6 +7,7 @@ interrupted or not. What is saved is a model that plain transformers loads (safe
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 import os
@@ -77,9 +78,9 @@ def read_data(recipe: TuningRecipe, tokenizer: Any, skip_bad: bool = False) -> T
     return TuningData(make_mixture(recipe, examples[:count], processes), tuple(examples[count:]), tuple(skipped))
 
 
-def recipe_tokenizer(recipe: TuningRecipe) -> Any:
-    """The tokenizer of a recipe, with the control tags. Loads no weights."""
-    tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)
+def recipe_tokenizer(recipe: TuningRecipe, loaded: Any = None) -> Any:
+    """The tokenizer of a recipe, with the control tags. Loads no weights. loaded: the same without them; kept so."""
+    tokenizer = copy.deepcopy(loaded) if loaded is not None else load_tokenizer(recipe.tokenizer or recipe.model)
     if recipe.end_of_text:
         tokenizer.eos_token = recipe.end_of_text
     if add_tag_tokens(tokenizer) and recipe.lora_rank and not recipe.merge:
@@ -111,14 +112,15 @@ def tune(
     _check_sharding(recipe)
     if recipe.tensorboard:
         import_for("tensorboard = true", "tensorboard")
-    tokenizer = recipe_tokenizer(recipe)
+    published = load_tokenizer(recipe.tokenizer or recipe.model)
+    tokenizer = recipe_tokenizer(recipe, published)
     data = read_data(recipe, tokenizer, skip_bad)
     args = _arguments(recipe, folder, data.mixture)
     with args.main_process_first(local=False):
         first = args.process_index == 0
         checkpoint = prepare_folder(recipe, folder, resume) if resume or first else None
     set_seed(recipe.seed)
-    model = patch_model(_load(recipe, tokenizer))
+    model = patch_model(_load(recipe, published, tokenizer))
     parameters = model.num_parameters()
     trained = _with_lora(recipe, model, tokenizer) if recipe.lora_rank else model
     trainer = PackedTrainer(
@@ -171,14 +173,13 @@ def _check_sharding(recipe: TuningRecipe) -> None:
                          f"{recipe.lora_rank}")  # fmt: skip
 
 
-def _load(recipe: TuningRecipe, tokenizer: Any) -> PreTrainedModel:
-    """The base model in fp32, with rows for the control tags and their entry in its config."""
+def _load(recipe: TuningRecipe, published: Any, tokenizer: Any) -> PreTrainedModel:
+    """The base model in fp32, with rows for the control tags that its `published` tokenizer lacks, and their entry."""
     model = load_model(recipe.model, dtype=torch.float32)
     semantics = read_entry(model.config)
     if semantics not in (None, recipe.semantics):
         raise ValueError(f"semantics: expected {semantics!r} as the model was trained with, got {recipe.semantics!r}")
-    # Without the tags that `tokenizer` has got already: their rows are new in the model.
-    add_tags(model, load_tokenizer(recipe.tokenizer or recipe.model), recipe.seed, recipe.semantics)
+    add_tags(model, published, recipe.seed, recipe.semantics)
     model.config.eos_token_id = tokenizer.eos_token_id
     if model.generation_config is not None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
