@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +77,7 @@ class BranchLayout:
     @classmethod
     def from_token_ids(
         cls,
-        ids: Sequence[int] | torch.Tensor,
+        ids: Sequence[int] | torch.Tensor | npt.NDArray[np.integer[Any]],
         tags: TagTokens,
         semantics: str = "canonical",
         prompt_length: int = 0,

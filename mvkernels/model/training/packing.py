@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mvkernels import BranchLayout
 
 
-def pack_row(documents: Iterable[tuple[Sequence[int], BranchLayout]]) -> dict[str, Any]:
+def pack_row(documents: Iterable[tuple[Sequence[int] | npt.NDArray[np.int32], BranchLayout]]) -> dict[str, Any]:
     """A row of documents, each its token ids and their layout, without padding.
 
     Returns input_ids, labels [1, T] int64, position_ids [1, T], branch_layout.
