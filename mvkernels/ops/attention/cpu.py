@@ -202,7 +202,7 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def _backward_calls(table: MaskTable) -> Iterator[tuple[Call, Spans]]:
-    """Yield calls and the keys to process at a time. Squares come first: they write gradients that the others add to."""
+    """Yield calls and the keys to process at a time. Squares come first: the others add to their gradients."""
     calls = _plan(table)
     for call in calls:
         if call.kind in SQUARES:

@@ -145,7 +145,7 @@ def _group(mask: IntervalMask, cuts: list[int]) -> list[range]:
 
 
 def _seen(mask: IntervalMask, first: int, last: int) -> tuple[Spans, Spans, bool]:
-    """Return the keys that all rows of [first, last) see, those that some row sees, and whether no row hides another."""
+    """Return the keys that all rows of [first, last) see, those that some row sees, and whether rows are causal."""
     every: Spans = [(0, last)]
     some: Spans = []
     causal = True

@@ -36,7 +36,7 @@ def is_faster(capability: tuple[int, int]) -> bool:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, scale: float
 ) -> torch.Tensor:
-    """Attend: q [T, Hq, D], k, v [T, Hkv, D], cu_seqlens [documents + 1] int32 -> out [T, Hq, D]; deterministic backward."""
+    """Attend: q [T, Hq, D], k, v [T, Hkv, D], cu_seqlens [documents + 1] int32 -> out; deterministic backward."""
     name = module_for(torch.cuda.get_device_capability(q.device))
     assert name is not None, "the caller checked that a module is installed"
     # Import statements, because torch.compile can trace them, but not import_module.
