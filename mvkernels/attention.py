@@ -80,7 +80,7 @@ def multiverse_attention(
 
     Returns:
         out [T, Hq, D] in the dtype of q; with `return_lse` (out, lse), lse [Hq, T] in natural logarithm, float32
-        (float64 for float64 inputs).
+            (float64 for float64 inputs).
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, `scale` is not finite, or `backend` is unknown.

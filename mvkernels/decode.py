@@ -82,7 +82,7 @@ def tree_decode(
 
     Returns:
         out [N, Hq, D] in the dtype of q, N = step.total_rows; with `return_lse` (out, lse), lse [Hq, N] in natural
-        logarithm, float32 (float64 for float64 inputs).
+            logarithm, float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, `scale` is not finite, q requires a gradient, or
@@ -135,7 +135,7 @@ def decode_path(
 
     Returns:
         "shared": keys that several branches see are read once for all of them, and partial results are merged
-        (cascade).
+            (cascade).
         "split": each branch reads its own page table in pieces that are merged (split-KV).
         "direct": each branch reads its own page table in one piece; nothing is merged.
 

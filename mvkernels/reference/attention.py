@@ -21,7 +21,7 @@ def attention(
 
     Returns:
         out [R, Hq, D] in the dtype of q, and lse [Hq, R] in natural logarithm, float32 (float64 for float64 inputs). A
-        row without visible keys gives 0 and -inf.
+            row without visible keys gives 0 and -inf.
     """
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     queries = q.transpose(0, 1)
