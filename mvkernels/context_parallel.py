@@ -51,13 +51,13 @@ def split_context(layout: BranchLayout, ranks: int, tile_rows: int = TILE_ROWS) 
     Args:
         layout: The whole layout, of T tokens.
         ranks: Number of processes, at least 1.
-        tile_rows: Rows of a tile.
+        tile_rows: Rows of a tile, at least 1.
 
     Returns:
         The rows of each rank.
 
     Raises:
-        ValueError: There are fewer tiles than ranks, or a number is below 1.
+        ValueError: There are fewer tiles than ranks, or `ranks` is below 1.
     """
     tokens = layout.total_tokens
     starts = np.arange(0, tokens, tile_rows)

@@ -173,7 +173,7 @@ class _OpenPath:
         return Path(self.start, self.open_at, end, tuple(self.blocks), self.tree(stop))
 
 
-# States of the parser: what the innermost open element is. In the states of _SPACE_ONLY no text may stand.
+# States of the parser: the innermost open element. The states of _SPACE_ONLY allow no text.
 _TRUNK, _THINK, _ITEMS, _BLOCK, _GOAL, _OUTLINE, _PATHS, _CONCLUSION, _CLOSING = range(9)
 _SPACE_ONLY = frozenset((_BLOCK, _GOAL, _PATHS, _CLOSING))
 
@@ -188,7 +188,7 @@ class _Parser:
         self.previous = 0  # offset behind the last tag read
 
     def expected(self) -> str:
-        """What may stand here, in words, for messages."""
+        """Describe what the grammar allows here, for messages."""
         block = self.blocks[-1] if self.blocks else None
         if self.state == _TRUNK:
             return "text, <Think>, <Parallel> or the end"
@@ -238,7 +238,7 @@ class _Parser:
         self.previous = after
 
     def read_part(self, offset: int, kind: int, block: _OpenBlock) -> bool:
-        """Take a tag that stands between the parts of a block; False where it may not stand."""
+        """Read a tag between the parts of a block; False where it is not allowed."""
         state, after = self.state, offset + 1
         if state == _BLOCK and kind == Kind.GOAL:
             self.state = _GOAL

@@ -139,7 +139,7 @@ class BranchLayout:
             The layout of one document, on the CPU.
 
         Raises:
-            ValueError: The tree is malformed, or `sampled` has another length.
+            ValueError: The tree is malformed, its mask has more than 2**22 gaps, or `sampled` has another length.
         """
         runs = tree_runs(tree)
         if sampled is None:

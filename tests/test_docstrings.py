@@ -21,12 +21,21 @@ OTHERS = (
     "mvkernels.context_parallel.ContextSplit",
     "mvkernels.context_parallel.split_context",
     "mvkernels.decode.decode_path",
+    "mvkernels.decoder.choose.make_decoder",
+    "mvkernels.decoder.decoder.Decoder",
     "mvkernels.grammar.Block",
     "mvkernels.grammar.Path",
     "mvkernels.grammar.Trace",
     "mvkernels.grammar.parse",
     "mvkernels.grammar.parse_text",
     "mvkernels.mask.IntervalMask",
+    "mvkernels.reference.attention.attention",
+    "mvkernels.reference.decode.ReferenceBranch",
+    "mvkernels.reference.decode.attend",
+    "mvkernels.reference.layout.tree_mask",
+    "mvkernels.reference.layout.tree_positions",
+    "mvkernels.reference.merge.merge",
+    "mvkernels.reference.rope.rotate",
 )
 #: Sections of Google style -> whether their lines are entries, `name: text`.
 SECTIONS = {"Args": True, "Attributes": True, "Raises": True, "Returns": False, "Yields": False, "Example": False}

@@ -52,10 +52,10 @@ from mvkernels.rope import Rope, rotate
 
 
 class PagedKVCache:
-    """Paged KV cache whose branches fork and merge in O(pages), without copying keys or values.
+    """Paged KV cache of branches that fork and merge without copying keys or values.
 
-    Methods raise the types of `mvkernels.errors`; nothing has changed after an error. The memory of keys and values is
-    not initialised.
+    Nothing has changed after a method raised an error. Every method that takes a branch raises BranchError for a branch
+    of another cache and ValueError for what is no `Branch`. The memory of keys and values is not initialised.
 
     Args:
         num_pages: Number of pages. A page is owned by one node; capacity in tokens is num_pages * page_size, below

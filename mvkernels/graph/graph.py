@@ -117,6 +117,8 @@ class DecodeGraph:
     def run(self, entries: Entries, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Run one step: forward the new tokens of the branches and commit them.
 
+        After an error no token of the step is committed.
+
         Args:
             entries: Branches with one new token each, or (branch, number of tokens) pairs, as for prefill.
             token_ids: [T] integers, or a tensor [T] int64 or int32 on any device: all new tokens, entry by entry.
@@ -128,7 +130,7 @@ class DecodeGraph:
             ValueError: The number of tokens is wrong, or an id on the host is outside the vocabulary.
             OutOfPages: The tokens do not fit into the free pages.
             BranchError: A branch was freed, or cannot grow (`PagedKVCache.plan`).
-            BackendError: The step cannot be captured. After any error no token of the step is committed.
+            BackendError: The step cannot be captured; gives the reason.
         """
         listed = tuple(entry if isinstance(entry, tuple) else (entry, 1) for entry in entries)
         ids = self._checked(token_ids, sum(count for _, count in listed))
