@@ -130,9 +130,9 @@ class BranchLayout:
         """Lay out a structure without token ids.
 
         Args:
-            tree: A sequence: a list of text lengths and blocks. A block is a list of sequences, one for each path. `[3,
-                [[5], [2]], 4]` is 3 tokens, two paths of 5 and 2 tokens, and 4 tokens after the join. A block at the
-                end is not joined.
+            tree: A sequence: a list of text lengths and blocks. A block is a list of sequences, one for each path. A
+                block at the end is not joined. Example: `[3, [[5], [2]], 4]` is 3 tokens, two paths of 5 and 2, and 4
+                after the join.
             sampled: [T] booleans, True for each token that the model samples; None: all.
 
         Returns:

@@ -55,7 +55,8 @@ class PagedKVCache:
     """Paged KV cache of branches that fork and merge without copying keys or values.
 
     Nothing has changed after a method raised an error. Every method that takes a branch raises BranchError for a branch
-    of another cache and ValueError for what is no `Branch`. The memory of keys and values is not initialised.
+    of another cache, and ValueError for an object that is no `Branch`. The memory of keys and values is not
+    initialised.
 
     Args:
         num_pages: Number of pages. A page is owned by one node; capacity in tokens is num_pages * page_size, below
