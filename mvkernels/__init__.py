@@ -1,7 +1,7 @@
-"""Attention kernels, paged key-value cache and engine for language models that write in parallel branches.
+"""Attention kernels, paged KV cache and engine for language models that write in parallel branches.
 
-Every public name is imported when it is first used, so that ``import mvkernels`` is quick and needs no optional
-dependency; a name whose dependency is missing says which extra installs it.
+Public names are imported on first use, so that ``import mvkernels`` is fast and needs no optional dependency. If a
+dependency is missing, the error names the extra that installs it.
 """
 
 from __future__ import annotations

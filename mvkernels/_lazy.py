@@ -1,4 +1,4 @@
-"""Public names that are imported when they are first asked for (PEP 562), with a clear word on what is missing."""
+"""Public names that are imported on first use (PEP 562), with an error that names missing dependencies."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ EXTRAS: dict[str, str] = {
 
 
 def missing_message(wanted: str, module: str) -> str:
-    """One line: what was asked for, what it needs, and how to install that."""
+    """Format the error for a missing module: what was requested, what it needs, and how to install that."""
     extra = EXTRAS.get(module)
     how = f"pip install 'mvkernels[{extra}]'" if extra else f"pip install {module}"
     return f"{wanted} needs {module}, which is not installed: {how}"
 
 
 def import_for(wanted: str, module: str) -> object:
-    """Imports ``module``; where an optional distribution is missing, says which one ``wanted`` needs.
+    """Import ``module`` for the public name ``wanted``.
 
-    Raises ImportError naming the distribution and the extra that installs it.
+    Raises ImportError with the missing optional distribution and the extra that installs it.
     """
     try:
         return importlib.import_module(module)
@@ -47,7 +47,7 @@ def import_for(wanted: str, module: str) -> object:
 
 
 def lazy_names(package: str, exports: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of ``package``. ``exports``: public name -> module that defines it.
+    """Make ``__getattr__`` and ``__dir__`` of ``package``. ``exports``: public name -> module that defines it.
 
     A name that maps to ``package.name`` is that submodule itself.
     """

@@ -1,4 +1,4 @@
-"""multiverse_attention: attention of one packed row of documents under the mask of its `BranchLayout`.
+"""Attention over packed documents with parallel branches: `multiverse_attention`.
 
     out_i = sum_j p_ij v_j,   p_ij = softmax over the visible j of (scale q_i . k_j)
 
@@ -59,23 +59,34 @@ def multiverse_attention(
     return_lse: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention under the mask of a layout, with gradients.
+    """Compute attention under the mask of a branch layout; differentiable.
 
-    q: [T, Hq, D]; k, v: [T, Hkv, D], of one dtype, on one device; Hq a multiple of Hkv; any strides. T is
-    layout.total_tokens. scale: default 1 / sqrt(D). backend: "auto", "triton", "cpu", "flash" (for layouts without
-    branches, where flash-attn is installed) or "reference".
+    GQA and varlen packing are built in: query head h reads key-value head h // (Hq / Hkv), and the documents of a
+    packed layout do not see each other. The backends differ in rounding only. A NaN or infinite input reaches every row
+    that sees it, as in `scaled_dot_product_attention`; it may also reach other rows of the same tile.
 
-    Returns out [T, Hq, D] in q's dtype; with return_lse also the log-sum-exp of the scaled scores, [Hq, T], natural
-    logarithm, fp32 (fp64 for fp64 inputs), which has a gradient too. The backends differ in rounding only. A NaN or
-    infinite input reaches every row that sees it, as in scaled_dot_product_attention; it may also reach rows of the
-    same tile.
+    Args:
+        q: [T, Hq, D] queries on any device, T = layout.total_tokens, any strides. Hq is a multiple of Hkv.
+        k: [T, Hkv, D] keys in the dtype and on the device of q, any strides.
+        v: [T, Hkv, D] values, as k.
+        layout: Positions and mask of the packed row.
+        scale: Factor of the scores; None is 1 / sqrt(D).
+        backend: "auto", "triton", "cpu", "flash" (flash-attn, for layouts without branches and without `return_lse`) or
+            "reference" (T x T scores; "auto" never chooses it). A backend given by name never falls back.
+        return_lse: Also return the log-sum-exp of the scaled scores, which has a gradient too.
+        group: Context parallelism over the processes of this group. Each process passes the q, k and v of its own T_r
+            rows, `split_context(layout, ranks).rows[rank]`, and the whole layout; it gets out and lse of these rows.
+            Every process must make the call, forward and backward. None: one process.
 
-    group: context parallelism over the processes of a group. Each passes the q, k and v of its own rows, which are
-    `split_context(layout, ranks).rows[rank]`, and the whole layout, and gets out and lse of these rows. All must call,
-    forward and backward. Same values as in one process, but for rounding.
+    Returns:
+        out [T, Hq, D] in the dtype of q; with `return_lse` (out, lse), lse [Hq, T] in natural logarithm, float32
+            (float64 for float64 inputs).
 
-    Raises ValueError for inputs that do not fit together; BackendError where the named backend cannot do it, or, for
-    "auto", no backend can ("reference" is never chosen: it builds T x T scores).
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, `scale` is not finite, or `backend` is unknown.
+        BackendError: The backend given by name cannot compute this, or no backend of "auto" can; gives the reasons.
+
+    Source: Multiverse attention, arXiv 2506.09991, section 4.
     """
     if not isinstance(layout, BranchLayout):
         raise ValueError(f"layout: expected a BranchLayout, got {type(layout).__name__}")
@@ -83,7 +94,7 @@ def multiverse_attention(
     if group is not None:
         q, k, v, layout, rows = gather_inputs(q, k, v, layout, group)
     _check(q, k, v, layout)
-    # Both can run on CPU tensors only where Triton is interpreted, which is for tests and slow.
+    # Where Triton is interpreted both can run on CPU tensors, but the interpreter is slow and for tests.
     auto = ("cpu", "flash", "triton") if _prefer_flash(q) else ("cpu", "triton")
     reasons = backend_reasons(q, layout, return_lse)
     if group is not None:
@@ -98,7 +109,7 @@ def multiverse_attention(
     elif name == "flash":
         return attention_flash.attend(q, k, v, layout.cu_seqlens.to(q.device), layout.longest_document, factor)
     else:
-        # Imported late: the ops are registered with PyTorch when they are first used.
+        # Imported late: the import registers the ops with PyTorch.
         from mvkernels.ops.attention.schema import OPS
 
         out, lse = OPS[name][0](q, k, v, layout.mask_table, factor)
@@ -110,7 +121,16 @@ def multiverse_attention(
 def backend_reasons(
     q: torch.Tensor, layout: BranchLayout | None = None, return_lse: bool = False
 ) -> dict[str, str | None]:
-    """Backend -> None where it can work on tensors of q's device, dtype and head dim, and this layout; else why not."""
+    """Check every backend for the device, dtype and head dim of q and for a layout.
+
+    Args:
+        q: [T, Hq, D] queries; their values are not read.
+        layout: The layout to attend under; None leaves out what depends on it.
+        return_lse: As in `multiverse_attention`.
+
+    Returns:
+        Backend -> None where it can compute this, else the reason why not.
+    """
     triton = triton_reason(q.device)
     if triton is None and q.dtype not in TRITON_DTYPES:
         triton = f"expected dtype {dtype_names(TRITON_DTYPES)}, got {q.dtype}"
@@ -150,7 +170,7 @@ def _flash_reason(q: torch.Tensor, layout: BranchLayout | None, return_lse: bool
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BranchLayout) -> None:
-    """Raise one ValueError that says what was expected and what came."""
+    """Raise ValueError, with what was expected and what came, unless the arguments fit together."""
     require_type(torch.Tensor, q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:

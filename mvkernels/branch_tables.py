@@ -1,8 +1,8 @@
-"""BranchTables: what branches own, as tables on a device; merge_branches: the merge of the paged cache on them.
+"""Page tables of branches on a device, and their merge: `BranchTables` and `merge_branches`.
 
-The device twin of `PagedKVCache.merge`: the pages of a block's children are appended to their parent's list, and its
-next position becomes the highest among them (arXiv 2506.09991, section 4.2). No key or value moves, and the host is
-not asked. A cache keeps its own page lists in such tables (`cache.device`), and merges them so.
+This is `PagedKVCache.merge` on the device. The pages of a block's children are appended to their parent's page table,
+and its next position becomes the highest of theirs (arXiv 2506.09991, section 4.2). No key or value moves, and the host
+does not wait. A cache keeps its own page tables in this form (`cache.device`).
 """
 
 from __future__ import annotations
@@ -31,15 +31,20 @@ from mvkernels.ops.merge.cuda import cuda_reason
 
 @dataclass(frozen=True, eq=False)
 class BranchTables:
-    """Page lists and positions of B branch slots, with room for C entries each; int32, contiguous, on one device.
+    """Page tables and positions of B branch slots with room for C entries each; int32, contiguous, on one device.
 
-    pages [B, C]     page numbers of the slot's own list, in order: what the branch wrote since it was forked, and what
-                     was merged into it. What it sees of its parent is in its parent's row
-    counts [B, C]    tokens written in each of those pages
-    used [B]         entries in use; what stands behind them in a row means nothing
-    position [B]     next position; of a child that has written nothing, its parent's
-    error [1]        what `merge_branches` refused since the last `check`
-    Raises ValueError when the tensors do not fit together.
+    A row lists the pages of one branch: what it wrote since it was forked, and what was merged into it. The pages that
+    it sees of its parent are in the row of the parent.
+
+    Attributes:
+        pages: [B, C] page numbers of each row, in order.
+        counts: [B, C] tokens written in each of these pages.
+        used: [B] entries in use; the entries behind them are undefined.
+        position: [B] next position; for a child without tokens, that of its parent.
+        error: [1] bits for the blocks that `merge_branches` refused since the last `check`.
+
+    Raises:
+        ValueError: A tensor is of another shape, dtype or device, or not contiguous.
     """
 
     pages: torch.Tensor
@@ -68,7 +73,19 @@ class BranchTables:
 
     @classmethod
     def empty(cls, num_branches: int, capacity: int, device: torch.device | str = "cpu") -> BranchTables:
-        """Tables of branches that own nothing, with next position 0."""
+        """Make tables of branches without pages, with next position 0.
+
+        Args:
+            num_branches: B, at least 1.
+            capacity: C, at least 1.
+            device: Device of all tensors.
+
+        Returns:
+            Tables of zeros.
+
+        Raises:
+            ValueError: A size is out of range, or PyTorch does not have the device here.
+        """
         if min(num_branches, capacity) < 1:
             raise ValueError(f"expected num_branches and capacity of at least 1, got {num_branches} and {capacity}")
         device = checked_device(device)
@@ -77,21 +94,26 @@ class BranchTables:
 
     @property
     def num_branches(self) -> int:
-        """B."""
+        """B, the number of slots."""
         return self.pages.shape[0]
 
     @property
     def capacity(self) -> int:
-        """C."""
+        """C, the number of entries of a row."""
         return self.pages.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Of all tensors."""
+        """Device of all tensors."""
         return self.pages.device
 
     def check(self) -> None:
-        """Raises CacheError if `merge_branches` refused a block since the last check; waits for the device."""
+        """Report the blocks that `merge_branches` refused since the last check; waits for the device.
+
+        Raises:
+            CacheError: A block had slots or lengths out of range, or did not fit into the row of its parent. It is
+                unchanged.
+        """
         found = int(self.error.item())
         self.error.zero_()
         if found & ERROR_INVALID:
@@ -108,24 +130,36 @@ def merge_branches(
     child_ptr: torch.Tensor,
     backend: str = "auto",
 ) -> None:
-    """Joins children into their parents, many blocks at once, in place. Of each block:
+    """Merge children into their parents, for many blocks at once, in place.
+
+    For each block:
 
         row(parent) = row(parent) + row(child 0) + row(child 1) + ...        used[child] = 0
         position[parent] = max(position[parent], position[child 0], ...)
 
-    parents [M]          slot of each block's parent; -1 stands for no block, so M may be a capacity
-    children [N]         slots of the children, block after block
-    child_ptr [M + 1]    block m's are children[child_ptr[m]:child_ptr[m + 1]], none or any number
-                         All int32, all on the tables' device or all on the CPU
-    backend              "auto", "cpu", "cuda" (CuPy) or "reference"; one asked for by name never falls back
+    The blocks of one call must be disjoint; merge a nested block in a call before the block around it. A block that
+    does not fit into the row of its parent is left unchanged, and `tables.check()` raises for it.
 
-    The blocks of a call are disjoint: a nested block is merged in a call before the one around it. A block whose
-    parent's row would not hold it all is left as it is; `tables.check()` raises for it. Indices on the CPU are checked
-    here; those on a GPU are not read by the host: a block with a slot out of range is refused in the same way, and
-    blocks that are not disjoint have no defined result, but write no entry outside the rows of their parents.
-    On a GPU nothing waits for the device, and with indices there nothing is allocated: the call can be captured into a
-    CUDA graph once it has been made on that device.
-    Raises ValueError for arguments that do not fit, and BackendError with the reason when the backend cannot do it.
+    Indices on the CPU are checked here. Indices on a GPU are not read by the host: a block with a slot out of range is
+    refused in the same way, and blocks that are not disjoint have undefined results within the rows of their parents.
+    On a GPU nothing waits for the device. With the indices there, nothing is allocated, so that the call can be
+    captured into a CUDA graph after a first call on that device.
+
+    Args:
+        tables: Tables to change.
+        parents: [M] int32, the slot of each block's parent; -1 stands for no block, so that M can be a capacity.
+        children: [N] int32, the slots of the children, block after block.
+        child_ptr: [M + 1] int32; the children of block m are children[child_ptr[m]:child_ptr[m + 1]]. All three are on
+            the CPU or on the device of the tables.
+        backend: "auto", "cpu", "cuda" (CuPy) or "reference" ("auto" never chooses it). A backend given by name never
+            falls back.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, indices on the CPU are out of range or not disjoint,
+            or `backend` is unknown.
+        BackendError: The backend given by name cannot do this, or no backend of "auto" can; gives the reasons.
+
+    Source: arXiv 2506.09991, section 4.2.
     """
     if not isinstance(tables, BranchTables):
         raise ValueError(f"tables: expected BranchTables, got {type(tables).__name__}")
@@ -183,7 +217,7 @@ def _check_indices(
 
 
 def _check_blocks(branches: int, parents: Int32Array, children: Int32Array, child_ptr: Int32Array) -> None:
-    """Ranges, slots, and that no slot occurs twice."""
+    """Raise ValueError unless slots and ranges are valid and no slot occurs twice."""
     there = parents != NO_BLOCK
     _check_slots("parents", parents[there], branches, " or -1")
     first, last = child_ptr[:-1][there], child_ptr[1:][there]

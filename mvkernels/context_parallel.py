@@ -1,12 +1,12 @@
-"""Context parallelism: one long row over several processes, each with some of its query tiles.
+"""Context parallelism: one long row over several processes; each computes some of the query tiles.
 
-Rows are cut into tiles; each process gets as many tiles as the others (but one), chosen so that all see about as many
-keys. Keys and values are gathered, queries stay. A process calls the one-process attention on a mask that is the
-layout's for its own rows; in the tiles of others a row sees its tile only, which costs one diagonal block a tile, and
-their outputs and gradients are dropped. The gradients of keys and values are summed over the processes.
+Rows are cut into tiles. Every process gets the same number of tiles (or one less), chosen so that all have about the
+same number of visible keys. Keys and values are gathered; queries stay. A process calls the one-process attention with
+a mask that is the layout's for its own rows. In the tiles of other processes a row sees only its tile: one diagonal
+block per tile, whose outputs and gradients are dropped. The gradients of keys and values are summed over the processes.
 
-Communication a layer: keys and values once forward; in the backward their gradients once, and each process needs memory
-for all T rows of q, k, v and out.
+Communication per layer: one all-gather of keys and values in the forward, one all-reduce of their gradients in the
+backward. Each process needs memory for all T rows of q, k, v and out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ TILE_ROWS = 256
 
 @dataclass(frozen=True, eq=False)
 class ContextSplit:
-    """Which rows each process has. rows[r]: [T_r] int64, ascending. pairs[r]: (row, key) pairs that rank r computes."""
+    """The rows that each process computes.
+
+    Attributes:
+        rows: For each rank its rows, [T_r] int64, ascending.
+        pairs: For each rank the number of (row, key) pairs that it computes.
+        masks: For each rank the mask of its forward.
+    """
 
     rows: tuple[npt.NDArray[np.int64], ...]
     pairs: tuple[int, ...]
@@ -37,11 +43,21 @@ class ContextSplit:
 
 
 def split_context(layout: BranchLayout, ranks: int, tile_rows: int = TILE_ROWS) -> ContextSplit:
-    """Split the rows of a layout over `ranks` processes, balanced by the keys that they see. The same on every process.
+    """Split the rows of a layout over processes, balanced by visible keys; the same result on every process.
 
-    Process r passes `x[split.rows[r]]` of everything that has a row a token: ids, positions, q, k, v. For shapes to be
-    alike, the number of tiles (layout.total_tokens / tile_rows) should be a multiple of the ranks. Raises ValueError
-    for fewer tiles than ranks.
+    Process r passes `x[split.rows[r]]` of every tensor with one row per token: ids, positions, q, k, v. For equal
+    shapes on all ranks, the number of tiles (layout.total_tokens / tile_rows) should be a multiple of `ranks`.
+
+    Args:
+        layout: The whole layout, of T tokens.
+        ranks: Number of processes, at least 1.
+        tile_rows: Rows of a tile, at least 1.
+
+    Returns:
+        The rows of each rank.
+
+    Raises:
+        ValueError: There are fewer tiles than ranks, or `ranks` is below 1.
     """
     tokens = layout.total_tokens
     starts = np.arange(0, tokens, tile_rows)
@@ -73,7 +89,7 @@ def _split(mask: IntervalMask, starts: npt.NDArray[np.int64], ranks: int) -> Con
 
 
 def _visible_keys(mask: IntervalMask) -> npt.NDArray[np.int64]:
-    """Keys that each row sees, [T]."""
+    """Count the keys that each row sees, [T]."""
     widths = np.diff(mask.gaps, axis=1).reshape(-1).astype(np.int64)
     before = np.concatenate([[0], np.cumsum(widths)])
     hidden = before[mask.gap_ptr[1:]] - before[mask.gap_ptr[:-1]]
@@ -83,7 +99,7 @@ def _visible_keys(mask: IntervalMask) -> npt.NDArray[np.int64]:
 
 
 def _part(mask: IntervalMask, starts: npt.NDArray[np.int64], own: npt.NDArray[np.bool_]) -> IntervalMask:
-    """The mask in the tiles that are `own`; in the others each row sees its tile's rows up to itself."""
+    """Restrict a mask to the tiles that are `own`; in other tiles a row sees the rows of its tile up to itself."""
     cuts = np.unique(np.concatenate([mask.segment_starts, starts]))
     segments = np.searchsorted(mask.segment_starts, cuts[:-1], side="right") - 1
     tiles = np.searchsorted(starts, cuts[:-1], side="right") - 1
@@ -100,9 +116,9 @@ def _part(mask: IntervalMask, starts: npt.NDArray[np.int64], own: npt.NDArray[np
 
 
 class GatheredInputs(NamedTuple):
-    """What one process attends to: whole q, k, v [T, heads, D], where rows of q that are not its own are zero.
+    """Inputs of the attention of one process: q, k, v [T, heads, D], where rows of q from other processes are zero.
 
-    layout: its mask shows this process's rows all that they see, and other rows their own tile.
+    layout: its mask is the whole layout's for this process's rows, and their own tile for other rows.
     rows: [T_r] int64, the rows of this process.
     """
 
@@ -116,14 +132,17 @@ class GatheredInputs(NamedTuple):
 def gather_inputs(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BranchLayout, group: dist.ProcessGroup
 ) -> GatheredInputs:
-    """Gather keys and values over the group; the gradients of each rank's rows come back to it.
+    """Gather keys and values over the group; in the backward, the gradients of each rank's rows return to it.
 
     Args:
         q: [T_r, Hq, D], the rows of this rank (`split_context`).
         k: [T_r, Hkv, D], as v.
         v: [T_r, Hkv, D].
         layout: The whole layout, of T tokens.
-        group: The processes; all must call.
+        group: The processes; all must make the call.
+
+    Returns:
+        Inputs of T rows for the attention of this process.
 
     Raises:
         ValueError: A shape or dtype does not fit.
@@ -149,7 +168,7 @@ def gather_inputs(
 
 
 class _Gather(torch.autograd.Function):
-    """[T_r, H, D] of each rank -> [T, H, D] in the layout's order on all; backward, the sum of all ranks' gradients."""
+    """[T_r, H, D] of each rank -> [T, H, D] on all ranks, in the layout's order; the backward sums their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, split: ContextSplit, group: dist.ProcessGroup) -> torch.Tensor:
@@ -165,7 +184,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        # A sum on all ranks, of which each keeps its rows: every backend of torch.distributed has it.
+        # A sum over all ranks, of which each rank keeps its rows: every backend of torch.distributed has all_reduce.
         total = grads[0].contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         rows = ctx.split.rows[dist.get_rank(ctx.group)]

@@ -1,10 +1,10 @@
-"""tree_decode: attention of a step's new tokens over the paged cache, for all branches at once.
+"""Attention of new tokens over the paged KV cache, for all branches of a step: `tree_decode`.
 
     out[r] = sum_j softmax_j(scale q[r] . k[j]) v[j]   over the keys j that row r sees
 
-A row sees every key of the nodes before its own, tokens of this step included, and of its own node those up to itself
-(arXiv 2506.09991, section 4.2). A key that many rows see is read once for all of them, where that is quicker:
-`decode_path` says which way a step takes.
+A row sees every key of the nodes before its own, tokens of this step included, and the keys of its own node up to
+itself (arXiv 2506.09991, section 4.2). A prefix that several branches share is read once for all of them where that is
+faster (cascade attention); `decode_path` returns the choice.
 """
 
 from __future__ import annotations
@@ -62,19 +62,35 @@ def tree_decode(
     return_lse: bool = False,
     batch_invariant: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attends from the rows of an open step to everything they see. Call after `PagedKVCache.append` of this layer.
+    """Compute attention of a step's new tokens over the paged KV cache; not differentiable.
 
-    q                  [step.total_rows, Hq, D], rotated by step.positions; Hq % Hkv == 0
-    k_layer, v_layer   cache.k[layer], cache.v[layer]: [num_pages, page_size, Hkv, D], dtype and device of q
-    scale              of the scores; None is 1 / sqrt(D)
-    backend            "auto", "native" (a CPU kernel, compiled by g++ when it is first called), "cpu" (PyTorch's own
-                       kernels), "triton" or "reference"; one asked for by name never falls back
-    batch_invariant    a branch's rows have the same bits in any batch, given the same number of threads, page size and
-                       pages before them: backends "native" and "reference" only. Costs some speed. Without it the
-                       same step still has the same bits each time
-    Returns out [N, Hq, D] in q's dtype; with return_lse also lse [Hq, N] float32 (float64 for float64), natural log.
-    Not differentiable. Raises ValueError for arguments that do not fit, StaleStep unless the step is open, and
-    BackendError with the reason when the backend cannot do it.
+    Call it after `PagedKVCache.append` has written the new keys and values of this layer. Prefill, decode and mixed
+    steps are the same call: an entry of several tokens attends causally within itself. The same step has the same bits
+    each time.
+
+    Args:
+        q: [step.total_rows, Hq, D] queries, rotated by `step.positions`. Hq is a multiple of Hkv.
+        k_layer: [num_pages, page_size, Hkv, D], `cache.k[layer]`, in the dtype and on the device of q.
+        v_layer: [num_pages, page_size, Hkv, D], `cache.v[layer]`.
+        step: An open step of the cache, from `PagedKVCache.plan` or `PagedKVCache.advance`.
+        scale: Factor of the scores; None is 1 / sqrt(D).
+        backend: "auto", "native" (a CPU kernel that g++ compiles at its first call), "cpu" (PyTorch's own kernels),
+            "triton" or "reference" ("auto" never chooses it). A backend given by name never falls back.
+        return_lse: Also return the log-sum-exp of the scaled scores.
+        batch_invariant: Give the rows of a branch the same bits in any batch, for an equal number of threads, page size
+            and page table before them; backends "native" and "reference" only, and slower.
+
+    Returns:
+        out [N, Hq, D] in the dtype of q, N = step.total_rows; with `return_lse` (out, lse), lse [Hq, N] in natural
+            logarithm, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, `scale` is not finite, q requires a gradient, or
+            `backend` is unknown.
+        StaleStep: The step was committed, rolled back or discarded.
+        BackendError: The backend given by name cannot compute this, or no backend of "auto" can; gives the reasons.
+
+    Source: arXiv 2506.09991, section 4.2.
     """
     check_arguments(q, k_layer, v_layer, step)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
@@ -104,12 +120,29 @@ def decode_path(
     backend: str = "auto",
     batch_invariant: bool = False,
 ) -> DecodePath:
-    """Which way `tree_decode` takes such arguments; it raises what that raises, and reads no element.
+    """Return how `tree_decode` reads the keys for these arguments; no element is read.
 
-    "shared"   keys that several branches see are read once for all of them; partial results are merged
-    "split"    each branch reads its own list, in pieces that are merged
-    "direct"   each branch reads its own list in one piece, and there is nothing to merge
-    The backends choose by what they cost: what sharing saves must be more than another call or launch, and the merge.
+    The backends choose by cost: sharing must save more than the additional call or launch and the merge of partial
+    results.
+
+    Args:
+        q: [step.total_rows, Hq, D] queries.
+        k_layer: [num_pages, page_size, Hkv, D], `cache.k[layer]`.
+        v_layer: [num_pages, page_size, Hkv, D], `cache.v[layer]`.
+        step: An open step of the cache.
+        backend: As in `tree_decode`.
+        batch_invariant: As in `tree_decode`.
+
+    Returns:
+        "shared": keys that several branches see are read once for all of them, and partial results are merged
+            (cascade).
+        "split": each branch reads its own page table in pieces that are merged (split-KV).
+        "direct": each branch reads its own page table in one piece; nothing is merged.
+
+    Raises:
+        ValueError: As in `tree_decode`.
+        StaleStep: The step was committed, rolled back or discarded.
+        BackendError: As in `tree_decode`.
     """
     check_arguments(q, k_layer, v_layer, step)
     chosen = _choose(backend, q, batch_invariant)
@@ -127,7 +160,7 @@ def decode_path(
 
 
 def check_arguments(q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tensor, step: Step) -> None:
-    """Raises ValueError, or StaleStep, when the arguments of `tree_decode` do not fit together."""
+    """Raise ValueError or StaleStep unless the arguments of `tree_decode` fit together."""
     require_type(Step, "Step of PagedKVCache.plan", step=step)
     step.require_open()
     require_type(torch.Tensor, q=q, k_layer=k_layer, v_layer=v_layer)
@@ -137,7 +170,7 @@ def check_arguments(q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tenso
         expected = f"[num_pages, {step.views.page_size}, Hkv, {q.shape[2]}]"
         raise ValueError(f"k_layer: expected shape {expected}, got {list(k_layer.shape)}")
     pages = step.entries[0][0].cache.num_pages
-    if k_layer.shape[0] != pages:  # where there are fewer, a kernel would read whatever memory follows
+    if k_layer.shape[0] != pages:  # with fewer, a kernel would read past the tensor
         raise ValueError(f"k_layer: expected the {pages} pages of the step's cache, got {k_layer.shape[0]}")
     if v_layer.shape != k_layer.shape:
         raise ValueError(f"v_layer: expected k_layer's shape {list(k_layer.shape)}, got {list(v_layer.shape)}")
@@ -156,7 +189,7 @@ def check_arguments(q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tenso
 
 
 def _choose(backend: str, q: torch.Tensor, batch_invariant: bool) -> str:
-    """The backend to run; on a CPU nothing is asked about Triton unless it is wanted."""
+    """Choose the backend; for CPU tensors Triton is checked only where no other backend of "auto" fits."""
     if q.is_cpu and backend in ("auto", "native") and native_reason(q) is None:
         return "native"
     if q.is_cpu and backend in ("auto", "cpu") and q.dtype in CPU_DTYPES and not batch_invariant:
@@ -169,7 +202,7 @@ def _choose(backend: str, q: torch.Tensor, batch_invariant: bool) -> str:
 
 
 def native_reason(q: torch.Tensor) -> str | None:
-    """Why the kernel that is compiled for this CPU cannot decode such queries, or None."""
+    """Return why the compiled CPU kernel cannot decode queries [N, Hq, D] of this device and dtype, or None."""
     if not q.is_cpu:
         return f"expected tensors on cpu, got {q.device.type}"
     if q.dtype not in TRITON_DTYPES:
@@ -180,7 +213,7 @@ def native_reason(q: torch.Tensor) -> str | None:
 
 
 def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:
-    """For each backend why it cannot decode such queries, or None."""
+    """Return, for each backend, why it cannot decode queries [N, Hq, D] of this device and dtype, or None."""
     device = q.device.type
     cpu = None if device == "cpu" else f"expected tensors on cpu, got {device}"
     if cpu is None and q.dtype not in CPU_DTYPES:
@@ -198,7 +231,7 @@ def backend_reasons(q: torch.Tensor) -> dict[str, str | None]:
 def _decode_reference(
     q: torch.Tensor, k_layer: torch.Tensor, v_layer: torch.Tensor, step: Step, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One entry after the other: gather what it sees, then eager attention."""
+    """Gather what each entry sees, then compute eager attention, entry by entry."""
     from mvkernels.reference.decode import attend
 
     outs, lses = [], []

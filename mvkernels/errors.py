@@ -1,6 +1,6 @@
-"""Every error type of the library. Each message says what was expected and what came.
+"""The exceptions of the library, and checks of arguments. Each message has what was expected and what came.
 
-A plain `ValueError` means that the caller passed something wrong; the types below add what a caller may want to catch.
+A plain `ValueError` is an invalid argument. The types below are for errors that a caller may handle.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from numbers import Integral
 
 
 def described(value: object) -> str:
-    """What came, in a few words for a message: `None`, `list`, `Tensor [2, 3] torch.int64`."""
+    """Describe a value in an error message: `None`, `list`, `Tensor [2, 3] torch.int64`."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is not None and dtype is not None:
         return f"{type(value).__name__} {list(shape)} {dtype}"
@@ -17,19 +17,19 @@ def described(value: object) -> str:
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value is an integer, be it one of NumPy."""
+    """Return whether a value is an integer, of Python or NumPy."""
     return isinstance(value, Integral)
 
 
 def require_integer(expected: str, *values: object) -> None:
-    """Raise ValueError where a value is no integer. expected: the message up to what came."""
+    """Raise ValueError unless all values are integers. expected: the message up to what came."""
     for value in values:
         if not is_integer(value):
             raise ValueError(f"{expected}, got {value!r}")
 
 
 def require_type(kind: type, expected: str | None = None, **values: object) -> None:
-    """Raise ValueError where one of the values, by their names, is of another type. expected: default, the type."""
+    """Raise ValueError unless all values, by their names, are of type `kind`. expected: words for the type."""
     for name, value in values.items():
         if not isinstance(value, kind):
             raise ValueError(f"{name}: expected a {expected or kind.__name__}, got {described(value)}")
@@ -38,8 +38,11 @@ def require_type(kind: type, expected: str | None = None, **values: object) -> N
 class GrammarError(ValueError):
     """A token sequence is not a well-formed trace.
 
-    `offset` is the index of the offending token, `expected` says what may stand there, `found` what does; `line` is the
-    line of the text (from 1), where there is a text.
+    Args:
+        offset: Index of the offending token.
+        expected: What the grammar allows there.
+        found: What is there.
+        line: Line of the text, from 1; None for token ids.
     """
 
     def __init__(self, offset: int, expected: str, found: str, line: int | None = None) -> None:
@@ -56,11 +59,11 @@ class GrammarError(ValueError):
 
 
 class BackendError(NotImplementedError):
-    """The backend that was asked for cannot do this, or (for "auto") none can. The message gives each reason."""
+    """The requested backend cannot compute this, or, for "auto", none can; the message gives each reason."""
 
 
 class CacheError(RuntimeError):
-    """The paged cache refused an operation; nothing was changed."""
+    """The paged KV cache refused an operation; nothing was changed."""
 
 
 class OutOfPages(CacheError):
@@ -68,8 +71,8 @@ class OutOfPages(CacheError):
 
 
 class BranchError(CacheError):
-    """A branch handle cannot be used so: it was freed, belongs to another cache, or is busy in a fork or a step."""
+    """A branch handle cannot be used for this: it was freed, is of another cache, or is in use by a fork or a step."""
 
 
 class StaleStep(CacheError):
-    """A step was used after the tree it was planned for changed, or after its commit or rollback."""
+    """A step was used after it was committed or rolled back, or after the tree of its cache changed."""

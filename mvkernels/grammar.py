@@ -1,11 +1,11 @@
-"""The Multiverse control-tag grammar: a strict, linear-time parser that knows no tokenizer.
+"""The Multiverse control-tag grammar: a strict, linear-time parser, independent of the tokenizer.
 
     sequence   := (item | think)*                 think := <Think> item* </Think>          item := text | parallel
     parallel   := <Parallel> goal path{n} conclusion </Parallel>
     goal       := <Goal> outline{n} </Goal>       outline := <Outline> text </Outline>     n >= 1
     path       := <Path> item* </Path>            conclusion := <Conclusion> text </Conclusion>
 
-Between the parts of a block stands whitespace only. The parser reads one *kind* per token, so it serves every
+Only whitespace may stand between the parts of a block. The parser reads one *kind* per token, so it serves every
 vocabulary and plain words alike. Source of the format: Multiverse, arXiv 2506.09991, section 4.
 """
 
@@ -37,7 +37,7 @@ Tree: TypeAlias = Sequence[Any]
 
 
 class Kind(IntEnum):
-    """What one token is to the grammar. The control tags start at 4, in the order of `TAGS`."""
+    """What a token is to the grammar; the control tags start at 4, in the order of `TAGS`."""
 
     TEXT = 0
     SPACE = 1
@@ -65,7 +65,7 @@ _TAG_BYTES = re.compile(rb"[\x04-\x0f]")
 
 
 def tag_name(kind: int) -> str:
-    """`</Goal>` for `Kind.GOAL_END`; `text` and the like for kinds that are no tag."""
+    """Name a kind in messages: `</Goal>` for `Kind.GOAL_END`; `text` or `whitespace` for kinds that are no tag."""
     if kind >= FIRST_TAG:
         return TAGS[kind - FIRST_TAG]
     return ("text", "whitespace", "text", "text")[kind]
@@ -73,11 +73,14 @@ def tag_name(kind: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """One path of a block. Offsets are token offsets.
+    """One path of a block; offsets count tokens.
 
-    start: first token of the canonical span, the whitespace before `<Path>` included.
-    open: offset of `<Path>`, or None where the trace was cut before it.
-    end: offset behind `</Path>`, or None where the path is still open.
+    Attributes:
+        start: First token of the canonical span, which includes the whitespace before `<Path>`.
+        open: Offset of `<Path>`; None if the trace ends before it.
+        end: Offset behind `</Path>`; None if the path is open.
+        blocks: Blocks nested in the path.
+        tree: Structure of the path.
     """
 
     start: int
@@ -89,12 +92,16 @@ class Path:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One `<Parallel>` block. Offsets are token offsets.
+    """One `<Parallel>` block; offsets count tokens.
 
-    start: offset of `<Parallel>`. goal_end: behind `</Goal>`, None while the goal is open.
-    outlines: (start, end) spans, the tags included; the end of an open outline is the end of the trace.
-    conclusion: first token of the conclusion's canonical span (whitespace before `<Conclusion>` included), or None.
-    end: behind `</Parallel>`, or None while the block is open.
+    Attributes:
+        start: Offset of `<Parallel>`.
+        goal_end: Offset behind `</Goal>`; None if the goal is open.
+        outlines: (start, end) spans, tags included; an open outline ends with the trace.
+        paths: Paths so far, in order.
+        conclusion: First token of the conclusion's canonical span, which includes the whitespace before `<Conclusion>`;
+            or None.
+        end: Offset behind `</Parallel>`; None if the block is open.
     """
 
     start: int
@@ -107,7 +114,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A parsed token list: its length, its outermost blocks, and the structure alone as a `Tree`."""
+    """A parsed list of tokens.
+
+    Attributes:
+        length: Number of tokens.
+        blocks: The outermost blocks.
+        tree: Structure without tokens, for `BranchLayout.from_tree`.
+    """
 
     length: int
     blocks: tuple[Block, ...]
@@ -115,6 +128,7 @@ class Trace:
 
     @property
     def is_open(self) -> bool:
+        """Whether the trace ends inside a block."""
         return bool(self.blocks) and self.blocks[-1].end is None
 
 
@@ -141,7 +155,7 @@ class _OpenPath:
         self.blocks: list[Block] = []
 
     def tree(self, end: int) -> Tree:
-        """The structure of the tokens from `start` to `end`. The trees of inner paths exist by now: no recursion."""
+        """Return the structure of the tokens from `start` to `end`. The trees of inner paths exist already."""
         items: list[Any] = []
         cursor = self.start
         for block in self.blocks:
@@ -159,7 +173,7 @@ class _OpenPath:
         return Path(self.start, self.open_at, end, tuple(self.blocks), self.tree(stop))
 
 
-# States of the parser: what the innermost open element is. In the states of _SPACE_ONLY no text may stand.
+# States of the parser: the innermost open element. The states of _SPACE_ONLY allow no text.
 _TRUNK, _THINK, _ITEMS, _BLOCK, _GOAL, _OUTLINE, _PATHS, _CONCLUSION, _CLOSING = range(9)
 _SPACE_ONLY = frozenset((_BLOCK, _GOAL, _PATHS, _CLOSING))
 
@@ -174,7 +188,7 @@ class _Parser:
         self.previous = 0  # offset behind the last tag read
 
     def expected(self) -> str:
-        """What may stand here, in words, for messages."""
+        """Describe what the grammar allows here, for messages."""
         block = self.blocks[-1] if self.blocks else None
         if self.state == _TRUNK:
             return "text, <Think>, <Parallel> or the end"
@@ -224,7 +238,7 @@ class _Parser:
         self.previous = after
 
     def read_part(self, offset: int, kind: int, block: _OpenBlock) -> bool:
-        """Take a tag that stands between the parts of a block; False where it may not stand."""
+        """Read a tag between the parts of a block; False where it is not allowed."""
         state, after = self.state, offset + 1
         if state == _BLOCK and kind == Kind.GOAL:
             self.state = _GOAL
@@ -287,10 +301,19 @@ class _Parser:
 
 
 def parse(kinds: bytes, allow_open: bool = False) -> Trace:
-    """Parse one kind per token into blocks and paths.
+    """Parse one kind per token into blocks and paths, in linear time.
 
-    kinds: one `Kind` per token, as bytes (see `TagTokens.kinds`). allow_open: accept a trace that was cut anywhere.
-    Raises GrammarError with the token offset, what was expected there and what stands there. Linear in the tokens.
+    Args:
+        kinds: [T] bytes, one `Kind` per token (see `TagTokens.kinds`).
+        allow_open: Accept a trace that ends anywhere, with blocks still open.
+
+    Returns:
+        The blocks and the structure of the trace.
+
+    Raises:
+        GrammarError: The tags are malformed; gives the token offset, what is allowed there, and what was found.
+
+    Source: arXiv 2506.09991, section 4.
     """
     parser = _Parser(kinds)
     for match in _TAG_BYTES.finditer(kinds):
@@ -299,7 +322,7 @@ def parse(kinds: bytes, allow_open: bool = False) -> Trace:
 
 
 def split_words(text: str) -> tuple[list[str], list[int]]:
-    """Cut a text into tags and words; returns them and the line (from 1) on which each stands."""
+    """Cut a text into tags and words; returns them and the line (from 1) of each."""
     words: list[str] = []
     lines: list[int] = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -314,9 +337,19 @@ _TAG_KIND = {tag: FIRST_TAG + i for i, tag in enumerate(TAGS)}
 
 
 def parse_text(text: str, allow_open: bool = False) -> tuple[Trace, list[str]]:
-    """Parse a trace in the text format; its tokens are tags and words. Also checks the indices (`1:`, nested `2.1:`).
+    """Parse a trace in the text format; its tokens are tags and words.
 
-    Returns the trace and the words that its offsets count. Raises GrammarError, whose message also names the line.
+    Also checks that the k-th outline and the k-th path of a block begin with their index (`1:`, nested `2.1:`).
+
+    Args:
+        text: A trace.
+        allow_open: Accept a trace that ends anywhere, with blocks still open.
+
+    Returns:
+        The trace, and the words that its offsets count.
+
+    Raises:
+        GrammarError: The tags or an index are malformed; the message also has the line.
     """
     words, lines = split_words(text)
     kinds = bytes(_TAG_KIND.get(word, Kind.TEXT) for word in words)
@@ -330,7 +363,7 @@ def parse_text(text: str, allow_open: bool = False) -> tuple[Trace, list[str]]:
 
 
 def check_indices(trace: Trace, words: Sequence[str]) -> None:
-    """Check that the k-th outline and the k-th path of a block begin with its index: `k:`, inside path 2 `2.k:`.
+    """Check that the k-th outline and the k-th path of a block begin with their index: `k:`, inside path 2 `2.k:`.
 
     words: the words that the offsets of `trace` count. Raises GrammarError.
     """

@@ -1,24 +1,24 @@
-"""Branch attention for transformers models: `patch_model` and its undoing.
+"""Branch attention for transformers models: `patch_model`, `unpatch_model`, `is_patched`.
 
-A patched model takes two more keyword arguments:
+A patched model takes more keyword arguments:
 
     branch_layout=layout     packed training forward: attention by `multiverse_attention`
-    paged_kv=(cache, step)   paged decoding: new keys and values are appended to the cache, attention by `tree_decode`;
-                             with batch_invariant=True by its batch-invariant way, and there may be spare rows behind
-                             the step's, of any ids and positions: they are written nowhere and attend to nothing
+    paged_kv=(cache, step)   paged prefill and decode: new keys and values are appended to the KV cache, attention by
+                             `tree_decode`
+    batch_invariant=True     beside paged_kv: batch-invariant attention. The inputs may have spare rows behind those of
+                             the step, with any ids and positions: they are not written and attend to nothing
 
-An unpatched model ignores these keywords silently, as transformers ignores every keyword that it does not know: check
-with `is_patched(model)`. Without both keywords a patched model computes what it did before, on transformers' `sdpa`,
-but refuses keywords that nothing reads, and positions of branches (`hf_inputs`).
+An unpatched model ignores these keywords silently, as transformers ignores every unknown keyword: check with
+`is_patched(model)`. Without these keywords a patched model computes what it did before, on transformers' `sdpa`, but
+refuses unknown keywords and the positions of branches (`hf_inputs`).
 
-Any decoder will do whose attention goes through transformers' attention interface and is plain softmax attention:
-Qwen2, Qwen3, Llama, Mistral and their like. Position ids must be [1, T]; several documents are packed into one row
-instead of padded into several.
+Supported: causal decoders with plain softmax attention behind transformers' attention interface, such as Qwen2, Qwen3,
+Llama and Mistral. Inputs are one row [1, T]: documents are packed, not padded into several rows.
 
-How it reaches the layers: the attention function is registered under a name of its own, the layout travels there in
-the keyword arguments that transformers hands through, and a forward pre-hook passes a one-element 4-D attention mask,
-which transformers takes as a finished mask. Otherwise it would build a T x T mask itself and mistake branch positions
-for packed documents.
+Mechanism: the attention function is registered under a name of its own, and the layout reaches it in the keyword
+arguments that transformers hands through. A forward pre-hook passes a one-element 4-D attention mask, which
+transformers takes as a finished mask. Otherwise it would build a T x T mask and take branch positions for packed
+documents.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @dataclass
 class _Patch:
-    """What `unpatch_model` needs: the implementation that was there before, and the hook; and the backend asked for."""
+    """State for `unpatch_model`: the attention implementation before the patch, the hook, and the requested backend."""
 
     previous: str | None
     hook: RemovableHandle
@@ -63,15 +63,26 @@ class _Patch:
 
 
 def patch_model(model: Model, backend: str = "auto", group: dist.ProcessGroup | None = None) -> Model:
-    """Let a transformers model attend by branches, in place; returns it. Patching twice only changes the other two.
+    """Patch a transformers model in place for branch attention.
 
-    model: a decoder whose attention goes through transformers' attention interface. backend: of `multiverse_attention`
-    and `tree_decode`. group: context parallelism over its processes in packed forwards: each passes its own tokens,
-    `split_context(layout, ranks).rows[rank]`, with the whole layout, and gets their logits. Labels are to be shifted
-    before they are split (`shift_labels=`), and gradients of weights to be summed over the processes.
+    The module's docstring lists the keyword arguments that its forward takes from then on. Patching a second time only
+    changes `backend` and `group`.
 
-    Raises TypeError for what is no transformers model, BackendError for one whose attention cannot be replaced: no
-    attention interface, an encoder, layers other than softmax attention.
+    Args:
+        model: A causal decoder with plain softmax attention behind transformers' attention interface.
+        backend: Backend of `multiverse_attention`, `PagedKVCache.append` and `tree_decode`.
+        group: Context parallelism over the processes of this group in forwards with a layout. Each process passes its
+            own tokens, `split_context(layout, ranks).rows[rank]`, and the whole layout, and gets the logits of these
+            tokens. Shift labels before splitting them (`shift_labels=`), and sum the gradients of weights over the
+            processes.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: `model` is no transformers PreTrainedModel.
+        BackendError: The attention of the model cannot be replaced: there is no attention interface, it is an encoder,
+            or some layers are not plain softmax attention.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"patch_model: expected a transformers PreTrainedModel, got {type(model).__name__}")
@@ -89,7 +100,7 @@ def patch_model(model: Model, backend: str = "auto", group: dist.ProcessGroup | 
             "whose attention implementation cannot be set"
         )
 
-    # The base model, so that both `model(...)` and `model.model(...)` pass through it, and once only. A partial and no
+    # On the base model, so that `model(...)` and `model.model(...)` both run the hook once. A partial instead of a
     # closure, so that a patched model can be pickled.
     base = model.base_model
     names = tuple(parameter_names(type(base).forward)[1:])  # behind self
@@ -100,7 +111,17 @@ def patch_model(model: Model, backend: str = "auto", group: dist.ProcessGroup | 
 
 
 def unpatch_model(model: Model) -> Model:
-    """Restore the model that `patch_model` changed; returns it. Raises ValueError when it is not patched."""
+    """Undo `patch_model` in place.
+
+    Args:
+        model: A patched model.
+
+    Returns:
+        The same model, with the attention implementation that it had before.
+
+    Raises:
+        ValueError: The model is not patched.
+    """
     patch: _Patch | None = getattr(model, _STATE, None)
     if patch is None:
         raise ValueError(
@@ -113,17 +134,22 @@ def unpatch_model(model: Model) -> Model:
 
 
 def is_patched(model: PreTrainedModel) -> bool:
-    """Whether `patch_model` is in force.
+    """Return whether `patch_model` is in effect.
 
-    An unpatched transformers model accepts `branch_layout=` like any other keyword and ignores it, so ask before the
-    first forward. A model whose attention implementation was set after `patch_model` is not patched any more.
+    An unpatched transformers model accepts `branch_layout=` and ignores it, so check before the first forward.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        True for a patched model; False again after another attention implementation was set.
     """
     config: Any = model.base_model.config
     return hasattr(model, _STATE) and config._attn_implementation == ATTENTION_NAME
 
 
 def patched_backend(model: PreTrainedModel) -> str:
-    """The backend that `patch_model` was given. Raises ValueError when the model is not patched."""
+    """Return the backend given to `patch_model`. Raises ValueError when the model is not patched."""
     patch: _Patch | None = getattr(model, _STATE, None)
     if patch is None:
         raise ValueError(f"expected a model patched by patch_model, got an unpatched {type(model).__name__}")
@@ -152,9 +178,9 @@ def _prepare(
     backend: str,
     group: dist.ProcessGroup | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of the base model: check what came along, and keep transformers from building a mask.
+    """Check the keywords of a forward, and pass a finished mask to transformers; forward pre-hook of the base model.
 
-    names: its parameters in their order. known: the keywords that are read.
+    names: the parameters of the forward in order. known: keywords that the model reads.
     """
     refuse_unknown(kwargs, known)
     positional = dict(zip(names, args, strict=False))
@@ -255,7 +281,10 @@ def attention_forward(
     batch_invariant: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None)."""
+    """Compute attention as transformers' attention interface: query [1, Hq, T, D], key and value [1, Hkv, T, D].
+
+    Returns ([1, T, Hq, D], None).
+    """
     if branch_layout is None and paged_kv is None:
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -272,7 +301,7 @@ def attention_forward(
         cache, step = _unpack(paged_kv)
         if sliding_window is not None:
             _check_window(sliding_window, step.longest_context)
-        if torch.is_autocast_enabled(q.device.type):  # its dtype is not the cache's, and q and k have a third
+        if torch.is_autocast_enabled(q.device.type):  # three dtypes: autocast's, the cache's, q and k's
             q, k, v = (tensor.to(cache.dtype) for tensor in (q, k, v))
         layer: int = module.layer_idx  # type: ignore[assignment]
         spare = len(q) - step.total_rows
@@ -288,10 +317,10 @@ def attention_forward(
 
 
 def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors in one dtype where autocast is on: rotation leaves queries and keys in fp32, beside values in bf16.
+    """Cast to one dtype under autocast: RoPE leaves queries and keys in fp32, while values are in bf16.
 
-    On a GPU that is autocast's dtype, as sdpa has it. On a CPU it is fp32: the flash kernels there are no faster in
-    bf16 forward, and take twice as long backward.
+    On a GPU that is autocast's dtype, as in sdpa. On a CPU it is fp32: the flash kernels there are no faster in bf16
+    forward, and take twice as long backward.
     """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

@@ -1,7 +1,7 @@
-"""The checks of what a patched model is called with: keywords that it reads, positions as transformers reads them.
+"""Input checks of a patched model: unknown keywords, and positions that transformers would misread.
 
-transformers' models accept any keyword, and read falling positions as packed documents. So a forgotten or misspelt
-`branch_layout=` would only show in the logits.
+transformers' models accept any keyword, and read falling positions as packed documents. Without these checks a
+forgotten or misspelt `branch_layout=` would only show in the logits.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
-#: What `patch_model` adds.
+#: Keywords that `patch_model` adds.
 OWN_KEYWORDS = ("branch_layout", "paged_kv", "batch_invariant")
-# Accepted by transformers without standing in a signature: decorators take or rename the first ones, and tokenizers
-# return the last one for decoders too.
+# Keywords that transformers accepts without a signature that has them: decorators take or rename the first ones, and
+# tokenizers return the last one for decoders too.
 _UNNAMED = ("past_key_values", "cache", "cache_position", "return_dict", "token_type_ids")
 
 
@@ -31,10 +31,10 @@ def parameter_names(function: Callable[..., Any]) -> list[str]:
 
 
 def known_keywords(model: PreTrainedModel) -> frozenset[str]:
-    """Every keyword that the model, its loss or its `generate` reads, by their signatures."""
+    """Return every keyword that the model, its loss or its `generate` reads, by their signatures."""
     base = model.base_model
     found = {*OWN_KEYWORDS, *_UNNAMED, *TransformersKwargs.__annotations__}
-    # Of the classes, for an instance may have a forward that takes anything and passes it on.
+    # From the classes: an instance may have a forward that takes and passes on any keyword.
     for function in (type(base).forward, type(model).forward):
         found |= set(parameter_names(function))
     if "labels" in found:
@@ -46,7 +46,7 @@ def known_keywords(model: PreTrainedModel) -> frozenset[str]:
 
 
 def refuse_unknown(keywords: Iterable[str], known: frozenset[str]) -> None:
-    """Raise ValueError for the first keyword that nothing reads; names the nearest one that is read."""
+    """Raise ValueError for the first keyword that the model does not read, with the nearest known one."""
     for name in keywords:
         if name not in known:
             near = difflib.get_close_matches(name, [*OWN_KEYWORDS, *sorted(known)], n=1, cutoff=0.0)[0]
@@ -54,10 +54,10 @@ def refuse_unknown(keywords: Iterable[str], known: frozenset[str]) -> None:
 
 
 def refuse_falling(kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for the positions of branches: in a forward without layout they would not be seen as such.
+    """Raise ValueError for the positions of branches in a forward without a layout, which would not be read as such.
 
-    Positions go up by one, or restart at 0 with another packed document. Not looked at: what the 2-D attention mask
-    hides, masks and positions of other shapes, and anything while it is traced. On a GPU the host waits, as in
+    Valid positions go up by one, or restart at 0 with another packed document. Not checked: tokens that the 2-D
+    attention mask hides, masks and positions of other shapes, and any traced forward. On a GPU the host waits, as in
     transformers, which looks for packed documents here.
     """
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")

@@ -1,10 +1,10 @@
-"""BranchLayout: where each token of a branched sequence stands and what it sees, in O(T) integers.
+"""BranchLayout: positions, mask and labels of a sequence with parallel branches, in O(T) integers.
 
-Positions (canonical): text of length n takes p .. p+n-1; a block starts every path at the same p, and what follows it
-starts at the maximum of what its paths return. Visibility: token i sees token j iff j <= i, both are in the same
-document, and no block has j in one of its paths and i in another. So the keys hidden from a token are at most *depth*
-contiguous intervals. Source: Multiverse attention, arXiv 2506.09991, section 4; the positions are those of DESIGN.md,
-section 1.2.
+Positions (canonical): a text of length n takes p .. p + n - 1. Every path of a block starts at the same p, and the
+text after the block starts at the highest next position of its paths. Visibility: token i sees token j iff j <= i, both
+are in the same document, and no block has j in one of its paths and i in another. The keys hidden from a token are
+therefore at most *depth* contiguous intervals. Source: Multiverse attention, arXiv 2506.09991, section 4; the positions
+are those of DESIGN.md, section 1.2.
 """
 
 from __future__ import annotations
@@ -34,13 +34,25 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, eq=False)
 class BranchLayout:
-    """The layout of one packed row of documents. Build it with one of the class methods; it never changes.
+    """Positions, mask and labels of one packed row of documents; immutable.
 
-    position_ids: [T] int32. cu_seqlens: [documents + 1] int32, the first row of every document and T. mask: the
-    visible keys of every row as intervals, on the host. critical_path: highest position + 1, summed over documents.
-    sampled: [T] bool on the host, False where the model did not sample the token itself. predecessor: [T] int32 on the
-    host, the row that predicts the token, -1 where there is none or more than one. has_branches: whether any token is
-    hidden from a later one of its document. longest_document: tokens of the longest document.
+    Build it with `from_token_ids`, `from_tree`, `causal` or `pack`.
+
+    Attributes:
+        position_ids: [T] int32 position of every token, for RoPE. Its device is the device of the layout.
+        cu_seqlens: [num_documents + 1] int32, the first row of every document, then T.
+        mask: The visible keys of every row as intervals, on the host.
+        critical_path: Highest position + 1, summed over documents: decode steps when all paths of a block run in
+            parallel.
+        sampled: [T] bool on the host, False for prompt tokens and tokens that the engine forces.
+        predecessor: [T] int32 on the host, the row whose logits predict the token; -1 for none, or for more than one.
+        has_branches: Whether any token is hidden from a later token of its document.
+        longest_document: Number of tokens of the longest document.
+
+    Raises:
+        ValueError: `position_ids` is not int32 [T].
+
+    Source: Multiverse attention, arXiv 2506.09991, section 4.
     """
 
     position_ids: torch.Tensor
@@ -64,7 +76,7 @@ class BranchLayout:
         if (self.position_ids.dtype, tuple(self.position_ids.shape)) != expected:
             got = described(self.position_ids)
             raise ValueError(f"position_ids: expected [{self.mask.total_tokens}] torch.int32, got {got}")
-        # All that an attention call reads is made here: torch.compile can trace attributes, but not NumPy on the host.
+        # Everything that an attention call reads is made here: torch.compile traces attributes, not NumPy on the host.
         starts = np.append(self.mask.first_key, np.int32(self.mask.total_tokens))
         documents = np.diff(starts[np.diff(starts, prepend=-1) > 0])
         object.__setattr__(self, "longest_document", int(documents.max(initial=0)))
@@ -85,10 +97,19 @@ class BranchLayout:
     ) -> BranchLayout:
         """Lay out one document of token ids.
 
-        ids: T token ids. tags: the control tags of their vocabulary. semantics: "canonical", or "released" for weights
-        trained with the released Multiverse code. prompt_length: leading tokens that carry no label. allow_open:
-        accept a trace that was cut. Raises GrammarError where the tags are malformed, ValueError for other bad
-        arguments.
+        Args:
+            ids: T token ids: a list of integers, or an integer tensor or array [T].
+            tags: Control-tag ids of the vocabulary.
+            semantics: "canonical", or "released" for weights that were trained with the released Multiverse code.
+            prompt_length: Number of leading tokens that carry no label, 0 .. T.
+            allow_open: Accept a trace that ends anywhere, with blocks still open.
+
+        Returns:
+            The layout of one document, on the CPU.
+
+        Raises:
+            GrammarError: The control tags are malformed.
+            ValueError: Another argument is invalid, or the mask would have more than 2**22 gaps.
         """
         if semantics not in SEMANTICS:
             raise ValueError(f"semantics: expected one of {SEMANTICS}, got {semantics!r}")
@@ -106,10 +127,19 @@ class BranchLayout:
 
     @classmethod
     def from_tree(cls, tree: Tree, sampled: Sequence[bool] | npt.NDArray[np.bool_] | None = None) -> BranchLayout:
-        """Lay out a structure alone: a sequence is a list of text lengths and blocks, a block is a list of sequences.
+        """Lay out a structure without token ids.
 
-        `[3, [[5], [2]], 4]` is 3 tokens, two paths of 5 and 2, 4 tokens after the join. A block at the end never joins.
-        sampled: T booleans, which tokens the model sampled itself; default all. Raises ValueError for a malformed tree.
+        Args:
+            tree: A sequence: a list of text lengths and blocks. A block is a list of sequences, one for each path. A
+                block at the end is not joined. Example: `[3, [[5], [2]], 4]` is 3 tokens, two paths of 5 and 2, and 4
+                after the join.
+            sampled: [T] booleans, True for each token that the model samples; None: all.
+
+        Returns:
+            The layout of one document, on the CPU.
+
+        Raises:
+            ValueError: The tree is malformed, its mask has more than 2**22 gaps, or `sampled` has another length.
         """
         runs = tree_runs(tree)
         if sampled is None:
@@ -124,15 +154,32 @@ class BranchLayout:
 
     @classmethod
     def causal(cls, length: int) -> BranchLayout:
-        """Plain causal attention over `length` tokens."""
+        """Lay out `length` tokens of plain causal attention.
+
+        Args:
+            length: T, at least 0.
+
+        Returns:
+            The layout of one document, on the CPU.
+
+        Raises:
+            ValueError: `length` is negative or no integer.
+        """
         return cls.from_tree([length])
 
     @classmethod
-    @torch.inference_mode(False)  # a layout made beside a generation may be trained on: autograd saves its tensors
+    @torch.inference_mode(False)  # a layout made during generation may be trained on: autograd saves its tensors
     def pack(cls, layouts: Iterable[BranchLayout]) -> BranchLayout:
-        """One layout of all documents, one after the other, without padding. Each may itself be a pack.
+        """Concatenate layouts into one row of documents without padding (varlen packing).
 
-        Raises ValueError for an empty list.
+        Args:
+            layouts: Layouts in order; each may itself be packed.
+
+        Returns:
+            One layout of all documents, on the device of the first layout.
+
+        Raises:
+            ValueError: There is no layout, an item is no BranchLayout, or the row would have 2**31 tokens or more.
         """
         if not isinstance(layouts, Iterable):
             raise ValueError(f"pack: expected a list of BranchLayouts, got {described(layouts)}")
@@ -202,33 +249,41 @@ class BranchLayout:
             predecessor=predecessor,
         )
 
-    # ---- what it says
+    # ---- queries
 
     @property
     def total_tokens(self) -> int:
-        return self.position_ids.shape[0]  # and not the mask's number, for which torch.compile would compile again
+        """T, the number of tokens of all documents."""
+        return self.position_ids.shape[0]  # the mask's number would make torch.compile compile again
 
     @property
     def mask_table(self) -> torch.Tensor:
-        """[N] int32 on the layout's device: the mask as the attention ops take it (`mvkernels.mask_tensor`)."""
+        """The mask as one int32 tensor [N] on `device`, for the attention ops (`mvkernels.mask_tensor`)."""
         return self._table.tensor
 
     @property
     def device(self) -> torch.device:
+        """Device of `position_ids`, `cu_seqlens` and the mask table."""
         return self.position_ids.device
 
     @property
     def num_documents(self) -> int:
+        """Number of documents in the row."""
         return len(self.cu_seqlens) - 1
 
     @property
     def parallelism(self) -> float:
-        """Tokens / critical path: "# parallel" in the paper. 1.0 for an empty layout."""
+        """Tokens / critical path, "# parallel" in arXiv 2506.09991; 1.0 for an empty layout."""
         return self.total_tokens / self.critical_path if self.critical_path else 1.0
 
     def dense_mask(self) -> torch.Tensor:
-        """[T, T] bool on the layout's device, True where row i sees key j. T squared bytes: for tests and small
-        inputs. Raises ValueError for more than 2**16 tokens.
+        """Build the mask as a dense matrix, for tests and small inputs.
+
+        Returns:
+            [T, T] bool on the device of the layout, True where row i sees key j; T squared bytes.
+
+        Raises:
+            ValueError: T is more than 2**16.
         """
         if self.total_tokens > MAX_DENSE:
             expected = f"at most {MAX_DENSE} tokens, as it has T squared bytes"
@@ -243,21 +298,39 @@ class BranchLayout:
         return torch.from_numpy(visible).to(self.device)
 
     def labels(self, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """[T] int64 labels on the layout's device in transformers' unshifted convention: the id, or -100.
+        """Make training labels in transformers' unshifted convention.
 
-        A token has a label where the model sampled it itself and the row before it is the row that predicts it. That
-        is every sampled token of a tagged trace but a document's first; in open trees, where a path follows the trunk
-        directly, use `targets`.
+        A token has a label if the model samples it and its predecessor is the row before it. In a tagged trace that
+        holds for every sampled token but the first of a document. Use `targets` for structures without tags, where a
+        path follows the trunk directly.
+
+        Args:
+            ids: [T] token ids: a list of integers, or an integer tensor.
+
+        Returns:
+            [T] int64 on the device of the layout: the token id, or -100.
+
+        Raises:
+            ValueError: `ids` is of another length or dtype.
         """
         values = self._ids_tensor(ids)
         labelled = self.sampled & (self.predecessor >= 0) & (self.predecessor == np.arange(self.total_tokens) - 1)
         return torch.where(torch.from_numpy(labelled).to(self.device), values, IGNORE_INDEX)
 
     def targets(self, ids: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows [N], targets [N]) int64: the row whose logits predict each sampled token, and the token's id.
+        """Pair each sampled token with the row whose logits predict it.
 
-        A document's first token has no such row, and the first token after a join of several paths has several:
-        neither is among them.
+        The first token of a document has no such row, and the first token after a join of several paths has several;
+        neither is included.
+
+        Args:
+            ids: [T] token ids: a list of integers, or an integer tensor.
+
+        Returns:
+            (rows, targets), both [N] int64 on the device of the layout: the predicting row, and the id of the token.
+
+        Raises:
+            ValueError: `ids` is of another length or dtype.
         """
         values = self._ids_tensor(ids)
         chosen = np.flatnonzero(self.sampled & (self.predecessor >= 0))
@@ -265,16 +338,34 @@ class BranchLayout:
         return rows, values[torch.from_numpy(chosen).to(self.device)]
 
     def to(self, device: torch.device | str) -> BranchLayout:
-        """The same layout with its tensors on `device`. Derived data are kept. Raises ValueError without it."""
+        """Copy the layout to a device; derived data are shared.
+
+        Args:
+            device: Device of the tensors of the copy.
+
+        Returns:
+            The same layout on `device`.
+
+        Raises:
+            ValueError: PyTorch does not have the device here.
+        """
         device = checked_device(device)
         with torch.inference_mode(False):
             moved = self.position_ids.to(device)
             cu_seqlens = self.cu_seqlens.to(device)
-        # "cuda" names a device of which the tensors say the index.
+        # "cuda" has no index; the device of the moved tensor does.
         return replace(self, position_ids=moved, cu_seqlens=cu_seqlens, _made=self._table.to(moved.device))
 
     def cached(self, key: Hashable, build: Callable[[], Value]) -> Value:
-        """`build()` once per key, remembered as long as the layout lives. Keys of device data must name the device."""
+        """Return `build()`, computed once per key for the lifetime of the mask.
+
+        Args:
+            key: Key of the value; for data on a device it must name the device.
+            build: Called without arguments if the key is new.
+
+        Returns:
+            The value of `build`.
+        """
         return self._table.cached(key, build)
 
     def _ids_tensor(self, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -289,10 +380,19 @@ class BranchLayout:
 
 
 def sampled_tokens(ids: Sequence[int], tags: TagTokens, trace: Trace) -> npt.NDArray[np.bool_]:
-    """[T] bool: False for what the engine writes, which is each path's prefix and the opening of each conclusion.
+    """Find the tokens that the model samples: all but the prefix of each path and the opening of each conclusion.
 
-    It is recognised by its text, however many tokens that is. No token depends on those behind it, so the flags of a
-    trace that was cut are the first ones of the whole trace. A token that holds more than the prefix is the model's.
+    The prefix is recognised by its text, however many tokens that takes. No flag depends on later tokens, so the flags
+    of a trace that ends early are the first flags of the whole trace. A token that holds more than the prefix is
+    sampled.
+
+    Args:
+        ids: [T] token ids of the trace.
+        tags: Control tags and texts of the vocabulary.
+        trace: `ids` as parsed by `grammar.parse`.
+
+    Returns:
+        [T] bool, False for tokens that the engine forces.
     """
     sampled = np.ones(trace.length, dtype=np.bool_)
     pending: list[tuple[Block, ...]] = [trace.blocks]
@@ -315,7 +415,7 @@ _INDEX_REST = re.compile(r"[0-9.]*:?")
 
 
 def _index_end(ids: Sequence[int], tags: TagTokens, offset: int) -> int:
-    """Behind the whitespace and the index, with its colon, that begin at `offset`: as far as they are whole tokens."""
+    """Return the offset behind the whitespace, index and colon that begin at `offset`, counting whole tokens only."""
     expected, text = _INDEX_START, ""
     while offset < len(ids) and not text.endswith(":"):
         text = tags.text(ids[offset])
@@ -328,7 +428,7 @@ def _index_end(ids: Sequence[int], tags: TagTokens, offset: int) -> int:
 
 
 def _newline_end(ids: Sequence[int], tags: TagTokens, offset: int) -> int:
-    """Behind the first newline of the whitespace that begins at `offset`; more of it is the model's own."""
+    """Return the offset behind the first newline of the whitespace at `offset`; the model samples the rest."""
     text = ""
     while offset < len(ids) and "\n" not in text:
         text = tags.text(ids[offset])

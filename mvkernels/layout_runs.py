@@ -1,6 +1,4 @@
-"""From structure to runs of tokens: the walk behind `BranchLayout`. One run has consecutive positions and one list of
-gaps.
-"""
+"""Runs of tokens from a structure, for `BranchLayout`. A run has consecutive positions and one list of gaps."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ from mvkernels.grammar import FIRST_TAG, Kind, Tree
 
 MAX_TOKENS = 2**31 - 1  # positions and offsets are int32
 _END = object()  # of a sequence
-#: Gaps of all runs of a document. They grow with the square of the depth, and of the paths of a released block, between
-#: which visible newlines stand: 2**22 is 2896 such paths, and 32 MiB.
+#: Most gaps of all runs of a document. They grow with the square of the depth and, in released semantics, of a block's
+#: paths, because the newlines between paths are visible: 2**22 is 2896 such paths, and 32 MiB.
 MAX_GAPS = 2**22
-MAX_DEPTH = 2**17  # of a tree; a list that holds itself has no end
+MAX_DEPTH = 2**17  # of a tree; a list that contains itself never ends
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -41,8 +39,13 @@ def _hide(before: Gaps | None, first: int, end: int) -> Gaps:
 class Runs:
     """Runs of tokens in order; none is empty.
 
-    starts: first token. positions: position of the first token. gaps: of each run, None where it sees all.
-    predecessors: the token that predicts the run's first, -1 for none or several. total_gaps: of all runs.
+    Attributes:
+        starts: First token of each run.
+        positions: Position of the first token.
+        gaps: Hidden keys of each run; None if it sees all.
+        predecessors: The token that predicts the first token of the run; -1 for none or several.
+        total_tokens: Of all runs.
+        total_gaps: Of all runs.
     """
 
     starts: list[int] = field(default_factory=list)
@@ -53,7 +56,7 @@ class Runs:
     total_gaps: int = 0
 
     def add(self, length: int, position: int, gaps: Gaps | None, predecessor: int) -> None:
-        """Raises ValueError beyond what int32 offsets or memory hold."""
+        """Add a run. Raises ValueError beyond what int32 offsets or memory hold."""
         if self.total_tokens + length > MAX_TOKENS:
             raise ValueError(f"expected at most {MAX_TOKENS} tokens, got {self.total_tokens + length} or more")
         if length:
@@ -70,9 +73,9 @@ class Runs:
                 )
 
     def gap_arrays(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """gap_ptr [runs + 1] and gaps [G, 2], as `IntervalMask` has them."""
+        """Return gap_ptr [runs + 1] and gaps [G, 2], as in `IntervalMask`."""
         flat: list[int] = []
-        written: dict[Gaps, int] = {}  # where those of a run begin; the next run's often go on from there
+        written: dict[Gaps, int] = {}  # where the gaps of a run begin; the next run's often continue them
         ends = [0]
         for gaps in self.gaps:
             new: list[int] = []
@@ -92,7 +95,7 @@ class Runs:
 
 @dataclass
 class _Fork:
-    """A block that is being walked."""
+    """A block during the walk."""
 
     paths: Iterator[Any]
     start: int  # first token of its first path
@@ -105,7 +108,7 @@ class _Fork:
 
 
 def tree_runs(tree: Tree) -> Runs:
-    """Canonical runs of a tree. Raises ValueError where the tree is malformed. No recursion."""
+    """Compute the canonical runs of a tree, without recursion. Raises ValueError where the tree is malformed."""
     runs = Runs()
     items = _items(tree)
     position, predecessor = 0, -1
@@ -158,8 +161,9 @@ def _open_fork(
 
 
 def _next_path(fork: _Fork, cursor: int) -> tuple[Iterator[Any], Gaps | None]:
-    """The next path's items and what it does not see: the paths before it, as one interval. StopIteration after the
-    last.
+    """Return the next path's items and its gaps: the paths before it are one hidden interval.
+
+    Raises StopIteration after the last path.
     """
     items = _items(next(fork.paths))
     return items, _hide(fork.gaps, fork.start, cursor) if cursor > fork.start else fork.gaps
@@ -167,22 +171,22 @@ def _next_path(fork: _Fork, cursor: int) -> tuple[Iterator[Any], Gaps | None]:
 
 @dataclass
 class _ReleasedBlock:
-    hidden: Gaps | None  # in its next path: the paths that have ended, behind what is hidden in the block
+    hidden: Gaps | None  # in its next path: what is hidden in the block, then the paths that have ended
     goal_position: int = 0
     path_start: int = 0
     highest: int = -1  # highest position of a `</Path>`
 
 
 def released_runs(kinds: bytes) -> Runs:
-    """Runs in the layout of the released Multiverse training code, for kinds that `grammar.parse` accepts.
+    """Compute the runs of the released Multiverse training code, for kinds that `grammar.parse` accepts.
 
-    A path's span is `<Path>` to `</Path>` inclusive. Positions go up by one from token to token, except `<Path>` =
-    position of its block's `</Goal>` + 1, and `<Conclusion>` = 1 + the highest position of the block's `</Path>`
-    tokens.
+    The span of a path is `<Path>` to `</Path>` inclusive. Positions go up by one from token to token, with two
+    exceptions. `<Path>` has the position of its block's `</Goal>` + 1. `<Conclusion>` has 1 + the highest position of
+    the block's `</Path>` tokens.
     """
     runs = Runs()
     blocks: list[_ReleasedBlock] = []
-    gaps_of: list[Gaps | None] = [None]  # what is hidden in the open paths, from the outside in
+    gaps_of: list[Gaps | None] = [None]  # hidden keys of the open paths, outermost first
     start, position = 0, 0  # of the run that is being read
 
     def cut(offset: int, next_position: int) -> None:

@@ -1,13 +1,6 @@
-"""The attention mask of a branch layout as intervals: O(T) integers, never a T x T array.
+"""The attention mask of a branch layout as intervals: O(T) integers instead of a T x T array.
 
-Row i sees key j  iff  first_key[s] <= j <= i  and j lies in no gap of s, where s is the segment of row i.
-
-    segment_starts [S + 1] int32   rows of segment s are segment_starts[s] .. segment_starts[s + 1] - 1;
-                                   segment_starts[0] == 0, segment_starts[S] == T
-    first_key      [S]     int32   first key a row of the segment may see: the start of its document
-    gap_ptr        [S + 1] int32   the gaps of segment s are gaps[gap_ptr[s]:gap_ptr[s + 1]]
-    gaps           [G, 2]  int32   half-open key intervals hidden from every row of the segment: ascending, disjoint,
-                                   within [first_key[s], segment_starts[s])
+Row i sees key j iff first_key[s] <= j <= i and j is in no gap of s, where s is the segment of row i.
 """
 
 from __future__ import annotations
@@ -22,10 +15,19 @@ Int32Array = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class IntervalMask:
-    """Host arrays of a mask; the module's docstring has the legend.
+    """Attention mask of T rows as intervals of hidden keys, in arrays on the host.
 
-    Whoever builds one vouches for it: construction checks nothing, because layouts are built on the training path.
-    `check` is there for tests and for callers that build a mask of their own.
+    Construction checks nothing, because layouts are built on the training path. Use `check` in tests and for masks of
+    your own.
+
+    Attributes:
+        segment_starts: [S + 1] int32. Segment s has the rows segment_starts[s] .. segment_starts[s + 1] - 1;
+            segment_starts[0] is 0 and segment_starts[S] is T.
+        first_key: [S] int32, the first key that a row of the segment may see: the start of its document.
+        gap_ptr: [S + 1] int32; segment s has the gaps gaps[gap_ptr[s]:gap_ptr[s + 1]].
+        gaps: [G, 2] int32, half-open key intervals hidden from every row of the segment: ascending, disjoint, within
+            [first_key[s], segment_starts[s]).
+        total_tokens: T.
     """
 
     segment_starts: Int32Array
@@ -36,15 +38,24 @@ class IntervalMask:
 
     @property
     def num_segments(self) -> int:
+        """S, the number of segments."""
         return len(self.first_key)
 
     def segment_of_rows(self) -> Int32Array:
-        """Segment index of every row, [T] int32."""
+        """Expand the segments to rows.
+
+        Returns:
+            [T] int32, the segment of every row.
+        """
         lengths = np.diff(self.segment_starts)
         return np.repeat(np.arange(self.num_segments, dtype=np.int32), lengths)
 
     def visible_pairs(self) -> int:
-        """Number of visible (row, key) pairs, without building them: the work an exact kernel has to do."""
+        """Count the visible (row, key) pairs without building them: the work of an exact kernel.
+
+        Returns:
+            The number of pairs.
+        """
         starts = self.segment_starts[:-1].astype(np.int64)
         ends = self.segment_starts[1:].astype(np.int64)
         rows = ends - starts
@@ -54,7 +65,11 @@ class IntervalMask:
         return int((rows * before + rows * (rows + 1) // 2).sum())
 
     def check(self) -> None:
-        """Raise ValueError when an invariant of the module's legend does not hold."""
+        """Verify the shapes, dtypes and order that the attributes are documented to have.
+
+        Raises:
+            ValueError: An invariant does not hold.
+        """
         for name in ("segment_starts", "first_key", "gap_ptr", "gaps"):
             array = getattr(self, name)
             if array.dtype != np.int32:

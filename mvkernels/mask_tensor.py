@@ -1,15 +1,14 @@
-"""A mask as one int32 tensor, which is what the attention ops are given; and what backends derive from it.
+"""The mask as one int32 tensor, the argument of the attention ops, and a registry of what backends derive from it.
 
     table [N]: T, S, G, 0, then segment_starts [S + 1], first_key [S], gap_ptr [S + 1], gaps [2 G], then zeros
 
-(see `mask` for the legend). N is one of a few sizes, so that torch.compile does not see a new shape with every layout.
+(see `mask.IntervalMask`). N is one of a few sizes, so that torch.compile does not see a new shape with every layout.
 
-The ops are functions of this tensor. Everything they derive from it, tile plans above all, is made on the host once and
-found again by the tensor's address: a `MaskTable` is registered as long as it lives, and it keeps the tensor alive.
-An op that meets any other tensor, such as a copy, reads the mask back from it; the result is the same. Training,
-compiled or not, never does. The last few of these masks are kept, and found again by the tensor's content: its owner
-may write another mask there, and not every writer counts up the tensor's version (Inductor reuses buffers, NumPy
-shares memory).
+The ops are functions of this tensor. Derived data, above all tile plans, are made on the host once and found again by
+the address of the tensor: a `MaskTable` is registered for its lifetime, and keeps the tensor alive. For any other
+tensor, such as a copy, an op reads the mask back from the device; the result is the same. Training, compiled or not,
+does not take that path. The last few of these masks are kept and compared by content, because the tensor may be written
+again, and not every writer increments its version (Inductor reuses buffers, NumPy shares memory).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Value = TypeVar("Value")
 
 HEADER = 4
 _SMALLEST = 4096  # 16 KB: about 800 segments, more than most rows of packed documents have
-_KEPT = 8  # masks of tensors that nobody registered: for the backward that follows a forward
+_KEPT = 8  # masks of tensors that are not registered: for the backward that follows a forward
 
 
 class MaskTable:
@@ -44,7 +43,7 @@ class MaskTable:
 
     @classmethod
     def of_tensor(cls, tensor: torch.Tensor) -> MaskTable:
-        """The mask in a tensor that its owner may write again: of a copy. It is not registered.
+        """Read a mask from a tensor that may be written again later: from a copy, which is not registered.
 
         Raises ValueError when it is no mask table.
         """
@@ -61,17 +60,17 @@ class MaskTable:
         self._version = tensor._version
 
     def _is_of(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor at this one's address is this one, unwritten since."""
+        """Whether a tensor at this address is the one of this table, not written since."""
         same = self.tensor.numel() == tensor.numel() and not tensor.is_inference()
         return same and self._version == tensor._version
 
     def to(self, device: torch.device | str) -> MaskTable:
-        """The same mask on another device; derived data are shared."""
+        """Copy the mask to another device; derived data are shared."""
         target = torch.device(device)
         return self if self.tensor.device == target else MaskTable(self.mask, target, self._cache)
 
     def cached(self, key: Hashable, build: Callable[[], Value]) -> Value:
-        """`build()` once per key, remembered as long as the mask lives. Keys of device data must name the device."""
+        """Return `build()`, computed once per key for the mask's lifetime. Keys of device data must name the device."""
         if key not in self._cache:
             # Autograd refuses tensors made in inference mode, and a layout may be evaluated first and trained on later.
             with torch.inference_mode(False):
@@ -80,12 +79,12 @@ class MaskTable:
         return value
 
     def __reduce__(self) -> tuple[type[MaskTable], tuple[IntervalMask, torch.device]]:
-        """Copies and pickles are registered anew, without what was derived."""
+        """Register copies and pickles anew, without derived data."""
         return MaskTable, (self.mask, self.tensor.device)
 
 
 def find_mask_table(tensor: torch.Tensor) -> MaskTable:
-    """The registered table of a tensor, else one that is made from it.
+    """Find the registered table of a tensor, or make one from it.
 
     For a CUDA tensor that is not registered the host waits, to compare it with the last ones and to read it. Raises
     ValueError when the tensor is no mask table.
@@ -105,7 +104,7 @@ def find_mask_table(tensor: torch.Tensor) -> MaskTable:
 
 
 def pack(mask: IntervalMask) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """The module's table of a mask, [N] int32."""
+    """Write a mask as the table of this module, [N] int32."""
     parts = (mask.segment_starts, mask.first_key, mask.gap_ptr, mask.gaps.reshape(-1))
     header = np.array([mask.total_tokens, mask.num_segments, len(mask.gaps), 0], np.int32)
     filled = np.concatenate([header, *parts])
@@ -115,7 +114,7 @@ def pack(mask: IntervalMask) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 
 def unpack(table: torch.Tensor) -> IntervalMask:
-    """The inverse of `pack`. Raises ValueError when the tensor is no mask table."""
+    """Read a mask from a table: the inverse of `pack`. Raises ValueError when the tensor is no mask table."""
     if table.dtype != torch.int32 or table.dim() != 1 or table.numel() < HEADER:
         raise ValueError(f"expected a mask table, int32 [N], got {table.dtype} {list(table.shape)}")
     values = table.detach().cpu().numpy()

@@ -1,7 +1,7 @@
-"""Rotary position embedding for callers that have not rotated: `Rope`, and `rotate` for their queries.
+"""Rotary position embedding (RoPE) for callers whose queries and keys are not rotated yet: `Rope` and `rotate`.
 
-Keys are rotated on their way into the pages: `PagedKVCache.append(..., rope=rope)`, one launch for all rows of a layer.
-Models in transformers rotate before their attention interface, and need neither. `mvkernels.decoder` uses `Rope`.
+`PagedKVCache.append(..., rope=rope)` rotates keys as it writes them, in one launch for all rows of a layer. Models of
+transformers rotate before their attention interface and need neither. `mvkernels.decoder` uses `Rope`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,18 @@ from mvkernels.ops.rope import Rotation, check_rotation, cos_sin, inverse_freque
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """Frequencies of a rotary embedding in the half-rotation convention of Llama and Qwen (`ops.rope` has the formula).
+    """Frequencies of a rotary position embedding, in the half-rotation convention of Llama and Qwen.
 
-    inv_freq [H] float32: of the pairs (i, i + H) of a head, in radians a position; dimensions from 2 H on stay as they
-    are. scaling: what cos and sin are multiplied with. Raises ValueError for frequencies of another shape or dtype.
+    The formula is in `mvkernels.ops.rope`. Dimensions of a head from 2 H on are not rotated.
+
+    Attributes:
+        inv_freq: [H] float32, the frequency of each pair (i, i + H) of a head, in radians per position.
+        scaling: Factor of the cosines and sines (attention scaling of YaRN).
+
+    Raises:
+        ValueError: `inv_freq` is not a float32 tensor [H] with H of at least 1.
+
+    Source: arXiv 2104.09864.
     """
 
     inv_freq: torch.Tensor
@@ -41,9 +49,18 @@ class Rope:
 
     @classmethod
     def from_config(cls, config: Any, device: torch.device | str = "cpu") -> Rope:
-        """That of a transformers model config: rope_type "default", "linear", "llama3" or "yarn".
+        """Read the frequencies from a transformers model config.
 
-        Raises ValueError for other types, and for parameters that differ from layer to layer or are missing.
+        Args:
+            config: A transformers model config with rope_type "default", "linear", "llama3" or "yarn".
+            device: Device of the frequencies.
+
+        Returns:
+            The Rope of the config's text model.
+
+        Raises:
+            ValueError: `config` is no model config, its rope_type is another one, a parameter is missing, the
+                parameters differ between layers, or PyTorch does not have the device here.
         """
         if not hasattr(config, "get_text_config"):
             raise ValueError(f"config: expected a transformers model config, got {described(config)}")
@@ -62,41 +79,81 @@ class Rope:
         max_positions: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Rope:
-        """That of a config's `rope_parameters`, under the names of transformers; see `from_config`.
+        """Compute the frequencies from the `rope_parameters` of a config.
 
-        max_positions: stands in for a missing original_max_position_embeddings.
+        Args:
+            parameters: rope_type, rope_theta and the parameters of that type, under the names of transformers.
+            head_dim: Dimensions of a head.
+            max_positions: The config's max_position_embeddings, used where original_max_position_embeddings is missing.
+            device: Device of the frequencies.
+
+        Returns:
+            The Rope of these parameters.
+
+        Raises:
+            ValueError: The rope_type is not among those of `from_config`, a parameter is missing, or PyTorch does not
+                have the device here.
         """
         inv_freq, scaling = inverse_frequencies(parameters, head_dim, max_positions)
         return cls(inv_freq.to(checked_device(device)), scaling)
 
     def to(self, device: torch.device | str) -> Rope:
-        """The same on another device."""
+        """Copy the frequencies to a device.
+
+        Args:
+            device: Device of the copy.
+
+        Returns:
+            The same Rope on `device`.
+
+        Raises:
+            ValueError: PyTorch does not have the device here.
+        """
         return Rope(self.inv_freq.to(checked_device(device)), self.scaling)
 
     def at(self, positions: torch.Tensor) -> Rotation:
-        """What kernels take, for positions [N] int32 or int64 on the device of `inv_freq`."""
-        return Rotation(positions, self.inv_freq, self.scaling)
-
-    def tables(self, positions: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tabulate the rotations of positions, for kernels that share them between layers.
+        """Bind the frequencies to positions, as the kernels take them; no tensor is computed.
 
         Args:
             positions: [N] int32 or int64, on the device of `inv_freq`.
-            dtype: of the tables; they are computed in float32 and rounded once.
 
         Returns:
-            Scaled cosines and sines, [N, 2 H] each, contiguous: those of pair i stand at i and at i + H.
+            Positions, frequencies and scaling.
+        """
+        return Rotation(positions, self.inv_freq, self.scaling)
+
+    def tables(self, positions: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tabulate the cosines and sines of positions, for kernels that share them between layers.
+
+        Args:
+            positions: [N] int32 or int64, on the device of `inv_freq`.
+            dtype: Dtype of the tables; they are computed in float32 and rounded once.
+
+        Returns:
+            Scaled cosines and sines, [N, 2 H] each, contiguous. Pair i has the columns i and i + H.
         """
         cos, sin = cos_sin(self.at(positions), torch.float32)
         return torch.cat((cos, cos), 1).to(dtype), torch.cat((sin, sin), 1).to(dtype)
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, rope: Rope, backend: str = "auto") -> torch.Tensor:
-    """Rotates queries, or keys, by their positions; contiguous, in x's dtype. Not differentiable.
+    """Rotate queries or keys by their positions; not differentiable.
 
-    x [N, heads, D], any strides; positions [N] int32 or int64, `step.positions` for a step's rows; rope: on x's device,
-    2 H <= D. backend: "auto", "cpu", "triton" or "reference". Raises ValueError for arguments that do not fit, and
-    BackendError with the reason when the backend cannot do it.
+    Args:
+        x: [N, heads, D] floating point, any strides.
+        positions: [N] int32 or int64 on the device of x; `step.positions` for the rows of a step.
+        rope: Frequencies on the device of x, with 2 H <= D.
+        backend: "auto", "cpu", "triton" or "reference" ("auto" never chooses it). A backend given by name never falls
+            back.
+
+    Returns:
+        The rotated [N, heads, D], contiguous, in the dtype of x.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, x requires a gradient, or `backend` is unknown.
+        BackendError: The backend given by name cannot compute this, or no backend of "auto" can; gives the reasons.
+
+    Source: arXiv 2104.09864.
     """
     require_type(torch.Tensor, x=x, positions=positions)
     require_type(Rope, rope=rope)

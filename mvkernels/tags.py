@@ -1,6 +1,6 @@
-"""The control tags in a tokenizer's vocabulary: ids to grammar kinds, and the one tokenization of a trace.
+"""The control tags in a tokenizer's vocabulary: their token ids, grammar kinds, and the tokenization of a trace.
 
-The tokenizer is duck-typed (any transformers tokenizer will do), so this module imports no library.
+The tokenizer is duck-typed (any transformers tokenizer fits), so this module imports no library.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mvkernels.grammar import FIRST_TAG, INDEX_PATTERN, TAG_PATTERN, TAGS, WHITE
 # How vocabularies spell whitespace: byte-level BPE (GPT-2, Qwen, Llama 3) and SentencePiece. Bytes are `<0x0A>`.
 _SPELLED = {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r", "ċ": "\v", "Č": "\f"}
 _SPELLED_LETTER = re.compile(rf"<0x([0-7][0-9A-F])>|[{''.join(_SPELLED)}]")
-# Of which characters the tokens are that the engine writes beside the tags.
+# Characters of the tokens that the engine forces besides the tags.
 _PLAIN = re.compile(rf"[{re.escape(WHITESPACE)}0-9.:]+")
 _INDEX_TOKEN = re.compile(r"[0-9.]+")
 _INDEX_END_TOKEN = re.compile(r"[0-9.]*:")
@@ -29,12 +29,21 @@ _INDEX_PREFIX = re.compile(rf"[{re.escape(WHITESPACE)}]*{INDEX_PATTERN.pattern}"
 
 @dataclass(frozen=True)
 class TagTokens:
-    """The twelve control tags as token ids, and what else the grammar must know of a vocabulary.
+    """Token ids of the twelve control tags, and of the whitespace and index tokens that the grammar needs.
 
-    ids: the tags' ids in the order of `mvkernels.grammar.TAGS`. space_ids: tokens that are whitespace only.
-    index_ids, index_end_ids: tokens of digits and dots, without and with the colon that ends a path index.
-    tokenizer: needed by `encode` only. texts: of tokens that are whitespace, digits, dots and colons only; those of
-    the ids above that are not among them are taken for a newline, a digit, and a digit with a colon.
+    Attributes:
+        ids: Ids of the tags, in the order of `mvkernels.grammar.TAGS`.
+        space_ids: Tokens of whitespace only.
+        index_ids: Tokens of digits and dots, as in a path index.
+        index_end_ids: Tokens of digits and dots that end with the colon of a path index.
+        tokenizer: For `encode`; may be None.
+        texts: Id -> text of tokens of whitespace, digits, dots and colons only. Ids of the sets above without a text
+            count as a newline, a digit, and a digit with a colon.
+
+    Raises:
+        ValueError: `ids` are not twelve different integers of at least 0.
+
+    Source: arXiv 2506.09991, section 4.
     """
 
     ids: tuple[int, ...]
@@ -58,10 +67,17 @@ class TagTokens:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> TagTokens:
-        """Look the twelve tags up, and the whitespace and index tokens.
+        """Look up the twelve tags, and the whitespace and index tokens, in a vocabulary.
 
-        tokenizer: a transformers tokenizer, or anything with `get_vocab`, `decode` and `encode`.
-        Raises TypeError for what is no tokenizer, ValueError when a tag is no single token of the vocabulary.
+        Args:
+            tokenizer: A transformers tokenizer, or any object with `get_vocab`, `decode` and `encode`.
+
+        Returns:
+            The tags of this vocabulary, with the tokenizer.
+
+        Raises:
+            TypeError: `tokenizer` lacks one of these methods.
+            ValueError: A tag is not one token of the vocabulary.
         """
         if not all(hasattr(tokenizer, name) for name in ("get_vocab", "decode", "encode")):
             expected = "a transformers tokenizer, or anything with get_vocab, decode and encode"
@@ -102,21 +118,52 @@ class TagTokens:
         return _without_prefix(self.tokenizer)
 
     def text(self, token: int) -> str:
-        """The text of a token that is whitespace, digits, dots and colons only; of another one empty."""
+        """Return the text of a token of whitespace, digits, dots and colons.
+
+        Args:
+            token: A token id.
+
+        Returns:
+            Its text; empty for any other token.
+        """
         return self._text_of.get(token, "")
 
     def kind(self, token: int) -> Kind:
-        """The grammar kind of one token id."""
+        """Return the grammar kind of a token.
+
+        Args:
+            token: A token id.
+
+        Returns:
+            Its kind; `Kind.TEXT` for a token that is no tag, whitespace or index.
+        """
         return _KINDS[self._kind_of.get(token, 0)]
 
     def kinds(self, ids: Iterable[int]) -> bytes:
-        """One grammar kind per token id, as `mvkernels.grammar.parse` takes them. ids: integers, or a 1-D tensor."""
+        """Map token ids to grammar kinds, as `mvkernels.grammar.parse` takes them.
+
+        Args:
+            ids: [T] integers, or a tensor or array of them.
+
+        Returns:
+            [T] bytes, one `Kind` per token.
+        """
         values = ids.tolist() if hasattr(ids, "tolist") else ids
         lookup = self._kind_of.get
         return bytes([lookup(token, 0) for token in values])
 
     def id(self, kind: Kind) -> int:
-        """The token id of a control tag."""
+        """Return the token id of a control tag.
+
+        Args:
+            kind: The kind of a tag, `Kind.THINK` or higher.
+
+        Returns:
+            Its token id.
+
+        Raises:
+            ValueError: `kind` is not that of a tag.
+        """
         if kind < FIRST_TAG:
             raise ValueError(f"expected the kind of a control tag, got {kind.name}")
         return self.ids[kind - FIRST_TAG]
@@ -124,11 +171,19 @@ class TagTokens:
     def encode(self, text: str) -> list[int]:
         """Tokenize a trace as the engine writes it.
 
-        The text is cut at every tag, after every index that follows a tag, and after the newline behind
-        `<Conclusion>`; the pieces are encoded apart. So the engine's own `\\n<Path>\\n1:` and `\\n<Conclusion>\\n` are
-        the same tokens in training and in generation, in every vocabulary. A space that the tokenizer puts before every
-        text (SentencePiece) comes at the beginning only, and not before whitespace, so decoding gives the text back. No
-        special token is added. Raises ValueError without a tokenizer.
+        The text is cut at every tag, after every index that follows a tag, and after the newline behind `<Conclusion>`.
+        The pieces are encoded one by one, so that the forced `\\n<Path>\\n1:` and `\\n<Conclusion>\\n` are the same
+        tokens in training and in generation, in every vocabulary. A space that the tokenizer puts before every text
+        (SentencePiece) comes at the beginning only, and not before whitespace, so that decoding returns the text.
+
+        Args:
+            text: A trace in the text format of `mvkernels.grammar`.
+
+        Returns:
+            Its token ids, without special tokens.
+
+        Raises:
+            ValueError: There is no tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("TagTokens.encode: expected a TagTokens with a tokenizer, got one made from ids alone")
@@ -138,21 +193,21 @@ class TagTokens:
             tokens = known.get(piece)
             if tokens is None:
                 tokens = self._encode(piece, first=not out)
-                if out:  # short ones come again and again
+                if out:  # short pieces recur
                     known[piece] = tokens
             out += tokens
         return out
 
     def _encode(self, piece: str, first: bool) -> list[int]:
-        """A piece of text without tags. first: whether it begins the text."""
+        """Encode a piece of text without tags. first: whether it begins the text."""
         plain = self._unprefixed
         if plain is not None and not first:
             return list(plain.encode(piece, add_special_tokens=False).ids)
         tokens: list[int] = self.tokenizer.encode(piece, add_special_tokens=False)
         if plain is None:
             return tokens
-        # The tokenizer's own beginning, unless that is a space too much (before whitespace, or as decoding keeps it) or
-        # one too few.
+        # Keep the tokenizer's own prefix unless it adds a space too much (before whitespace, or one that decoding
+        # keeps) or one too few.
         if piece[0] in WHITESPACE or plain.decode(tokens, skip_special_tokens=False) == " " + piece:
             for spelled in (piece, " " + piece):
                 tokens = plain.encode(spelled, add_special_tokens=False).ids
@@ -162,20 +217,20 @@ class TagTokens:
 
 
 def _plain_texts(vocabulary: Mapping[str, int], tokenizer: Any) -> dict[int, str]:
-    """The tokens that are whitespace, digits, dots and colons only, and their texts."""
+    """Find the tokens of whitespace, digits, dots and colons only: id -> text."""
     texts = {}
     for spelling, token in vocabulary.items():
         text = _SPELLED_LETTER.sub(lambda found: chr(int(found[1], 16)) if found[1] else _SPELLED[found[0]], spelling)
-        # The letter `č` may be itself in another vocabulary, so what it decodes to decides.
+        # `č` may be the letter itself in another vocabulary, so compare with the decoded token.
         if _PLAIN.fullmatch(text) and tokenizer.decode([token]).strip(WHITESPACE) == text.strip(WHITESPACE):
             texts[token] = text
     return texts
 
 
 def _without_prefix(tokenizer: Any) -> Any:
-    """A copy of the library's tokenizer behind a transformers one that puts no space before a text.
+    """Copy the `tokenizers` object of a transformers tokenizer, without the space that it puts before a text.
 
-    None where that is not known, and where the tokenizer itself puts none.
+    None if the tokenizer has no such object, or puts no space.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -195,7 +250,7 @@ def _without_prefix(tokenizer: Any) -> Any:
 
 
 def _prefix_free(part: Any) -> Any:
-    """A normalizer or pre-tokenizer, as the library writes it, without what puts a space before a text."""
+    """Remove the space before a text from a serialized normalizer or pre-tokenizer."""
     if part is None or part["type"] == "Prepend":
         return None
     changes: dict[str, Any] = {"prepend_scheme": "never", "add_prefix_space": False}
@@ -207,7 +262,7 @@ def _prefix_free(part: Any) -> Any:
 
 
 def split_pieces(text: str) -> list[str]:
-    """Cut a trace where `TagTokens.encode` cuts it. The pieces joined are the text; none is empty."""
+    """Cut a trace where `TagTokens.encode` cuts it; the pieces joined are the text, and none is empty."""
     pieces: list[str] = []
     previous = ""
     for piece in TAG_PATTERN.split(text):
@@ -223,7 +278,7 @@ def split_pieces(text: str) -> list[str]:
 
 
 def as_id_list(ids: Any) -> list[int]:
-    """Token ids as a list of ints, from a sequence or a 1-D tensor or array. Raises ValueError for anything else."""
+    """Convert token ids [T], a sequence, tensor or array, to a list of ints. Raises ValueError for anything else."""
     if hasattr(ids, "tolist") and ids.ndim != 1:
         raise ValueError(f"expected token ids of shape [T], got shape {tuple(ids.shape)}")
     try:
@@ -238,5 +293,5 @@ def as_id_list(ids: Any) -> list[int]:
 
 
 def _first_other(ids: Any) -> str:
-    """The first item that is no integer, for a message."""
+    """Describe the first item that is no integer, for a message."""
     return next(f"{token!r} among them" for token in ids if not hasattr(token, "__index__"))

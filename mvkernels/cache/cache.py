@@ -1,23 +1,24 @@
-"""PagedKVCache: keys and values of branches that fork and merge, in pages, without ever moving a byte of them.
+"""Paged KV cache of branches that fork and merge without copying keys or values: `PagedKVCache`.
 
-Storage: k[layer], v[layer]: [num_pages, page_size, num_kv_heads, head_dim]. A branch is a list of nodes (nodes.py):
+Storage: k[layer], v[layer]: [num_pages, page_size, num_kv_heads, head_dim]. A branch is a list of nodes (`nodes.py`); a
+node owns its pages:
 
     fork(b, n)          n children that see all of b, each with an empty node of its own
-    merge(b, children)  b sees the children's nodes too, and goes on in a new empty node; its next position is the
-                        highest next position among the children (arXiv 2506.09991, section 4.2)
-    fork_at(b, n)       a branch of its own that sees the first n tokens of what b sees
-    truncate, free, evict   take back last tokens, a branch, a branch with its descendants
+    merge(b, children)  b sees the children's nodes too, and continues in a new empty node; its next position is the
+                        highest next position of the children (arXiv 2506.09991, section 4.2)
+    fork_at(b, n)       an independent branch that sees the first n tokens of what b sees
+    truncate, free, evict   drop the last tokens, a branch, a branch with its descendants
     plan .. commit      a step: new tokens of any branches, one row each; nothing changes before commit
 
-Growing. A node may grow as long as every node that sees it whole is empty. So a parent may still add tokens after a
-fork (the children start after them), and merged children may after the merge (their parent starts after them), also
-within one step, where entries count in the order in which they are planned. With the first token of the parent after
-a merge, the handles of the merged children are dead.
+Growth. A node can grow while every node that sees it whole is empty. So a parent can grow after a fork (the children
+start after its tokens), and merged children can grow after the merge (their parent starts after their tokens). That
+also holds within one step, where entries count in the order in which they are planned. The first token of the parent
+after a merge invalidates the handles of the merged children.
 
-The device has the same page lists in tables (`cache.device`), which are brought up to the tree when a step is planned.
+The device holds the same page tables (`cache.device`); they are updated when a step is planned.
 
-One step is open at a time. Planning another, and changing the tree by fork, merge or free, discards it: its pages
-return to the free ones, and its use raises StaleStep. So a step that is abandoned on an error leaks nothing.
+One step is open at a time. Another plan, and any change of the tree by fork, merge or free, discards it: its pages are
+free again, and its use raises StaleStep. So a step that is abandoned after an error leaks nothing.
 """
 
 from __future__ import annotations
@@ -51,15 +52,36 @@ from mvkernels.rope import Rope, rotate
 
 
 class PagedKVCache:
-    """See the module's docstring. Methods raise the types of `mvkernels.errors`, and then nothing has changed.
+    """Paged KV cache of branches that fork and merge without copying keys or values.
 
-    num_pages, page_size   capacity in tokens is their product; a page is owned by one node only
-    num_layers, num_kv_heads, head_dim, dtype, device   of the stored keys and values; memory is not initialised
-    device_tables   whether to keep the page lists on the device, for its kernels; None: where that is a GPU. The
-                    attribute of this name is the `DeviceTables`, or None
-    table_size      (rows, entries of each) of those tables: branches that own tokens, and pages of one branch with all
-                    that was merged into it; 8 bytes an entry. None: `kv_device.default_size`, at most 16 MiB. What does
-                    not fit works as well, but page lists are uploaded at every step
+    Nothing has changed after a method raised an error. Every method that takes a branch raises BranchError for a branch
+    of another cache, and ValueError for an object that is no `Branch`. The memory of keys and values is not
+    initialised.
+
+    Args:
+        num_pages: Number of pages. A page is owned by one node; capacity in tokens is num_pages * page_size, below
+            2**31.
+        page_size: Tokens of a page.
+        num_layers: Layers of the model.
+        num_kv_heads: Key-value heads, Hkv.
+        head_dim: Dimensions of a head, D.
+        dtype: Floating-point dtype of keys and values.
+        device: Device of keys and values.
+        device_tables: Whether to keep the page tables on the device for its kernels; None: on a GPU only.
+        table_size: (rows, entries per row) of these tables: branches that own tokens, and pages of one branch with all
+            that was merged into it; 8 bytes per entry. None: `cache.device.default_size`, at most 16 MiB. A larger tree
+            still works, but uploads its page tables at every step.
+
+    Attributes:
+        k: For each layer, keys [num_pages, page_size, Hkv, D].
+        v: For each layer, values [num_pages, page_size, Hkv, D].
+        device_tables: The page tables on the device, or None.
+
+    Raises:
+        ValueError: A size is out of range, `dtype` is no floating-point dtype, or PyTorch does not have the device
+            here.
+
+    Source: arXiv 2506.09991, section 4.2.
     """
 
     def __init__(
@@ -100,7 +122,7 @@ class PagedKVCache:
         self._nodes: dict[int, Node] = {}
         self._branches: dict[int, BranchState] = {}
         self._open: Step | None = None
-        self._made = 0  # handles and nodes are numbered from one counter, and a number never comes back
+        self._made = 0  # one counter numbers handles and nodes; a number is never reused
 
     def __repr__(self) -> str:
         pages = f"{self.num_pages} pages of {self.page_size} tokens, {self.num_free_pages} free"
@@ -109,14 +131,28 @@ class PagedKVCache:
     # -- the tree ------------------------------------------------------------------------------------------------
 
     def new(self) -> Branch:
-        """An empty branch that sees nothing, with next position 0. Does not disturb an open step."""
+        """Make an empty branch that sees nothing, with next position 0; an open step stays open.
+
+        Returns:
+            The handle of the branch.
+        """
         return self._make_branch(None, (), None)
 
     def fork(self, branch: Branch, count: int) -> list[Branch]:
-        """`count` >= 1 children that see all of `branch`, each with an empty node of its own.
+        """Fork a branch into children that see all of it, each with an empty node of its own.
 
-        A branch that has children already may be forked again; all of its children are then merged together.
-        Raises BranchError when the branch is gone or merged, ValueError when count < 1.
+        A branch that has children already can be forked again; all its children are then merged together.
+
+        Args:
+            branch: The parent.
+            count: Number of children, at least 1.
+
+        Returns:
+            The handles of the children.
+
+        Raises:
+            BranchError: The branch was freed or merged.
+            ValueError: `count` is no integer of at least 1.
         """
         state = self._state(branch)
         if state.merged:
@@ -130,14 +166,25 @@ class PagedKVCache:
         return children
 
     def fork_at(self, branch: Branch, num_tokens: int) -> Branch:
-        """A branch that sees the first `num_tokens` tokens of what `branch` sees, whatever comes later. No key or value
-        moves. It is no child of `branch`, which grows, merges and ends as before; only those that `branch` was forked
-        from may not grow as long as the tokens live that came behind their fork.
+        """Make an independent branch that sees the first tokens of what another branch sees (prefix caching).
 
-        The cut is at the end of a page of a node, or at the end of a node: where its branch forked or merged, was cut
-        before, or ends now. It goes through no merged block, but may lie behind one whose join has a token. What
-        `branch` wrote since its last fork or merge, as `truncate` has it, begins behind the cut from now on. Raises
-        BranchError for a cut elsewhere, and when the branch is gone or merged; ValueError for a number out of range.
+        No key or value moves. The new branch is no child of `branch`, which grows, merges and is freed as before.
+        Ancestors of `branch` cannot grow while tokens behind their fork are alive.
+
+        The cut must be at the end of a page of a node, or at the end of a node: where its branch forked, merged, was
+        cut before, or ends now. It cannot be inside a merged block, but can be behind one whose join has a token.
+        `branch` can afterwards `truncate` only its tokens behind the cut.
+
+        Args:
+            branch: The branch to read the prefix of.
+            num_tokens: Length of the prefix, 0 .. `branch.num_tokens`.
+
+        Returns:
+            The handle of the new branch.
+
+        Raises:
+            BranchError: The cut is elsewhere, or the branch was freed or merged.
+            ValueError: `num_tokens` is out of range.
         """
         state = self._state(branch)
         if state.merged:
@@ -160,11 +207,19 @@ class PagedKVCache:
         return self._cut_off(cut.link.before, (front,))
 
     def merge(self, parent: Branch, children: Sequence[Branch]) -> None:
-        """Joins all children of `parent` into it: page lists are concatenated, and no key or value moves.
+        """Merge all children of a branch into it by concatenating page tables; no key or value moves.
 
-        `children` in any order; their order is that of the parent's new list. Until the parent's next token the
-        handles of the children accept tokens, which end their paths; they need no free. Raises BranchError unless
-        `children` are all live children of `parent`, once each, and have no live children themselves.
+        The handles of the children accept tokens, which end their paths, until the next token of the parent. They need
+        no `free`.
+
+        Args:
+            parent: The branch that was forked.
+            children: All its live children, once each, in the order in which the parent lists their pages.
+
+        Raises:
+            BranchError: `children` are not the live children of `parent`, or one of them has live children itself.
+
+        Source: arXiv 2506.09991, section 4.2.
         """
         state = self._state(parent)
         joined = [self._state(child) for child in children]
@@ -189,15 +244,21 @@ class PagedKVCache:
         state.children.clear()
         for child, tail in zip(joined, tails, strict=True):
             child.merged, child.parent = True, None
-            if tail.frozen:  # by tokens of branches that outlived their parent: the handle can take no more
+            if tail.frozen:  # by tokens of branches that outlived their parent: the handle cannot grow any more
                 self._forget_merged(tail)
         for head in (before, *(child.head for child in joined)):
             self._release(head)
 
     def free(self, branch: Branch) -> None:
-        """Gives a branch up; pages that no other branch sees return at once. Its children live on, on their own.
+        """Free a branch; pages that no other branch sees are free at once.
 
-        Raises BranchError when the branch is gone already, or was merged: its pages are its parent's.
+        Its children stay alive as independent branches.
+
+        Args:
+            branch: The branch to free.
+
+        Raises:
+            BranchError: The branch was freed already, or merged: then its pages are its parent's.
         """
         state = self._state(branch)
         if state.merged:
@@ -214,12 +275,24 @@ class PagedKVCache:
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def plan(self, entries: Sequence[tuple[Branch, int]], reserve: int = 0, tensors: bool = True) -> Step:
-        """Reserves slots for new tokens: (branch, number of tokens >= 1) each, no branch twice.
+        """Reserve slots for new tokens of some branches, and open a step.
 
-        reserve: sets pages aside for that many further tokens of each branch, one a step: see `advance`. tensors: False
-        where a CUDA graph has positions and slots of its own: the step's stay on the host, and do not advance. Raises
-        OutOfPages when they do not all fit, and BranchError when a branch is gone or may not grow, be it by a token
-        that was committed after it or by an earlier entry of this step; ValueError for a bad number of tokens.
+        Any mix of prefill (several tokens) and decode (one token) is one step. An open step is discarded.
+
+        Args:
+            entries: (branch, number of tokens) pairs, each number at least 1, each branch once.
+            reserve: Further tokens of each branch to set pages aside for, one per step: see `advance`.
+            tensors: Put positions and slots on the cache's device. False where a CUDA graph has its own: then they stay
+                on the host and do not advance.
+
+        Returns:
+            The open step.
+
+        Raises:
+            OutOfPages: The tokens do not all fit into the free pages.
+            BranchError: A branch was freed, or cannot grow: tokens of another branch come after it, committed or in an
+                earlier entry of this step.
+            ValueError: A number is out of range, an entry is no pair, or a branch occurs twice.
         """
         if not entries:
             raise ValueError("plan: expected at least one entry, got none")
@@ -237,7 +310,7 @@ class PagedKVCache:
                 raise ValueError(f"plan: expected each branch once, got branch {branch.id} twice")
             frozen = False
             earlier: Branch | None = None
-            for link in node.links:  # as `node.frozen`, but generators would take longer than the loop
+            for link in node.links:  # as `node.frozen`; its generator would take longer than this loop
                 frozen = frozen or link.after > 0
                 earlier = earlier or blocked.get(link)
             if frozen or earlier is not None:
@@ -266,7 +339,7 @@ class PagedKVCache:
             self._open = make_step(
                 tuple(entries), planned, self.page_size, device, reserve, self.device_tables, advances=tensors
             )
-        except BaseException:  # of the device: its memory may be full
+        except BaseException:  # the memory of the device may be full
             self._take_back(planned)
             raise
         return self._open
@@ -280,10 +353,20 @@ class PagedKVCache:
         backend: str = "auto",
         rope: Rope | None = None,
     ) -> None:
-        """Writes the keys and values of a step's rows, [total_rows, num_kv_heads, head_dim], into their slots.
+        """Write the keys and values of a step's rows into its slots, for one layer.
 
-        backend: "auto", "cpu", "triton" or "reference". rope: rotates the keys by the step's positions on the way, for
-        callers that have not. Raises StaleStep, ValueError for a wrong layer, shape, dtype or device, and BackendError.
+        Args:
+            layer: The layer, 0 .. num_layers - 1.
+            k_new: [step.total_rows, num_kv_heads, head_dim] keys.
+            v_new: [step.total_rows, num_kv_heads, head_dim] values.
+            step: The open step.
+            backend: "auto", "cpu", "triton" or "reference".
+            rope: Rotate the keys by `step.positions` in the same launch, for callers that have not rotated them.
+
+        Raises:
+            StaleStep: The step is not open, or is of another cache.
+            ValueError: The layer, a shape, dtype or device does not fit, or `backend` is unknown.
+            BackendError: The backend given by name cannot do this, or no backend of "auto" can.
         """
         self._require_open(step)
         require_type(torch.Tensor, k_new=k_new, v_new=v_new)
@@ -295,7 +378,14 @@ class PagedKVCache:
         append_rows(self.k[layer], self.v[layer], k_new, v_new, step.slots, backend, rotation, step.spare)
 
     def commit(self, step: Step) -> None:
-        """The tokens of a step become part of their branches. Raises StaleStep."""
+        """Add the tokens of a step to their branches, and close the step.
+
+        Args:
+            step: The open step.
+
+        Raises:
+            StaleStep: The step is not open, or is of another cache.
+        """
         self._require_open(step)
         for planned in step.planned:
             spare = self._grow(planned)
@@ -306,12 +396,23 @@ class PagedKVCache:
         self._open, step.state.closed = None, "committed"
 
     def advance(self, step: Step, tensors: bool = True) -> Step:
-        """Commits a step and opens the next one, with one more token of each of its branches, in reserved pages.
+        """Commit a step and open the next one: one more token of each of its branches, in reserved pages.
 
-        The next step has the same tensors with the values of the next tokens, and what was derived for the kernels of a
-        GPU stays on it: nothing is planned or copied there anew. The entries must have one token each, of branches that
-        do not see one another's. tensors: False where a CUDA graph has advanced them already. Raises StaleStep,
-        ValueError when the step cannot be advanced, and OutOfPages when what `plan` reserved is used up.
+        The next step has the same tensors, with the values of the next tokens. Data that GPU kernels derived from them
+        stay on the device: nothing is planned or copied again.
+
+        Args:
+            step: The open step, planned with `reserve` and one token per entry, of branches that do not see each
+                other's tokens.
+            tensors: Advance the tensors of the step. False where a CUDA graph has advanced them already.
+
+        Returns:
+            The next step, open.
+
+        Raises:
+            StaleStep: The step is not open, or is of another cache.
+            ValueError: The step was planned without a reserve, or with other entries.
+            OutOfPages: The reserve is used up.
         """
         self._require_open(step)
         if step.ahead is None:
@@ -322,9 +423,9 @@ class PagedKVCache:
         if tensors:
             step.advance_tensors()
         size = self.page_size
-        for planned in step.planned:  # those of the next step from here on
+        for planned in step.planned:  # they become those of the next step
             node = planned.node
-            if 0 < node.length < len(node.pages) * size:  # nearly always: no page is begun
+            if 0 < node.length < len(node.pages) * size:  # nearly always: no new page
                 node.length += 1
             else:
                 planned.pages = self._grow(planned)
@@ -334,13 +435,28 @@ class PagedKVCache:
         return self._open
 
     def rollback(self, step: Step) -> None:
-        """Gives up a step and the slots reserved for it. Raises StaleStep."""
+        """Close a step without its tokens, and free the pages reserved for it.
+
+        Args:
+            step: The open step.
+
+        Raises:
+            StaleStep: The step is not open, or is of another cache.
+        """
         self._require_open(step)
         self._discard("rolled back")
 
     def truncate(self, branch: Branch, num_tokens: int) -> None:
-        """Takes back the last `num_tokens` tokens of a branch, which must be its own: written since its last fork or
-        merge, and seen by no other token. Raises BranchError, or ValueError for a bad number.
+        """Drop the last tokens of a branch.
+
+        Args:
+            branch: A branch whose last `num_tokens` tokens were written since its last fork or merge and are seen by no
+                other token.
+            num_tokens: Number of tokens, at least 0.
+
+        Raises:
+            BranchError: The branch was freed, or these tokens are not its own.
+            ValueError: `num_tokens` is negative or no integer.
         """
         node = self._state(branch).tail
         require_integer("truncate: expected an integer number of tokens", num_tokens)
@@ -364,9 +480,16 @@ class PagedKVCache:
             tokens_vanish(node)
 
     def evict(self, branch: Branch) -> int:
-        """Frees a branch with all that was forked from it and not freed since; returns how many pages that gave back.
+        """Free a branch with all its live descendants (preemption of a request).
 
-        What a scheduler does with a request that has to wait. Raises BranchError when the branch is gone or merged.
+        Args:
+            branch: The root of the subtree.
+
+        Returns:
+            Number of pages that became free.
+
+        Raises:
+            BranchError: The branch was freed or merged.
         """
         state = self._state(branch)
         if state.merged:
@@ -379,30 +502,50 @@ class PagedKVCache:
             self.free(Branch(self, descendant.id))
         return self.num_free_pages - before
 
-    # -- figures -------------------------------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------------------------
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that neither a branch owns nor the open step has reserved."""
+        """Pages that no branch owns and the open step has not reserved."""
         return len(self._free)
 
     @property
     def num_available_pages(self) -> int:
-        """Pages that another step may take: the free ones, and what the open step has reserved."""
+        """Pages that another step can use: the free pages, and those that the open step has reserved."""
         return len(self._free) + self._reserved()
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes of keys and values that fork and merge ever copied: 0, for they have no access to the storage."""
+        """Bytes of keys and values copied by fork and merge: always 0, because they cannot access the storage."""
         return 0
 
     def next_position(self, branch: Branch) -> int:
-        """Position of the next token of a branch, before an open step. Raises BranchError."""
+        """Return the position of the next token of a branch, tokens of an open step not counted.
+
+        Args:
+            branch: A live branch.
+
+        Returns:
+            The position, from 0.
+
+        Raises:
+            BranchError: The branch was freed.
+        """
         tail = self._state(branch).tail
         return resolve_start(tail, {}, {}) + tail.length
 
     def num_tokens(self, branch: Branch) -> int:
-        """Committed tokens that the next token of a branch will see. Raises BranchError."""
+        """Count the committed tokens that the next token of a branch will see.
+
+        Args:
+            branch: A live branch.
+
+        Returns:
+            The number of tokens.
+
+        Raises:
+            BranchError: The branch was freed.
+        """
         count = 0
         link: Link | None = self._state(branch).head
         while link is not None and not link.after:
@@ -412,7 +555,11 @@ class PagedKVCache:
         return count if fixed is None else count + fixed.tokens
 
     def check(self) -> None:
-        """Recomputes every invariant from the branches and raises CacheError at the first that does not hold."""
+        """Recompute every invariant of the tree from its branches, for tests and debugging.
+
+        Raises:
+            CacheError: The first invariant that does not hold.
+        """
         reserved = [page for planned in self._open.planned for page in planned.pages] if self._open else []
         check_cache(self._branches, self._nodes, self._free.pages(), reserved, self.num_pages, self.page_size)
 
@@ -449,7 +596,7 @@ class PagedKVCache:
                 self.device_tables.rows.changed(p.node)
 
     def _grow(self, planned: PlannedNode) -> list[int]:
-        """Adds the tokens of a plan to its node; returns the pages that are left of those set aside for it."""
+        """Add the tokens of a plan to its node; returns the reserved pages that are left."""
         node = planned.node
         if node.length == 0:
             node.start = planned.start
@@ -463,7 +610,7 @@ class PagedKVCache:
         return planned.pages[used:]
 
     def _make_tail(self, chain: Link | None, predecessors: tuple[Node, ...], writer: int, forked: bool) -> Link:
-        """The held link of a new empty node."""
+        """Make the held link of a new empty node."""
         self._made += 1
         node = Node(self._made, chain, predecessors, writer=writer)
         self._nodes[node.id] = node
@@ -478,13 +625,13 @@ class PagedKVCache:
         return Branch(self, number)
 
     def _cut_off(self, chain: Link | None, predecessors: tuple[Node, ...]) -> Branch:
-        """A branch of its own behind a list that never changes any more."""
+        """Make an independent branch behind a list that does not change any more."""
         if chain is not None:
             chain.fixed = True
         return self._make_branch(chain, predecessors, None)
 
     def _forget_merged(self, node: Node) -> None:
-        """The node takes no more tokens: the merged handle that may write it, if any, is dead."""
+        """Delete the merged handle that writes to a node, if any, because the node takes no more tokens."""
         if node.writer is not None and self._branches[node.writer].merged:
             del self._branches[node.writer]
             node.writer = None

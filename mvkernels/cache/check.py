@@ -18,7 +18,7 @@ def check_cache(
     num_pages: int,
     page_size: int,
 ) -> None:
-    """Raises CacheError, with what was expected and what is there, at the first invariant that does not hold."""
+    """Raise CacheError, with what was expected and what was found, at the first invariant that does not hold."""
     _check_branches(branches)
     held = _count_links(branches)
     refs = Counter(link.node for link in held)
@@ -48,7 +48,7 @@ def check_cache(
 
 
 def _count_links(branches: Mapping[int, BranchState]) -> Counter[Link]:
-    """Link -> its references, from the lists of branches that own what they see."""
+    """Count the references of each link, from the lists of branches that own what they see."""
     held: Counter[Link] = Counter()
     for state in branches.values():
         if not state.merged:
@@ -60,7 +60,7 @@ def _count_links(branches: Mapping[int, BranchState]) -> Counter[Link]:
 
 
 def _count_after(nodes: Collection[Node]) -> Counter[Link]:
-    """Link -> nodes with tokens whose chain it is, and links right after it that have an `after`."""
+    """Count, for each link, nodes with tokens whose chain it is, and links right after it that have an `after`."""
     after: Counter[Link] = Counter()
     for node in nodes:
         if node.length:
@@ -72,7 +72,7 @@ def _count_after(nodes: Collection[Node]) -> Counter[Link]:
 
 
 def _in_order(nodes: Collection[Node]) -> list[Node]:
-    """Each behind those that it starts after; a node may be older than the front that was cut off it."""
+    """Order nodes behind their predecessors; a node can be older than the front that was cut off it."""
     order: dict[Node, None] = {}
     stack = sorted(nodes, key=lambda node: -node.id)
     while stack:
@@ -85,7 +85,7 @@ def _in_order(nodes: Collection[Node]) -> list[Node]:
 
 
 def _seen(node: Node) -> set[Node]:
-    """What every row of a node sees whole."""
+    """Return the nodes that every row of a node sees whole."""
     return {link.node for link in node.chain.back()} if node.chain is not None else set()
 
 
@@ -126,7 +126,7 @@ def _check_node(node: Node, page_size: int) -> None:
 
 
 def _check_contents(link: Link, page_size: int) -> None:
-    """What is remembered of a list is what its nodes hold, oldest first; it may be of an earlier time."""
+    """Check that the remembered contents of a list are what its nodes hold, oldest first, now or at an earlier time."""
     if link.contents is None or not link.after or link.seen != link.node.length:
         return
     nodes = [before.node for before in link.back()][::-1]
@@ -141,7 +141,7 @@ def _check_contents(link: Link, page_size: int) -> None:
 
 
 def _check_fixed(link: Link) -> None:
-    """What a branch was cut off behind never changes: each node has no handle, or some behind it in the list see it."""
+    """Check that a list behind a cut never changes: each node has no handle, or is seen by a later node of the list."""
     frozen: set[Node] = set()
     for before in link.back():
         node = before.node
@@ -155,7 +155,7 @@ def _check_fixed(link: Link) -> None:
 
 
 def _check_handles(branches: Mapping[int, BranchState], refs: Collection[Node]) -> None:
-    """A node names the branch that writes it. A merged handle lives as long as its node may still be written."""
+    """Check that a node names its writer, and that a merged handle lives as long as its node can be written."""
     merged = {state.id: state.tail for state in branches.values() if state.merged}
     for number, tail in merged.items():
         _expect(f"node of merged branch {number} is live", True, tail in refs)

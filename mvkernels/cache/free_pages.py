@@ -8,7 +8,7 @@ from mvkernels.errors import CacheError
 
 
 class FreePages:
-    """The pages that nobody owns. Prefers the page after a node's last one, so that long nodes lie in one piece.
+    """The pages that no node owns. Prefers the page after a node's last one, so that long nodes are contiguous.
 
     Ties are broken by page number: the same sequence of calls gives the same pages.
     """
@@ -24,7 +24,7 @@ class FreePages:
         return frozenset(self._free)
 
     def take(self, count: int, after: int | None) -> list[int]:
-        """`count` pages, the first of them `after` + 1 where that is free; the caller has checked that they exist."""
+        """Take `count` pages, the first of them `after` + 1 if that is free; the caller has checked that they exist."""
         if count > len(self._free):
             raise CacheError(f"expected at least {count} free pages, got {len(self._free)}")
         taken: list[int] = []

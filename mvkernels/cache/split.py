@@ -1,4 +1,4 @@
-"""Where a list of nodes is cut for a branch that sees only its beginning, and how a node becomes two. No byte moves."""
+"""Split of a node, and the cut of a list of nodes, for a branch that sees only its beginning. No key or value moves."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from mvkernels.errors import BranchError
 
 
 class Cut(NamedTuple):
-    """A list cut in two. Either `after` stands behind the cut, and a branch begins there just where its node does; or
-    the node of `link` is to be split behind its first `tokens`. Both are None where nothing is left before the cut.
+    """A list cut in two.
+
+    Either `after` is behind the cut, and the new branch begins where its node does; or the node of `link` is to be
+    split behind its first `tokens`. Both are None where the cut has nothing before it.
     """
 
     after: Link | None
@@ -19,7 +21,7 @@ class Cut(NamedTuple):
 
 
 def find_cut(head: Link, dropped: int, page_size: int) -> Cut:
-    """Where to cut a list so that its last `dropped` tokens stand behind the cut; 0 <= dropped <= all of them.
+    """Find the cut of a list that leaves its last `dropped` tokens behind it; 0 <= dropped <= all of them.
 
     Raises BranchError where a page, or a block, would be cut in two.
     """
@@ -53,7 +55,7 @@ def is_fixed(link: Link | None) -> bool:
     tokens = False
     while link is not None:
         node = link.node
-        if node.writer is not None:  # a merged branch is never frozen; all that stands behind another one sees it
+        if node.writer is not None:  # a merged branch is never frozen; all nodes behind another one see it
             return tokens and node.frozen
         if node.length and node.chain is link.before:
             return True
@@ -63,9 +65,9 @@ def is_fixed(link: Link | None) -> bool:
 
 
 def split(node: Node, tokens: int, number: int, page_size: int) -> Node:
-    """Cuts a node behind its first `tokens`, full pages or all that it has; returns the new node before it.
+    """Split a node behind its first `tokens`, full pages or all that it has; returns the new node before it.
 
-    The node keeps its identity, its handle, and the rest. The new one gets `number`; nobody writes to it ever.
+    The node keeps its identity, its handle, and the rest. The new one gets `number`, and is never written to.
     """
     pages = -(-tokens // page_size)
     chain = node.chain
@@ -86,12 +88,12 @@ def split(node: Node, tokens: int, number: int, page_size: int) -> Node:
     node.start += tokens
     own.before.after += 1
     if own.before.after == 1 and chain is not None:
-        chain.after += 1  # nothing before it hears of that: the node had tokens
+        chain.after += 1  # not counted further up: the node had tokens
     return front
 
 
 def _split_contents(link: Link, first: Link, pages: int, tokens: int) -> None:
-    """What is remembered of a list up to a link with so many pages and tokens behind the cut, for the new link too."""
+    """Split the remembered contents of a list, with so many pages and tokens behind the cut."""
     node, known = link.node, link.contents
     link.contents = None
     if known is None or link.seen != node.length:

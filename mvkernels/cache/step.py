@@ -1,4 +1,4 @@
-"""A step of the paged cache: the new tokens of some branches, with the slots reserved for them."""
+"""A step of the paged KV cache: new tokens of some branches, with the slots reserved for them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,12 @@ class BranchStore(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """Handle of a branch, made by `PagedKVCache.new` and `fork`. Two handles are equal when they are the same one."""
+    """Handle of a branch, from `PagedKVCache.new`, `fork` or `fork_at`; compared by identity.
+
+    Attributes:
+        cache: The cache that made it.
+        id: Number of the branch, unique in its cache.
+    """
 
     cache: BranchStore
     id: int
@@ -48,19 +53,20 @@ class Branch:
 
     @property
     def next_position(self) -> int:
-        """Position of the next token. Raises BranchError when the branch is gone."""
+        """Position of the next token. Raises BranchError when the branch was freed."""
         return self.cache.next_position(self)
 
     @property
     def num_tokens(self) -> int:
-        """Number of committed tokens that the next token will see. Raises BranchError when the branch is gone."""
+        """Number of committed tokens that the next token will see. Raises BranchError when the branch was freed."""
         return self.cache.num_tokens(self)
 
 
-@dataclass(eq=False, slots=True)  # not frozen: one is made for every entry of a step, and that takes twice the time
+@dataclass(eq=False, slots=True)  # not frozen, which doubles the time: one is made per entry and step
 class PlannedNode:
-    """What committing an entry does to its node. `pages` are set aside for it: the first ones for the entry's tokens,
-    which are appended to the node's, the others for the tokens of the steps to come.
+    """The change of a node when its entry is committed.
+
+    `pages` are reserved for it: the first ones for the tokens of the entry, the others for those of the steps to come.
     """
 
     node: Node
@@ -72,15 +78,17 @@ class PlannedNode:
 
 @dataclass(eq=False)
 class StepState:
-    """Why a step may no longer be used, or None while it may."""
+    """Why a step can no longer be used; None while it is open."""
 
     closed: str | None = None
 
 
 class HostTensors:
-    """The tensors of a step on a CPU, and the bytes of those to come. Behind a forward, which has read all weights, the
-    code of torch and of numpy is in none of the processor's caches any more, and an addition there takes as long as the
-    bookkeeping of several branches. So positions are written down beforehand, as slots are, and copied by Python.
+    """The tensors of a step on a CPU, and their bytes in the steps to come.
+
+    After a forward, which reads all weights, the code of torch and NumPy is in no cache of the processor. One addition
+    then takes as long as the bookkeeping of several branches. So positions and slots are computed ahead and copied by
+    Python.
     """
 
     def __init__(self, positions: torch.Tensor, slots: torch.Tensor, cursor: torch.Tensor, ahead: torch.Tensor) -> None:
@@ -96,7 +104,7 @@ class HostTensors:
         self._bytes = [(now.numpy().data.cast("B"), ahead.data.cast("B")) for now, ahead in arrays]
 
     def advance(self, index: int) -> None:
-        """They become those of a step so many behind the one that was planned."""
+        """Set the tensors to those of the step that is `index` steps after the planned one."""
         for now, ahead in self._bytes:
             size = len(now)
             now[:] = ahead[index * size : (index + 1) * size]
@@ -106,18 +114,23 @@ class HostTensors:
 class Step:
     """New tokens of some branches, one row each; the rows of an entry are consecutive.
 
-    total_rows        N
-    entries           (branch, number of tokens), in the order of `plan`
-    row_offsets       first row of each entry
-    positions [N]     int32, position of each row
-    slots [N]         int64, page * page_size + offset, where `append` writes the row
-    views             what each entry sees (`ops.decode.tasks`), shared by all layers
-    planned           what committing does; that of the step after it, once it has advanced
-    ahead             the slots of the steps to come, [1 + reserve, N] int64, for `PagedKVCache.advance`; None where it
-                      cannot be used: an entry adds several tokens, or sees some that another one adds
-    cursor [1]        int64, the row of `ahead` that is this step's; `index` is the same number on the host
-    spare             whether some rows are written nowhere: their slots are -1
-    on_host           writes the tensors of the next step on a CPU
+    Made by `PagedKVCache.plan`. Only the first five attributes are for callers.
+
+    Attributes:
+        total_rows: N, the number of new tokens.
+        entries: (branch, number of tokens), in the order of `plan`.
+        row_offsets: First row of each entry.
+        positions: [N] int32, position of each row.
+        slots: [N] int64, page * page_size + offset, where `append` writes the row.
+        views: What each entry sees (`ops.decode.tasks`), shared by all layers.
+        planned: The changes of `commit`; after an advance, those of the next step.
+        state: Whether the step is open.
+        ahead: [1 + reserve, N] int64, slots of this step and those to come, for `PagedKVCache.advance`; None where it
+            cannot advance: an entry has several tokens, or sees tokens of another entry.
+        cursor: [1] int64, the row of `ahead` of this step.
+        index: The same number on the host.
+        spare: Whether some rows are not written; their slots are -1.
+        on_host: The tensors of the next steps, on a CPU.
     """
 
     total_rows: int
@@ -140,19 +153,21 @@ class Step:
 
     @cached_property
     def longest_context(self) -> int:
-        """The most tokens that any row sees, itself included."""
+        """Most tokens that any row sees, itself included."""
         return max(sum(run.tokens for run in (*view.whole, view.own)) for view in self.views.entries)
 
     @cached_property
     def reserved_pages(self) -> int:
-        """How many pages are set aside for this step and those to come."""
+        """Number of pages reserved for this step and those to come."""
         return sum(len(planned.pages) for planned in self.planned)
 
     def advance_tensors(self) -> None:
-        """Turns the tensors of this step into those of the next, where they are: device work only, no host sync.
+        """Advance the tensors of the step to the next one in place: device work only, without a host sync.
 
-        What `PagedKVCache.advance` does beside its bookkeeping on the host; in a CUDA graph it is captured with the
-        step that it follows.
+        `PagedKVCache.advance` calls it. A CUDA graph captures it with the step that follows.
+
+        Raises:
+            ValueError: The step was not planned with a reserve and one token per entry.
         """
         if self.ahead is None or self.cursor is None:
             raise ValueError(
@@ -167,13 +182,17 @@ class Step:
         self.views.advance_tables(self.cursor)
 
     def require_open(self) -> None:
-        """Raise StaleStep unless the step was neither committed nor rolled back, and its tree is unchanged."""
+        """Raise unless the step is open: not committed, not rolled back, and its tree unchanged.
+
+        Raises:
+            StaleStep: The step is closed.
+        """
         if self.state.closed is not None:
             raise StaleStep(f"expected an open step, got one that was {self.state.closed}")
 
 
 def require_pairs(entries: Sequence[tuple[Branch, int]], reserve: int) -> None:
-    """Raise ValueError where `entries` are no pairs of something and an integer, or `reserve` is no integer."""
+    """Raise ValueError unless `entries` are pairs of a branch and an integer, and `reserve` is an integer."""
     try:
         kinds: set[type] = {type(reserve), *(type(count) for _, count in entries)}
     except (TypeError, ValueError):
@@ -191,10 +210,10 @@ def make_step(
     tables: DeviceTables | None = None,
     advances: bool = True,
 ) -> Step:
-    """The open step that commits `planned`, entry by entry. Reads the nodes as they are now, and changes none.
+    """Make the open step that commits `planned`, entry by entry. Reads the nodes as they are now, and changes none.
 
-    reserve: how many more steps the pages of `planned` are for. tables: the cache's, which are brought up to this step.
-    advances: whether the step's tensors are those of the steps to come, too.
+    reserve: number of further steps that the pages of `planned` are for. tables: page tables of the cache on its
+    device, which are updated for this step. advances: whether the tensors are those of the steps to come, too.
     """
     whole = _Lists(planned, page_size, reserve, tables)
     views: list[EntryView] = []
@@ -204,7 +223,7 @@ def make_step(
     for p in planned:
         row_offsets.append(len(positions))
         views.append(EntryView(len(positions), p.num_tokens, whole.runs[p.node], whole.seen_by(p.node.chain)))
-        # In plain Python: most entries have one token, for which an array costs more than all else.
+        # In plain Python: most entries have one token, for which a NumPy array costs more than everything else here.
         pages, before = p.node.pages, len(p.node.pages)
         for token in range(p.base, p.base + p.num_tokens):
             place, offset = divmod(token, page_size)
@@ -237,7 +256,7 @@ def make_step(
 
 
 def next_step(step: Step) -> Step:
-    """The step after one whose tensors and plans have advanced: these, and the same branches with one token each."""
+    """Make the step after one whose tensors and plans have advanced: one more token of the same branches."""
     return Step(
         total_rows=step.total_rows,
         entries=step.entries,
@@ -258,7 +277,7 @@ def next_step(step: Step) -> Step:
 def _slots_ahead(
     planned: Sequence[PlannedNode], runs: Mapping[Node, KeyRun], reserve: int, page_size: int
 ) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """[1 + reserve, N]: where the token of each entry goes in this step and in those after it."""
+    """Compute the slots of each entry in this step and those after it, [1 + reserve, N]."""
     tokens = np.arange(1 + reserve, dtype=np.int64)
     columns = [
         runs[p.node].pages[(p.base + tokens) // page_size].astype(np.int64) * page_size + (p.base + tokens) % page_size
@@ -268,14 +287,14 @@ def _slots_ahead(
 
 
 class _Lists:
-    """The lists of a step's entries as runs of keys. What several entries see is one run.
+    """The lists of a step's entries as runs of keys. Nodes that several entries see are one run.
 
-    The end of a list is taken node by node, for its nodes may still grow, in this step too. What stands before the last
-    link with an `after` is fixed, and lies in logs; those are cut where some entry's list ends.
+    The end of a list is read node by node, because its nodes can still grow, in this step too. Before the last link
+    with an `after` the list is fixed and kept in logs, which are cut where the list of an entry ends.
 
-    runs            of the planned nodes, with the step's tokens, and of others in the ends of lists
-    reserve         of the step; 0 where it cannot be advanced: some entry has several tokens, or sees another's
-    device_pages    the cache's, where they hold all of it
+    runs            of the planned nodes, with the tokens of the step, and of other nodes in the ends of lists
+    reserve         of the step; 0 where it cannot advance: an entry has several tokens, or sees tokens of another entry
+    device_pages    page tables of the cache on its device, if they hold the whole step
     """
 
     def __init__(
@@ -286,7 +305,7 @@ class _Lists:
         ends: dict[PageLog, set[int]] = {}
         for p in planned:
             chain = p.node.chain
-            if id(chain) in self._near:  # siblings have one
+            if id(chain) in self._near:  # siblings share a chain
                 continue
             fixed, _ = self._near[id(chain)] = self._split(chain)
             for contents in fixed.back() if fixed is not None else ():
@@ -308,7 +327,7 @@ class _Lists:
         self._lists: dict[int, tuple[KeyRun, ...]] = {}
 
     def seen_by(self, chain: Link | None) -> tuple[KeyRun, ...]:
-        """The list up to a link of a planned node's chain, oldest first; the same tuple for the same link."""
+        """Return the list up to a link of a planned node's chain, oldest first; the same tuple for the same link."""
         if id(chain) not in self._lists:
             fixed, near = self._near[id(chain)]
             runs = [self._node_run(node) for node in near]
@@ -318,7 +337,7 @@ class _Lists:
         return self._lists[id(chain)]
 
     def _held(self, planned: PlannedNode) -> Target:
-        """What a planned node holds with its tokens, in pages that have room for those of the steps to come, too."""
+        """Compute what a planned node holds with its tokens, in pages with room for those of the steps to come."""
         tokens = planned.base + planned.num_tokens
         size = -(-(tokens + self.reserve) // self.page_size)
         pages = planned.node.page_array()
@@ -328,7 +347,7 @@ class _Lists:
         return Target(pages, tokens, planned.start + tokens)
 
     def _split(self, link: Link | None) -> tuple[Contents | None, list[Node]]:
-        """(what is fixed, the nodes behind it, the last first)."""
+        """Split a list into its fixed part and the nodes behind it, the last first."""
         near = []
         while link is not None and not link.after:
             near.append(link.node)
@@ -345,14 +364,14 @@ class _Lists:
         return self.runs[node]
 
     def _log_runs(self, contents: Contents) -> list[KeyRun]:
-        """The log's entries up to the contents' end, in pieces between the ends of all lists."""
+        """Return the log's entries up to the end of the contents, in pieces between the ends of all lists."""
         found, first = [], 0
         for last in self._cuts[contents.log]:
             if last > contents.end:
                 break
             if (contents.log, last) not in self._logs:
                 pages, counts = contents.log.slice(first, last)
-                # The nodes of a log stand one right after the other on the device too.
+                # The nodes of a log are contiguous on the device too.
                 begin = self._place(contents.log.first)
                 place = None if begin is None else begin + first
                 self._logs[contents.log, last] = KeyRun(pages, counts, int(counts.sum()), place)

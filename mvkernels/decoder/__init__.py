@@ -1,1 +1,1 @@
-"""The engine's forward over the paged cache: weights of a loaded transformers model, and executors of its layers."""
+"""Forward pass of the engine over the paged KV cache: weights of a transformers model, and executors of its layers."""

@@ -1,4 +1,4 @@
-"""Which decoder runs a model: `make_decoder`."""
+"""Choice of the decoder that runs a model: `make_decoder`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ def make_decoder(
     """Make the decoder of a model.
 
     Args:
-        model: a causal language model on one device. A hosted one is patched in place.
-        decoder: "own", the layers of this package; "hosted", transformers' modules; "auto", "own" where it knows the
-            model, else "hosted" with a warning that says why.
-        backend: of the attention.
-        copies: bytes that bf16 copies of float32 matrices may take; None: any.
-        rows: that every step has at least; copies that are read with fewer only are not made.
+        model: A causal language model on one device. A hosted one is patched in place.
+        decoder: "own": the layers of this package. "hosted": transformers' modules. "auto": "own" if the model is
+            supported, else "hosted" with a warning that gives the reason.
+        backend: Backend of the attention.
+        copies: Most bytes for bf16 copies of float32 matrices; None: any.
+        rows: Fewest rows of a step; copies that are only read with fewer rows are not made.
+
+    Returns:
+        The decoder.
 
     Raises:
-        ValueError: for another name.
-        BackendError: for "own" and a model that it does not know; what `patch_model` raises.
+        ValueError: `decoder` is another name.
+        BackendError: `decoder` is "own" and the model is not supported; or `patch_model` refuses it.
     """
     if decoder not in DECODERS:
         raise ValueError(f"decoder: expected one of {', '.join(map(repr, DECODERS))}, got {decoder!r}")
@@ -60,5 +63,5 @@ def make_decoder(
 
 
 def executor_reasons(q: torch.Tensor, backend: str = "auto") -> dict[str, str | None]:
-    """Say for each own executor, best first, why it cannot run layers with such queries [0, heads, dim], or None."""
+    """Return why each own executor, best first, cannot run layers with queries like q [0, heads, dim], or None."""
     return {"native": native_decoder_reason(q, backend), "triton": triton_decoder_reason(q, backend), "torch": None}

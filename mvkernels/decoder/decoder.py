@@ -1,8 +1,8 @@
-"""The seam between the engine and a model: one forward over the paged cache.
+"""Interface between the engine and a model, `Decoder`: one forward over the paged KV cache.
 
     forward(ids [T], positions [T], cache, step, rows, batch_invariant) -> logits [rows, V]
 
-Runner and DecodeGraph see nothing else of a model. `hosted.py` runs transformers' modules behind it; the other
+Runner and DecodeGraph use nothing else of a model. `hosted.py` runs transformers' modules behind it. The other
 executors run the layers of `weights.py` themselves: `torch.py` anywhere, `native.py` on CPUs, `triton.py` on GPUs.
 """
 
@@ -22,12 +22,13 @@ class Decoder(ABC):
     """A model as the engine runs it. One forward at a time.
 
     Attributes:
-        kind: the executor: "native", "triton", "torch" or "hosted".
-        dtype, device: of its weights, its cache and its logits.
-        heads: query heads of a layer.
+        kind: The executor: "native", "triton", "torch" or "hosted".
+        dtype: Dtype of its weights, its cache and its logits.
+        device: Device of its weights, its cache and its logits.
+        heads: Query heads of a layer.
         vocabulary: V.
-        window: most tokens that a row may see, or None.
-        capture_reason: why its steps cannot be captured as CUDA graphs, or None.
+        window: Most tokens that a row may see, or None.
+        capture_reason: Why its steps cannot be captured as CUDA graphs, or None.
     """
 
     kind: ClassVar[str]
@@ -51,30 +52,30 @@ class Decoder(ABC):
         """Run the rows of an open step: append their keys and values, and compute logits.
 
         Args:
-            ids: [T] int64 token ids, on `device`; T is step.total_rows, with batch_invariant=True at least that: spare
-                rows behind the step's are written nowhere and attend to nothing.
+            ids: [T] int64 token ids, on `device`. T is step.total_rows. With batch_invariant=True it may be more: spare
+                rows behind those of the step are not written and attend to nothing.
             positions: [T] int32 or int64, for RoPE.
-            cache: of the model's layers, heads, dtype and device.
-            step: an open step of the cache.
-            rows: [n] int64, the rows whose logits are wanted; None: all.
-            batch_invariant: as in `tree_decode`.
+            cache: KV cache of the model's layers, heads, dtype and device.
+            step: An open step of the cache.
+            rows: [n] int64, the rows to compute logits of; None: all.
+            batch_invariant: As in `tree_decode`.
 
         Returns:
             Logits [n, V] in `dtype`.
 
         Raises:
-            ValueError: for arguments that do not fit.
-            StaleStep: unless the step is open.
-            BackendError: for a context beyond the sliding window, or what the attention backend cannot do.
+            ValueError: The arguments do not fit together.
+            StaleStep: The step is not open.
+            BackendError: The context exceeds the sliding window, or the attention backend cannot compute this.
         """
 
     def refresh(self) -> None:
-        """Make what was derived from weights again, after they were written to in place."""
+        """Make data derived from weights again, after the weights were written in place."""
         return None
 
 
 def check_window(window: int, step: Step) -> None:
-    """Raise BackendError where a row of the step sees more tokens than a sliding window has."""
+    """Raise BackendError if a row of the step sees more tokens than the sliding window."""
     if step.longest_context > window:
         expected = f"expected a sequence within the sliding window of {window} tokens"
         raise BackendError(f"branch attention: {expected}, got {step.longest_context} tokens")

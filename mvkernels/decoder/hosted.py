@@ -1,4 +1,4 @@
-"""Any model that `patch_model` takes, run by transformers' own modules behind the forward of `Decoder`."""
+"""A decoder that runs transformers' own modules: any model that `patch_model` accepts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mvkernels.hf import is_patched, patched_backend
 
 
 class HostedDecoder(Decoder):
-    """A causal language model in the state in which it is at each forward: hooks and adapters take part.
+    """A causal language model in its current state at each forward: hooks and adapters take effect.
 
     Args:
-        model: patched by `patch_model`.
+        model: A model patched by `patch_model`.
 
     Raises:
-        ValueError: when it is not patched.
+        ValueError: The model is not patched.
     """
 
     kind: ClassVar[str] = "hosted"

@@ -1,8 +1,8 @@
-"""Decoder layers on a CPU in fp32: all of them in one call of the kernels that are compiled here (`ops.dense.stack`).
+"""Decoder layers on a CPU in fp32: all of them in one call of the compiled kernels (`ops.dense.stack`).
 
-Matrices of which bf16 has every number (checkpoints published in it) are also kept in bf16 and read from there, half as
-much: by the CPU's matrix units (AMX) where it has them, else for up to 8 rows, with the bits of fp32. Steps of more
-rows than the kernels are made for (512, 64 without AVX-512) run in PyTorch, whose products are as fast there.
+Matrices that bf16 represents exactly (of checkpoints published in bf16) are also kept in bf16 and read from there, half
+the memory traffic: by the CPU's matrix units (AMX) if it has them, else for up to 8 rows, with the bits of fp32. Steps
+of more than 512 rows (64 without AVX-512) run in PyTorch, whose products are as fast there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NativeDecoder(TorchDecoder):
         self._layers = [_layer(layer, sizes, weights.eps, narrow) for layer in weights.layers]
         self._head = product((weights.head,), narrow)
         self._most_rows = min(self._head.most_rows, *(layer.most_rows for layer in self._layers))
-        # Layers that follow one another share a call, except where bf16 has all numbers of some of them only.
+        # Consecutive layers share a call, unless bf16 represents only some of them exactly.
         self._runs: list[tuple[int, int, Any]] = []
         first = 0
         for _, group in groupby(self._layers, key=lambda layer: layer.shape):
@@ -80,7 +80,7 @@ class NativeDecoder(TorchDecoder):
 
 
 def native_decoder_reason(q: torch.Tensor, backend: str) -> str | None:
-    """Why the kernels cannot run layers with such queries [0, heads, dim] here, or None. Compiles them if need be."""
+    """Return why the kernels cannot run layers with queries like q [0, heads, dim] here, or None. May compile them."""
     if not q.is_cpu or q.dtype is not torch.float32:
         return f"expected torch.float32 weights on cpu, got {q.dtype} on {q.device.type}"
     if backend not in ("auto", "native"):
@@ -91,14 +91,14 @@ def native_decoder_reason(q: torch.Tensor, backend: str) -> str | None:
 
 
 def narrow_rows() -> int:
-    """Up to how many rows bf16 copies of matrices are read here; 0: never."""
+    """Return up to how many rows bf16 copies of matrices are read here; 0: never."""
     if linear_reason() is not None:
         return 0
     return MOST_ROWS if tiles_reason() is None else few_rows()
 
 
 def product(linears: Sequence[Linear], narrow: bool) -> Product:
-    """Linear layers with the same input as one product. narrow: whether bf16 copies may be kept."""
+    """Make one product of linear layers with the same input. narrow: whether bf16 copies may be kept."""
     weights, biases = [one.weight for one in linears], [one.bias for one in linears]
     if narrow and tiles_reason() is None and all(is_bf16(one) and bool(one.isfinite().all()) for one in weights):
         return TileLayers(weights, biases)

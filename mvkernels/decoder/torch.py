@@ -1,4 +1,4 @@
-"""Decoder layers in plain PyTorch: any device and dtype, no compiler. What the other executors are judged by."""
+"""Decoder layers in plain PyTorch: any device and dtype, no compiler. The other executors are tested against it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class TorchDecoder(Decoder):
     """Embedding, layers, norm and head of `Weights`. Other executors override `layers` and `logits`.
 
     Args:
-        weights: used where they lie.
-        backend: of `tree_decode` and `PagedKVCache.append`.
+        weights: The tensors of a model; not copied.
+        backend: Backend of `tree_decode` and `PagedKVCache.append`.
     """
 
     kind: ClassVar[str] = "torch"
@@ -28,7 +28,7 @@ class TorchDecoder(Decoder):
 
     def __init__(self, weights: Weights, backend: str = "auto") -> None:
         self.weights, self.backend = weights, backend
-        self._append_backend = "auto" if backend == "native" else backend  # which is one of `tree_decode` alone
+        self._append_backend = "auto" if backend == "native" else backend  # a backend of `tree_decode` only
         self.dtype, self.device = weights.dtype, weights.device
         self.heads, self.vocabulary, self.window = weights.heads, len(weights.head.weight), weights.window
 
@@ -51,7 +51,7 @@ class TorchDecoder(Decoder):
     def layers(
         self, x: torch.Tensor, positions: torch.Tensor, cache: PagedKVCache, step: Step, batch_invariant: bool
     ) -> torch.Tensor:
-        """x [T, hidden], which may be overwritten -> the last layer's output."""
+        """Run all layers on x [T, hidden], which may be overwritten; returns the output of the last."""
         for index, layer in enumerate(self.weights.layers):
             x = x + self._attention(index, layer, self._norm(x, layer.before), positions, cache, step, batch_invariant)
             normed = self._norm(x, layer.after)
@@ -59,7 +59,7 @@ class TorchDecoder(Decoder):
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x [n, hidden] -> [n, V]."""
+        """Compute logits [n, V] of x [n, hidden]."""
         return linear(self._norm(x, self.weights.norm), *self.weights.head)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -91,7 +91,7 @@ class TorchDecoder(Decoder):
     def _check(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: PagedKVCache, step: Step, batch_invariant: bool
     ) -> None:
-        """The kernels read and write by these sizes."""
+        """Check the sizes by which the kernels read and write."""
         step.require_open()
         weights, rows = self.weights, step.total_rows
         if ids.dim() != 1 or len(ids) < rows or (len(ids) > rows and not batch_invariant):

@@ -1,4 +1,4 @@
-"""Decoder layers on a GPU: between the products, which stay PyTorch's, one Triton launch for each step of a layer."""
+"""Decoder layers on a GPU: PyTorch's products, and one Triton launch for each operation between them."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ class TritonDecoder(TorchDecoder):
 
 
 def triton_decoder_reason(q: torch.Tensor, backend: str) -> str | None:
-    """Why Triton's kernels do not run layers with such queries [0, heads, dim], or None. On a CPU, in its interpreter,
-    they do so by name only.
+    """Return why Triton's kernels do not run layers with queries like q [0, heads, dim], or None.
+
+    On a CPU, in its interpreter, they only run if requested by name.
     """
     if backend not in ("auto", "triton"):
         return f"expected the attention backend 'auto' or 'triton', got {backend!r}"

@@ -1,7 +1,7 @@
 """Weights of the architectures that this package runs itself, taken from a model that transformers has loaded.
 
-Checkpoint formats (safetensors, shards, GGUF) and tied heads stay transformers' work: only its tensors are used, where
-they lie. The rest of the model (hooks, replaced forwards, adapters) is not run, so a model with any is refused by name.
+transformers handles checkpoint formats (safetensors, shards, GGUF) and tied heads. Only its tensors are used, without a
+copy. The rest of the model (hooks, replaced forwards, adapters) is not run, so a model that has any is refused by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAMILIES = {
 }
 _PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, SiLUActivation)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Their hooks change nothing: they record what a caller has asked for, and check the inputs of `patch_model`.
+# Hooks of these modules change nothing: they record requested outputs, and check the inputs of a patched model.
 _HARMLESS_HOOKS = ("transformers.", "mvkernels.")
 
 
@@ -54,13 +54,13 @@ class Layer(NamedTuple):
 
     @property
     def linears(self) -> tuple[tuple[Linear, ...], ...]:
-        """The layer's products: those with the same input together."""
+        """The layer's linear layers, grouped by input."""
         return (self.q, self.k, self.v), (self.o,), (self.gate, self.up), (self.down,)
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Tensors of one dtype on one device, without gradients, and the numbers that go with them.
+    """Tensors of one dtype on one device, without gradients, and the sizes of the model.
 
     scale: of attention scores. window: most tokens that a row may see, or None.
     """
@@ -86,13 +86,13 @@ class Weights:
         return self.embedding.device
 
     def linear_numbers(self) -> int:
-        """How many numbers the matrices have that every row is multiplied with."""
+        """Count the elements of the matrices that every row is multiplied with."""
         linears = [one for layer in self.layers for group in layer.linears for one in group]
         return sum(one.weight.numel() for one in (*linears, self.head))
 
 
 def weights_reason(model: PreTrainedModel) -> str | None:
-    """Why `take_weights` refuses a model, naming the part, or None."""
+    """Return why `take_weights` refuses a model, with the name of the part, or None."""
     family = FAMILIES.get(type(model).__name__)
     source = f"transformers.models.{family}.modeling_{family}"
     if family is None or type(model).__module__ != source:
@@ -134,13 +134,16 @@ def _module_reason(module: nn.Module, source: str) -> str | None:
 
 
 def take_weights(model: PreTrainedModel) -> Weights:
-    """Take the tensors of a model, where they lie.
+    """Take the tensors of a model without a copy.
 
     Args:
-        model: a causal language model that `weights_reason` has no reason against, on one device.
+        model: A causal language model on one device for which `weights_reason` is None.
+
+    Returns:
+        Its weights and sizes.
 
     Raises:
-        ValueError: with that reason.
+        ValueError: The reason of `weights_reason`.
     """
     if (reason := weights_reason(model)) is not None:
         raise ValueError(reason)
@@ -189,7 +192,7 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _window(config: Any) -> int | None:
-    """The sliding window where any layer has one: Mistral's all, Qwen's by their types, Llama's never."""
+    """Return the sliding window if any layer has one: Mistral's all, Qwen's by layer type, Llama's never."""
     window: int | None = getattr(config, "sliding_window", None) or None
     slides = config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ())
     return window if slides and config.model_type != "llama" else None

@@ -1,4 +1,4 @@
-"""What `DecodeGraph` keeps for each bucket of steps: memory of fixed addresses, and a CUDA graph that runs over it."""
+"""Buckets of decode steps for `DecodeGraph`: each has memory at fixed addresses, and a CUDA graph that runs over it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from mvkernels.errors import BackendError
 from mvkernels.graph.fixed_step import PAGES, FixedStep, Laid, upload
 from mvkernels.graph.fixed_step import Bucket as Key
 
-#: A run meets some ten to thirty (`ops.decode.buffers`); each graph has its logits, [rows, V], and the driver's nodes.
+#: Most buckets. A run needs ten to thirty (`ops.decode.buffers`); each graph has logits [rows, V] and driver nodes.
 MOST = 64
-#: Steps of a bucket that run as they are before one is captured: what they compile, or allocate for good, may not
-#: happen while a graph is captured.
+#: Steps of a bucket that run without a graph before the capture: they compile and allocate, which a capture must not.
 WARM_UPS = 1
 
 Replay = Callable[[], torch.Tensor]
@@ -26,9 +25,13 @@ Replay = Callable[[], torch.Tensor]
 
 @dataclass(eq=False)
 class Bucket:
-    """memory: of the steps; ids [1, rows] int64: their tokens. replay: runs the captured step, and gives its logits.
+    """Memory and graph of one bucket.
 
-    runs: how many steps have run.
+    Attributes:
+        memory: Tensors of the steps.
+        ids: [1, rows] int64, token ids.
+        replay: Runs the captured step and returns its logits; None before the capture.
+        runs: Number of steps that have run.
     """
 
     memory: FixedStep
@@ -37,15 +40,17 @@ class Bucket:
     runs: int = 0
 
     def take(self, ids: torch.Tensor) -> None:
-        """The tokens of a step, [T] int32 or int64 on any device. Behind them stay those of other steps, or zeros."""
+        """Copy the token ids of a step, [T] int32 or int64 on any device. Ids behind them keep their old values."""
         upload(self.ids[0, : len(ids)], ids)
 
 
 class Buckets:
-    """The buckets of a model and a cache on a device; the graphs share one memory pool.
+    """The buckets of a model and a cache on a device; their graphs share one memory pool.
 
-    captures: how many graphs were captured so far. uploaded_bytes: copied for plans so far. pages: room for page lists,
-    where they are not on the device.
+    Attributes:
+        captures: Number of graphs captured so far.
+        uploaded_bytes: Bytes copied for plans so far.
+        pages: Room for page tables, where they are not on the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,7 +62,7 @@ class Buckets:
         self._pool: Any = None
 
     def lay(self, laid: Laid, step: Step, keep: Sequence[int]) -> Bucket:
-        """The bucket of a step, whose memory then holds it."""
+        """Copy a step into the memory of its bucket; returns the bucket."""
         bucket = self._kept.get(laid.bucket)
         if bucket is None:
             memory = FixedStep(laid, step)
@@ -70,7 +75,7 @@ class Buckets:
         return bucket
 
     def run(self, bucket: Bucket, function: Replay) -> torch.Tensor:
-        """Runs a step of the bucket, once: as it is, or by a graph of the function."""
+        """Run a step of the bucket once: `function` itself, or its graph."""
         if bucket.replay is None and bucket.runs >= WARM_UPS:
             bucket.replay = self.record(function)
             self.captures += 1
@@ -83,17 +88,17 @@ class Buckets:
         return logits
 
     def record(self, function: Replay) -> Replay:
-        """Captures a function as a CUDA graph, without running it."""
+        """Capture a function as a CUDA graph, without running it."""
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            # Other threads may use the GPU meanwhile: what they do is not ours to forbid.
+            # thread_local: other threads may use the GPU meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 logits = function()
         except BaseException as error:
-            self.clear()  # the pool is not as it should be
-            # What went wrong first: ending a capture that has failed is an error of its own.
+            self.clear()  # the pool is in an undefined state
+            # The first error is the cause: ending a failed capture raises another one.
             first = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
             if isinstance(first, BackendError) or not isinstance(first, RuntimeError):  # the model's own
                 raise first from None
@@ -106,25 +111,25 @@ class Buckets:
         return replay
 
     def clear(self) -> None:
-        """Gives all of it up."""
+        """Free all buckets."""
         self._wait()
         self._kept.clear()
         self._pool = None
 
     def _drop(self) -> None:
-        """All but the latest."""
+        """Free the least recently used buckets beyond `MOST`."""
         while len(self._kept) > MOST:
             self._wait()
             self._kept.popitem(last=False)
 
     def _wait(self) -> None:
-        """A graph that runs may not be destroyed."""
+        """Wait for the device, because a running graph must not be destroyed."""
         if self.device.type == "cuda" and any(bucket.replay is not None for bucket in self._kept.values()):
             torch.cuda.synchronize(self.device)
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """On the stream that captures run on, so that what libraries keep for a stream is there before."""
+        """Run on the stream of the captures, so that what libraries allocate per stream exists before them."""
         if self.device.type != "cuda":
             yield
             return

@@ -1,8 +1,8 @@
-"""Steps over tensors at fixed addresses: many steps, one after the other, run through the same memory.
+"""Decode steps over tensors at fixed addresses, so that one CUDA graph serves many steps.
 
-A `FixedStep` holds what a model reads of a step: positions, slots and the tables of tree decode, for at most so many
-rows. `lay` puts a planned step there, `advance` turns to it, and to those after it, on the device alone, and `step` is
-what goes to the model, with the rows beyond the planned ones written nowhere. `ops.decode.buffers` has the details.
+A `FixedStep` holds what a model reads of a step, for up to a number of rows: positions, slots and the tables of tree
+decode. `lay` copies a planned step there. `advance` moves to it, and to those after it, on the device alone. `step` is
+the step for the model; rows beyond the planned ones are not written. `ops.decode.buffers` has the details.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Laid:
 
 
 def fixed_reason(cache: PagedKVCache) -> str | None:
-    """Why steps of a cache cannot run through fixed memory, or None: only the Triton kernels do."""
+    """Return why steps of a cache cannot run over fixed memory, or None: only the Triton kernels can."""
     reason = triton_reason(cache.device)
     if reason is None and cache.dtype not in TRITON_DTYPES:
         reason = f"expected dtype {dtype_names(TRITON_DTYPES)}, got {cache.dtype}"
@@ -44,7 +44,7 @@ def fixed_reason(cache: PagedKVCache) -> str | None:
 
 
 def plan_fixed(step: Step, heads: int, pages: int = PAGES) -> Laid:
-    """Plans the decoding of a step by `heads` query heads. pages: the least room for page lists."""
+    """Plan the decoding of a step by `heads` query heads. pages: the least room for page tables."""
     from mvkernels.ops.decode.triton import decode_shape, tables_key
 
     cache = step.entries[0][0].cache
@@ -56,10 +56,13 @@ def plan_fixed(step: Step, heads: int, pages: int = PAGES) -> Laid:
 
 
 class FixedStep:
-    """Memory for the steps of a bucket, on their cache's device.
+    """Memory for the steps of a bucket, on the device of their cache; addresses never change.
 
-    rows, positions [rows] int32, slots [rows] int64: of the step that it holds; keep [rows] int32: the rows that `lay`
-    was given. Addresses never change.
+    Attributes:
+        rows: Most rows of a step.
+        positions: [rows] int32, of the current step.
+        slots: [rows] int64, of the current step.
+        keep: [rows] int32, the rows given to `lay`.
     """
 
     def __init__(self, laid: Laid, step: Step) -> None:
@@ -70,7 +73,7 @@ class FixedStep:
         self.positions, self.slots, self.keep = (self._buffers.positions, self._buffers.slots, self._buffers.keep)
 
     def lay(self, laid: Laid, step: Step, keep: Sequence[int] = ()) -> int:
-        """Puts a step here, as the one to `advance` to. keep: some of its rows. Returns the bytes that were copied."""
+        """Copy a step, for the next `advance`; returns the number of bytes. keep: some of its rows."""
         if laid.bucket != self.bucket:
             raise ValueError(f"expected a step of bucket {self.bucket}, got one of {laid.bucket}")
         positions = [p.start + p.base + token for p in step.planned for token in range(p.num_tokens)]
@@ -79,17 +82,17 @@ class FixedStep:
         )
 
     def advance(self) -> None:
-        """Turns to the step that was laid, or to the one after the last. Device work only."""
+        """Move to the step that was copied, or to the one after the last; device work only."""
         self._buffers.advance()
 
     def step(self, step: Step) -> Step:
-        """An open step, over this memory: what `PagedKVCache.append` and `tree_decode` take for it."""
+        """Bind an open step to this memory, for `PagedKVCache.append` and `tree_decode`."""
         views = self._buffers.padded(step.views, self._key)
         held = replace(step, total_rows=self.rows, positions=self.positions, slots=self.slots, views=views)
         return replace(held, ahead=None, cursor=None, on_host=None, spare=True)
 
     def check(self, step: Step) -> None:
-        """Raises BackendError unless what has decoded `step`, one of `self.step`, found all its tables here."""
+        """Raise BackendError unless `step`, a result of `self.step`, was decoded with the tables in this memory."""
         if len(step.views._cache) != 1:
             heads = self._key[1]
             raise BackendError(f"expected layers of {heads} query heads, all decoding by Triton, got other ones")

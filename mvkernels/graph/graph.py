@@ -1,12 +1,12 @@
-"""DecodeGraph: whole decode steps of a model, captured as CUDA graphs that serve any tree.
+"""CUDA graphs of whole decode steps, which serve any tree of branches: `DecodeGraph`.
 
     plan      slots for one token of each branch, and for `reserve` more (PagedKVCache.plan); the tables of the step are
-              copied into memory of fixed addresses and capacity, that of its bucket (fixed_step.py, buckets.py)
-    capture   once for each bucket: [tensors of the step advance; embedding .. layers with append and tree decode ..
-              logits], for as many rows as the bucket has
+              copied to fixed addresses, in the memory of its bucket (fixed_step.py, buckets.py)
+    capture   once per bucket: [advance the tensors of the step; embedding .. layers with append and tree decode ..
+              logits], for the rows of the bucket
     replay    token ids into a static buffer, one graph launch, bookkeeping on the host (PagedKVCache.advance)
 
-Between two runs the tree on the host is what it is after any other step: all tokens committed.
+Between two runs all tokens are committed, as after any other step.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mvkernels.graph.buckets import Bucket, Buckets
 from mvkernels.graph.fixed_step import fixed_reason, plan_fixed
 
 BACKENDS = ("cuda_graph", "eager")
-#: Steps that add several tokens to a branch run in buckets up to so many tokens in all: what an engine writes between
-#: samples. Longer ones are prompts, each of another length, and keep a GPU busy without a graph.
+#: Most tokens of a step in a bucket that adds several tokens to a branch: the tokens that an engine forces between
+#: samples. Longer steps are prefill, each of another length, and keep a GPU busy without a graph.
 MOST_TOKENS = 64
 
 Entries = Sequence[Branch | tuple[Branch, int]]
@@ -37,10 +37,15 @@ Entries = Sequence[Branch | tuple[Branch, int]]
 
 @dataclass(eq=False)
 class _Plan:
-    """Steps that follow one another. step: the open one. bucket: whose memory they run through; None: their own.
+    """Consecutive steps of one plan.
 
-    ends: the rows whose logits are asked for, None for all. runs: how many steps have run; context: the most tokens
-    that a row of the first one sees, where a window is to be looked at.
+    Attributes:
+        entries: (branch, number of tokens), as planned.
+        step: The open step.
+        bucket: The bucket that the steps run in; None: they run on their own tensors.
+        ends: Rows to return logits of; None: all.
+        context: Most tokens that a row of the first step sees, if the model has a sliding window.
+        runs: Number of steps that have run.
     """
 
     entries: tuple[tuple[Branch, int], ...]
@@ -52,25 +57,30 @@ class _Plan:
 
 
 class DecodeGraph:
-    """Runs decode steps of a model over a paged cache; on a GPU by replaying CUDA graphs.
+    """Run decode steps of a model over a paged KV cache; on a GPU by replaying CUDA graphs.
 
-    model     a `Decoder`, or a model patched by `patch_model`, which is then hosted; on one device. Its weights must
-              stay where they are (`reset` after a move)
-    cache     its `PagedKVCache`, on the same device
-    reserve   tokens of each branch that a plan sets pages aside for beyond the first: one plan serves 1 + reserve
-              steps. Where so many pages are not free, half of it is tried, and so on
-    backend   "cuda_graph"; "eager", the same without graphs, on any device; "auto": whichever fits
+    A step of one new token per branch, or of few tokens in all, runs in a *bucket*: memory for steps of about as many
+    rows, with tables of about the same size. The first step of a bucket runs without a graph, which compiles kernels.
+    The second captures a graph, and all others replay it, whatever the tree. Longer steps (prefill) run without a
+    graph.
 
-    What is captured when. A step of one new token a branch, or of few tokens in all, runs through the memory of its
-    *bucket*: steps of about as many rows, with tables of about the same size. The first step of a bucket runs as it is,
-    which compiles kernels; at the second a graph is captured, which all others replay, whatever the tree. A plan is
-    made, and its tables copied to the bucket's memory, when other branches, or the same in another order, are asked
-    for, when anything but this object changes the tree or plans a step (fork, merge, free, truncate, evict, plan), and
-    when the reserve is used up. Longer steps, prompts, run without a graph. The graphs share one memory pool; of more
-    than `hf_buckets.MOST` buckets those not used for longest are given up.
+    A new plan is made, and its tables copied to the memory of the bucket, when the branches or their order change, when
+    other code changes the tree or plans a step (fork, merge, free, truncate, evict, plan), and when the reserve is used
+    up. The graphs share one memory pool. Beyond `graph.buckets.MOST` buckets, the least recently used one is freed.
 
-    Raises ValueError for a model that is not patched or on another device than the cache, and for a bad reserve;
-    BackendError when the backend asked for by name cannot be used.
+    Args:
+        model: A `Decoder`, or a model patched by `patch_model`, on one device. Its weights must not move; call `reset`
+            after a move.
+        cache: The KV cache of the model, on the same device.
+        reserve: Tokens per branch to set pages aside for beyond the first: one plan serves 1 + reserve steps. It is
+            halved until the pages are free.
+        backend: "cuda_graph"; "eager", the same steps without graphs, on any device; "auto": "cuda_graph" if possible.
+            A backend given by name never falls back.
+
+    Raises:
+        ValueError: The model is not patched or on another device than the cache, `reserve` is invalid, or `backend` is
+            unknown.
+        BackendError: Steps of this model cannot be captured, and `backend` is "cuda_graph".
     """
 
     def __init__(
@@ -95,28 +105,37 @@ class DecodeGraph:
 
     @property
     def captures(self) -> int:
-        """How many graphs were captured so far."""
+        """Number of graphs captured so far."""
         return self._buckets.captures
 
     @property
     def captured(self) -> bool:
-        """Whether the next run of the same branches replays a graph that is there already."""
+        """Whether the next run of the same branches replays an existing graph."""
         plan = self._plan
         return plan is not None and self._goes_on(plan) and plan.bucket is not None and plan.bucket.replay is not None
 
     def run(self, entries: Entries, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """One step: the new tokens of the branches go through the model and are committed.
+        """Run one step: forward the new tokens of the branches and commit them.
 
-        entries: branches, one new token each, or (branch, number of tokens), for prompts. token_ids: all new tokens,
-        entry by entry, T integers or [T] int64 or int32. Returns the logits [entries, V] of every entry's last token,
-        in the model's dtype, in memory of their own. Raises ValueError for a wrong number of tokens or, where they come
-        from the host, for ids outside the vocabulary; OutOfPages and BranchError as `PagedKVCache.plan` does;
-        BackendError with the reason when the step cannot be captured. After an error none of this step is committed.
+        After an error no token of the step is committed.
+
+        Args:
+            entries: Branches with one new token each, or (branch, number of tokens) pairs, as for prefill.
+            token_ids: [T] integers, or a tensor [T] int64 or int32 on any device: all new tokens, entry by entry.
+
+        Returns:
+            Logits [entries, V] of the last token of each entry, in the dtype of the model, in memory of their own.
+
+        Raises:
+            ValueError: The number of tokens is wrong, or an id on the host is outside the vocabulary.
+            OutOfPages: The tokens do not fit into the free pages.
+            BranchError: A branch was freed, or cannot grow (`PagedKVCache.plan`).
+            BackendError: The step cannot be captured; gives the reason.
         """
         listed = tuple(entry if isinstance(entry, tuple) else (entry, 1) for entry in entries)
         ids = self._checked(token_ids, sum(count for _, count in listed))
         device = torch.cuda.device(self.cache.device) if self.cache.device.type == "cuda" else nullcontext()
-        with device, torch.inference_mode():  # of the plan's tensors too: they are written to in every step
+        with device, torch.inference_mode():  # tensors of the plan too, which every step writes to
             plan = self._plan_for(listed)
             try:
                 logits = self._eager(plan, ids) if plan.bucket is None else self._fixed(plan, plan.bucket, ids)
@@ -124,18 +143,18 @@ class DecodeGraph:
                 self._give_up()
                 raise
             self._close(plan)
-        # In memory of their own, outside of inference mode: the caller may write to it.
+        # Cloned outside of inference mode: the caller may write to the logits.
         return logits.clone() if plan.bucket is None or plan.ends is None else logits.index_select(0, plan.ends)
 
     def reset(self) -> None:
-        """Gives up the plan with the pages in its reserve, and the graphs. Nothing that was committed is lost."""
+        """Free the graphs, and the plan with its reserved pages; committed tokens stay."""
         self._give_up()
         self._buckets.clear()
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
     def _checked(self, token_ids: Sequence[int] | torch.Tensor, expected: int) -> torch.Tensor:
-        """[T] integers, on the device they came on."""
+        """Check token ids; returns [T] integers on the device that they came on."""
         if isinstance(token_ids, torch.Tensor):
             if token_ids.dtype not in (torch.int64, torch.int32) or token_ids.dim() != 1:
                 got = f"{token_ids.dtype} of shape {list(token_ids.shape)}"
@@ -150,19 +169,19 @@ class DecodeGraph:
             raise ValueError(f"token_ids: expected {expected} tokens for these entries, got {len(ids)}")
         if ids.device.type == "cpu" and expected:
             known = ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids
-            low, high = min(known), max(known)  # in Python, which is faster for what a step of decoding has
+            low, high = min(known), max(known)  # in Python, which is faster for the few ids of a decode step
             if low < 0 or high >= self.decoder.vocabulary:
                 wrong = low if low < 0 else high
                 raise ValueError(f"token_ids: expected ids from 0 to {self.decoder.vocabulary - 1}, got {wrong}")
         return ids
 
     def _goes_on(self, plan: _Plan) -> bool:
-        """Whether the plan's next step may run. In a bucket no layer looks whether a row has outgrown its window."""
+        """Whether the next step of a plan can run. In a bucket no layer checks the sliding window; this does."""
         outgrown = self.decoder.window is not None and plan.context + plan.runs > self.decoder.window
         return plan.step.state.closed is None and not (outgrown and plan.bucket is not None)
 
     def _plan_for(self, entries: tuple[tuple[Branch, int], ...]) -> _Plan:
-        """The plan that goes on, or a new one."""
+        """Return the current plan if it serves these entries, or a new one."""
         plan = self._plan
         if plan is not None and plan.entries == entries and self._goes_on(plan):
             return plan
@@ -174,9 +193,9 @@ class DecodeGraph:
         context = step.longest_context if self.decoder.window is not None else 0
         if (
             in_bucket and self.decoder.window is not None and context > self.decoder.window
-        ):  # only layers know whether they look
+        ):  # only the layers check the window
             in_bucket, step = False, self._plan_step(entries, reserve, tensors=True)
-        # The cache has discarded what was planned before, if it was open still.
+        # The cache has discarded the previous plan if it was still open.
         self._plan = plan = _Plan(entries, step, None, None, context)
         ends = None if single else [first + n - 1 for first, n in zip(step.row_offsets, tokens, strict=True)]
         try:
@@ -193,7 +212,7 @@ class DecodeGraph:
         return plan
 
     def _plan_step(self, entries: tuple[tuple[Branch, int], ...], reserve: int, tensors: bool) -> Step:
-        """With as much of the reserve as there is room for."""
+        """Plan with as much of the reserve as the free pages allow."""
         while True:
             try:
                 return self.cache.plan(entries, reserve, tensors)
@@ -203,7 +222,7 @@ class DecodeGraph:
                 reserve //= 2
 
     def _close(self, plan: _Plan) -> None:
-        """Commits the step that ran; opens the next one where pages are set aside for it."""
+        """Commit the step that ran; open the next one where pages are reserved for it."""
         plan.runs += 1
         step = plan.step
         if step.index < step.views.reserve:
@@ -220,17 +239,17 @@ class DecodeGraph:
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def _eager(self, plan: _Plan, ids: torch.Tensor) -> torch.Tensor:
-        """Runs the open step over its own tensors; its logits [entries, V]."""
+        """Run the open step over its own tensors; returns logits [entries, V]."""
         return self._forward(plan.step, ids.to(self.cache.device), plan.ends)
 
     def _fixed(self, plan: _Plan, bucket: Bucket, ids: torch.Tensor) -> torch.Tensor:
-        """Runs the open step through its bucket's memory; logits [rows, V], of which some are asked for."""
+        """Run the open step over the memory of its bucket; returns logits [rows, V]."""
         bucket.take(ids)
         logits = self._buckets.run(bucket, lambda: self._captured(bucket))
         return logits if plan.ends is not None else logits[: plan.step.total_rows]
 
     def _captured(self, bucket: Bucket) -> torch.Tensor:
-        """What is captured: the open step, over the memory of its bucket alone. Logits of all its rows."""
+        """Run the open step over the memory of its bucket alone, as captured; returns logits of all rows."""
         if self._plan is None:
             raise BackendError("DecodeGraph: expected a planned step, got none")
         bucket.memory.advance()
@@ -240,7 +259,7 @@ class DecodeGraph:
         return logits
 
     def _forward(self, step: Step, ids: torch.Tensor, ends: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of all rows, or of `ends`."""
+        """Compute logits of all rows, or of the rows `ends`."""
         return self.decoder.forward(ids, step.positions, self.cache, step, ends)
 
 
@@ -257,7 +276,7 @@ def _choose(requested: str, decoder: Decoder, cache: PagedKVCache) -> str:
 
 
 def _reason(decoder: Decoder, cache: PagedKVCache) -> str | None:
-    """Why steps of this model cannot be captured, or None."""
+    """Return why steps of this model cannot be captured, or None."""
     if cache.device.type != "cuda":
         return f"expected a model on cuda, got {cache.device.type}"
     return decoder.capture_reason or fixed_reason(cache)

@@ -1,4 +1,4 @@
-"""Kernels, their schemas and their tile plans. Nothing here knows a tag or a tokenizer.
+"""Kernels, their schemas and their tile plans, independent of tags and tokenizers.
 
 Importing this package imports neither torch nor Triton: every module below is imported where it is needed.
 """

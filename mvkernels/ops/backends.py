@@ -1,4 +1,4 @@
-"""Choosing a backend: one asked for by name never falls back, and "auto" gives every reason when none fits."""
+"""Choice of a backend. One requested by name never falls back; "auto" lists every reason when none fits."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ import torch
 from mvkernels.errors import BackendError
 
 MIN_CAPABILITY = (8, 0)
-# Found out here, once: torch.compile can trace a name, but not the search for a package.
+# At import: torch.compile can trace a name, but not the search for a package.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(requested: str, reasons: Mapping[str, str | None], auto: tuple[str, ...] | None = None) -> str:
-    """The backend to run.
+    """Choose the backend to run.
 
-    `reasons` maps every backend, best first, to None when it can do the work, else to why it cannot. "auto" takes the
-    first that can, among `auto` where given (a backend outside it must be asked for by name), else among all.
-    Raises ValueError for an unknown name, and BackendError with the reason(s) when what was asked for cannot run.
+    Args:
+        requested: "auto", or a backend by name.
+        reasons: For each backend, best first, None if it can do the work, else the reason why not.
+        auto: The backends that "auto" chooses from, best first; None: all.
+
+    Returns:
+        The requested backend; for "auto" the first without a reason.
+
+    Raises:
+        ValueError: The name is unknown.
+        BackendError: The requested backend, or every backend of "auto", has a reason; the message gives them.
     """
     if requested == "auto":
         names = tuple(reasons) if auto is None else auto
@@ -38,12 +46,12 @@ def choose_backend(requested: str, reasons: Mapping[str, str | None], auto: tupl
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    """Return whether Triton kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
 def triton_reason(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on tensors on this device, or None. Does not import Triton."""
+    """Return why Triton kernels cannot run on tensors of this device, or None. Does not import Triton."""
     if not TRITON_INSTALLED:
         return "Triton is not installed"
     if device.type == "cuda":
@@ -64,5 +72,5 @@ def _gpu_reason(device: torch.device) -> str | None:
 
 
 def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
-    """For messages: "float32, bfloat16"."""
+    """Format dtypes for messages: "float32, bfloat16"."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,4 +1,4 @@
-"""Devices that callers name."""
+"""Validation of device arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def checked_device(device: torch.device | str) -> torch.device:
-    """The device that is meant. Raises ValueError where PyTorch knows no such device, or this machine has none."""
+    """Convert a device argument to a torch.device. Raises ValueError if PyTorch does not have the device here."""
     try:
         found = torch.device(device)
         if found.type != "cpu":

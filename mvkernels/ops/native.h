@@ -1,4 +1,4 @@
-// What the kernels for the CPU share: vectors of fp32, as long as this processor has them.
+// Shared by the CPU kernels: fp32 vectors of this processor's width.
 
 #pragma once
 
@@ -18,8 +18,8 @@ namespace {
 constexpr int WIDTH = VECTOR_BYTES / 4;
 constexpr float LOG2_E = 1.442695040888963f;
 
-// Fewer multiplications run in the calling thread. Two threads gain at most 12 us there, but wait for one another at
-// barriers: 6 ms where other processes have the cores, as libgomp spins (a product of 2^17 weights with 1 to 8 rows).
+// Fewer multiplications run in the calling thread. A second thread gains at most 12 us there, but barriers cost 6 ms
+// when other processes use the cores, because libgomp spins (a product of 2^17 weights with 1 to 8 rows).
 constexpr int64_t SHARED_WORK = 1 << 20;
 
 inline int32_t threads_for(int64_t multiplications, int32_t num_threads) {
@@ -29,14 +29,14 @@ inline int32_t threads_for(int64_t multiplications, int32_t num_threads) {
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES), may_alias));
 
-// `count` numbers, then zeros.
+// `count` elements, then zeros.
 inline Floats load_floats(const float* from, int64_t count = WIDTH) {
     Floats x{};
     std::memcpy(&x, from, count * sizeof *from);
     return x;
 }
 
-// Four by four: elements one after the other take as long as a hundred products.
+// Four by four: element by element takes as long as a hundred products.
 inline float sum_of(Floats x) {
     typedef float Four __attribute__((vector_size(16)));
     Four parts[VECTOR_BYTES / 16], sum{};

@@ -1,11 +1,11 @@
-"""C++ kernels for the CPU: compiled with g++ for this very machine when first called, kept in a cache folder, loaded.
+"""C++ kernels for the CPU: compiled with g++ for this machine at the first call, and cached in a folder.
 
-The folder is `$MVKERNELS_CACHE`, else `mvkernels` in `$XDG_CACHE_HOME`, else in `~/.cache`; where that cannot be used,
-`mvkernels-UID` in the folder for temporary files. Only the user (or root) may be able to write to it. A library's name
-has a hash of its source and `native.h`, the flags, the compiler's version and the machine's features, so that a home
-shared by many machines serves each its own. Its last bytes are a hash of that key and of all bytes before: a file that
-was cut off, damaged or renamed is compiled again. A file lock lets one process compile while the others wait.
-`$CXX` names another g++. The parallel regions run in the threads of the OpenMP library that PyTorch has loaded already.
+The folder is `$MVKERNELS_CACHE`, else `mvkernels` in `$XDG_CACHE_HOME`, else in `~/.cache`. If it is not usable,
+`mvkernels-UID` in the folder for temporary files is taken. Only the user or root may have write access. The name of a
+library has a hash of its source and `native.h`, the flags, the compiler's version and the machine's features, so that
+several machines can share a home. Its last bytes are a hash of that key and of all bytes before: a truncated, damaged
+or renamed file is compiled again. A file lock lets one process compile while the others wait. `$CXX` names another g++.
+Parallel regions run in the threads of the OpenMP library that PyTorch has loaded.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HEADER = Path(__file__).with_name("native.h")
-# -Bsymbolic-functions: a library calls its own functions, whatever else in the process has their names.
-# avoid-fma-max-bits: where GCC tunes for AMD's Zen, it fuses a multiplication and an addition in some loops and not in
-# others, so a row would have other bits with another number of rows.
+# -Bsymbolic-functions: a library calls its own functions, even if others in the process have the same names.
+# avoid-fma-max-bits: tuned for AMD's Zen, GCC fuses multiply and add in some loops but not in others, so that the bits
+# of a row would depend on the number of rows.
 FLAGS = (
     *("-std=c++17", "-O3", "-fno-math-errno", "--param=avoid-fma-max-bits=0"),
     *("-fopenmp", "-shared", "-fPIC", "-Wl,-Bsymbolic-functions"),
 )
-SECONDS = 600  # that a compilation may take: 20 when the machine is idle
+SECONDS = 600  # timeout of a compilation, which takes 20 s on an idle machine
 SCRATCH, LOCK = ".mvkernels-build-", ".mvkernels-lock"
 WITHOUT = (
     "mvkernels: no compiled CPU kernels: {}. PyTorch's operations are used instead; on a CPU the engine then takes "
@@ -45,7 +45,7 @@ BUSY = (
     "they wait for one another, so a step may take many times as long. Set OMP_WAIT_POLICY=PASSIVE or "
     "OMP_NUM_THREADS=1 before Python starts."
 )
-# Runs a command that does not outlive this process, however it ends: stdin is a pipe that then breaks.
+# Runs a command that does not outlive this process, even if it is killed: stdin is a pipe that then breaks.
 GUARDED = """
 exec 3<&0 </dev/null
 (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 &
@@ -57,13 +57,12 @@ exit $status
 
 
 def native_reason(source: Path) -> str | None:
-    """Why a source cannot be compiled and loaded here, or None. Tries it, once in a process."""
+    """Return why a source cannot be compiled and loaded here, or None. Tries it, once per process."""
     return _load(source)[1]
 
 
 def native_library(source: Path, *flags: str) -> ctypes.CDLL:
-    """The library of a source. flags: further ones of the compiler. Raises RuntimeError with the reason where there is
-    none."""
+    """Load the library of a source, compiled with further `flags`. Raises RuntimeError with the reason if it fails."""
     library, reason = _load(source, flags)
     if library is None:
         raise RuntimeError(f"{source.name}: {reason}")
@@ -104,7 +103,7 @@ def _try(source: Path, flags: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str 
 
 
 def warn_if_busy() -> None:
-    """Warn once where several threads are to share cores that other processes use."""
+    """Warn once if several threads would share cores that other processes use."""
     import torch
 
     waits = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
@@ -118,7 +117,7 @@ def _warn_once(message: str) -> None:
 
 
 def _recipe(source: Path, compiler: str, flags: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """(the hash of all that a library depends on, the command that compiles it)."""
+    """Return the hash of everything that a library depends on, and the command that compiles it."""
     flags, libraries = (*FLAGS, _tuned(), *flags), _openmp()
     version = _run([compiler, "--version"]).splitlines()[:1]
     text = (*flags, *libraries, *version, _features())
@@ -127,7 +126,7 @@ def _recipe(source: Path, compiler: str, flags: tuple[str, ...]) -> tuple[str, t
 
 
 def _folders() -> Iterator[Path]:
-    """Where libraries may be kept, best first."""
+    """Yield the folders for libraries, best first."""
     home = os.path.expanduser("~/.cache")  # unlike Path.home, no error where there is no home
     if chosen := os.environ.get("MVKERNELS_CACHE"):
         yield Path(os.path.abspath(os.path.expanduser(chosen)))
@@ -137,7 +136,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _compiled(folder: Path, stem: str, key: str, command: Sequence[str]) -> Path:
-    """The library's file in a folder, compiled unless it is there and whole. Raises OSError."""
+    """Return the file of a library in a folder, compiled unless it is there and whole. Raises OSError."""
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     found = folder.stat()
     if not _is_ours(found):
@@ -158,7 +157,7 @@ def _compile(library: Path, key: str, command: Sequence[str]) -> None:
         made = Path(scratch) / library.name
         _run([*command, "-o", str(made)], scratch)
         code = made.read_bytes()
-        made.write_bytes(code + _digest(key, code))  # behind the end of an ELF file, where no loader looks
+        made.write_bytes(code + _digest(key, code))  # behind the end of the ELF file, which loaders ignore
         made.chmod(0o755)
         os.replace(made, library)
 
@@ -169,7 +168,7 @@ def _is_ours(found: os.stat_result) -> bool:
 
 
 def _is_whole(library: Path, key: str) -> bool:
-    """Whether a library is a file of ours with all its bytes."""
+    """Whether a library is a file of this user or root with all its bytes."""
     try:
         found = library.lstat()
         if not stat.S_ISREG(found.st_mode) or not _is_ours(found):
@@ -187,7 +186,7 @@ def _digest(key: str, code: bytes) -> bytes:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The only process that compiles for a folder. The system releases the lock of a process that ends in any way."""
+    """Hold the lock of the one process that compiles for a folder. The system releases it if the process dies."""
     import fcntl
 
     with open(folder / LOCK, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
@@ -204,7 +203,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _run(command: Sequence[str], scratch: str | None = None) -> str:
-    """The output of a compiler. Raises CalledProcessError and TimeoutExpired; nothing of it goes on running.
+    """Run a compiler and return its output. Raises CalledProcessError and TimeoutExpired; leaves no process behind.
 
     scratch: a folder for its temporary files.
     """
@@ -231,7 +230,7 @@ def _tuned() -> str:
 
 
 def _openmp() -> tuple[str, ...]:
-    """PyTorch's own OpenMP library, where it brings one: with another one there would be twice as many threads."""
+    """Return link flags for PyTorch's own OpenMP library, if it has one: a second one would double the threads."""
     import torch
 
     folder = Path(torch.__file__).parent / "lib"
@@ -240,7 +239,7 @@ def _openmp() -> tuple[str, ...]:
 
 
 def _features() -> str:
-    """What the processor can do, as Linux says it."""
+    """Return the features of the processor, as in /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -21,7 +21,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Rotation(NamedTuple):
-    """What the kernels need: positions [N] int32 or int64, inv_freq [H] float32, both on one device; scaling."""
+    """Arguments of the kernels: positions [N] int32 or int64 and inv_freq [H] float32 on one device; scaling."""
 
     positions: torch.Tensor
     inv_freq: torch.Tensor
@@ -29,7 +29,7 @@ class Rotation(NamedTuple):
 
 
 def check_rotation(rotation: Rotation, x: torch.Tensor) -> None:
-    """Raises ValueError unless the rotation is one for the rows of x [N, heads, D]."""
+    """Raise ValueError unless the rotation fits the rows of x [N, heads, D]."""
     positions, inv_freq, _ = rotation
     if positions.shape != x.shape[:1] or positions.dtype not in (torch.int32, torch.int64):
         got = f"{positions.dtype} {list(positions.shape)}"
@@ -42,19 +42,19 @@ def check_rotation(rotation: Rotation, x: torch.Tensor) -> None:
 
 
 def rotation_reason(dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot rotate rows of this dtype, or None."""
+    """Return why the Triton kernels cannot rotate rows of this dtype, or None."""
     return None if dtype in TRITON_DTYPES else f"expected dtype {dtype_names(TRITON_DTYPES)} to rotate, got {dtype}"
 
 
 def cos_sin(rotation: Rotation, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled cosines and sines [N, H] of the angles, computed in `dtype`."""
+    """Compute scaled cosines and sines [N, H] of the angles, in `dtype`."""
     angle = (rotation.positions[:, None].float() * rotation.inv_freq).to(dtype)
     cos, sin = angle.cos(), angle.sin()
     return (cos, sin) if rotation.scaling == 1.0 else (cos * rotation.scaling, sin * rotation.scaling)
 
 
 def rotate_rows(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """x [N, heads, D] -> the same shape and dtype, in plain torch."""
+    """Rotate x [N, heads, D] in plain torch; returns the same shape and dtype."""
     half = rotation.inv_freq.shape[0]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos_sin(rotation, wide)

@@ -1,4 +1,4 @@
-"""The semantics by definition, in pure PyTorch and slowly: what every backend is checked against.
+"""Slow pure-PyTorch definitions of the semantics, against which every backend is tested.
 
 Imports ``mvkernels.grammar`` and torch only, never the layout or the kernels, so that their errors stay independent.
 """

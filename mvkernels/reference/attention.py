@@ -1,4 +1,4 @@
-"""Attention from a dense mask, by definition: T x T scores, softmax, product. Gradients are PyTorch's own."""
+"""Attention under a dense mask by definition: T x T scores, softmax, product. Gradients are PyTorch's own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ import torch
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale q k^T over the visible keys) v, and the log-sum-exp of the scores.
+    """Compute softmax(scale q k^T over the visible keys) v, and the log-sum-exp of the scores.
 
-    q: [R, Hq, D]; k, v: [K, Hkv, D] with Hq a multiple of Hkv: query head h reads key head h // (Hq / Hkv).
-    visible: [R, K] bool, True where the row sees the key. scale: default 1 / sqrt(D).
-    Returns out [R, Hq, D] in q's dtype and lse [Hq, R], natural logarithm, fp32 (fp64 for fp64 inputs). Products are
-    computed in the inputs' dtype and the softmax in at least fp32. A row that sees nothing gives 0 and -inf.
+    Products are computed in the dtype of the inputs, the softmax in at least fp32.
+
+    Args:
+        q: [R, Hq, D] queries. Query head h reads key-value head h // (Hq / Hkv).
+        k: [K, Hkv, D] keys, Hq a multiple of Hkv.
+        v: [K, Hkv, D] values.
+        visible: [R, K] bool, True where the row sees the key.
+        scale: Factor of the scores; None is 1 / sqrt(D).
+
+    Returns:
+        out [R, Hq, D] in the dtype of q, and lse [Hq, R] in natural logarithm, float32 (float64 for float64 inputs). A
+            row without visible keys gives 0 and -inf.
     """
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     queries = q.transpose(0, 1)

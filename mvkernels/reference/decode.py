@@ -1,7 +1,7 @@
-"""Decoding of one branch at a time, unpaged, by definition.
+"""Decoding of one branch at a time without pages, by definition.
 
-The tokens of a request are a tree as in the grammar: a sequence is a list of tokens and blocks, a block is a list of
-sequences, its paths. A branch is a sequence that may still grow, and what it sees is read off the tree:
+The tokens of a request form a tree as in the grammar: a sequence is a list of tokens and blocks, a block is a list of
+sequences, its paths. A branch is a sequence that can still grow. The tree defines what it sees:
 
     a token sees the tokens before it, except those of other paths of a block that it is in
     place(sequence, p): tokens take p, p + 1, ...; the paths of a block all start at the same p, and after the block
@@ -23,7 +23,11 @@ class Token:
 
 
 class ReferenceBranch:
-    """A sequence of tokens and blocks. Without `parent` it is a request of its own."""
+    """A sequence of tokens and blocks; without `parent` a request of its own.
+
+    Args:
+        parent: The branch that this one is a path of, or None.
+    """
 
     def __init__(self, parent: ReferenceBranch | None = None) -> None:
         self.items: list[Token | list[ReferenceBranch]] = []
@@ -32,7 +36,14 @@ class ReferenceBranch:
         self.freed = False  # given up: what follows its block does not see it; its own paths live on
 
     def fork(self, count: int) -> list[ReferenceBranch]:
-        """`count` paths, in the block that is open already or in a new one."""
+        """Add paths to the open block, or to a new one.
+
+        Args:
+            count: Number of paths.
+
+        Returns:
+            The new paths.
+        """
         children = [ReferenceBranch(self) for _ in range(count)]
         last = self.items[-1] if self.forked else None
         if isinstance(last, list):
@@ -43,11 +54,11 @@ class ReferenceBranch:
         return children
 
     def merge(self) -> None:
-        """Closes the block: what follows sees all of it."""
+        """Close the open block: later tokens see all of it."""
         self.forked = False
 
     def free(self) -> None:
-        """Gives the branch up. It leaves the tree as soon as no path inside it is left that sees it."""
+        """Free the branch; it leaves the tree when no path inside it is left that sees it."""
         self.freed = True
         branch: ReferenceBranch | None = self
         while branch is not None:
@@ -56,7 +67,7 @@ class ReferenceBranch:
             branch = branch.parent
 
     def _is_seen(self) -> bool:
-        """Whether a path inside this branch is still there to see it."""
+        """Whether a path inside this branch still sees it."""
         blocks = [item for item in self.items if isinstance(item, list)]
         return self.forked or any(path.freed or path._is_seen() for block in blocks for path in block)
 
@@ -69,18 +80,31 @@ class ReferenceBranch:
             self.forked = False
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Tokens [n, Hkv, D]; a branch that is forked gets them before the open block."""
+        """Append tokens; a forked branch gets them before its open block.
+
+        Args:
+            keys: [n, Hkv, D].
+            values: [n, Hkv, D].
+        """
         tokens = [Token(key, value) for key, value in zip(keys, values, strict=True)]
         end = len(self.items) - self.forked
         self.items[end:end] = tokens
 
     def next_position(self) -> int:
-        """Position of the token that `append` would add next."""
+        """Compute the position of the token that `append` would add next.
+
+        Returns:
+            The position, from 0.
+        """
         end = len(self.items) - self.forked
         return place(self.items[:end], self._start())
 
     def visible(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that the next token sees, [L, Hkv, D] each, oldest first."""
+        """Gather the keys and values that the next token sees.
+
+        Returns:
+            Keys and values, [L, Hkv, D] each, oldest first.
+        """
         tokens = flatten(self._before())
         return torch.stack([token.key for token in tokens]), torch.stack([token.value for token in tokens])
 
@@ -88,7 +112,7 @@ class ReferenceBranch:
         return 0 if self.parent is None else place(self.parent._items_before(self), self.parent._start())
 
     def _before(self) -> list[Token | list[ReferenceBranch]]:
-        """All items before the next token, from the root down."""
+        """Return all items before the next token, from the root down."""
         branch, items = self, self.items[: len(self.items) - self.forked]
         while branch.parent is not None:
             items = branch.parent._items_before(branch) + items
@@ -103,7 +127,7 @@ class ReferenceBranch:
 
 
 def place(items: list[Token | list[ReferenceBranch]], position: int) -> int:
-    """The next free position after `items`, the first token having `position`. A block given up whole adds none."""
+    """Return the next position after `items`, whose first token has `position`. A block of freed paths adds none."""
     for item in items:
         if isinstance(item, Token):
             position += 1
@@ -113,7 +137,7 @@ def place(items: list[Token | list[ReferenceBranch]], position: int) -> int:
 
 
 def flatten(items: list[Token | list[ReferenceBranch]]) -> list[Token]:
-    """All tokens, in writing order."""
+    """Return all tokens in the order in which they were written."""
     tokens: list[Token] = []
     for item in items:
         if isinstance(item, Token):
@@ -130,10 +154,18 @@ def _kept(block: list[ReferenceBranch]) -> list[ReferenceBranch]:
 def attend(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eager attention of the last n tokens of a branch: row i sees all keys but the last n - 1 - i.
+    """Compute eager attention of the last n tokens of a branch: row i sees all keys but the last n - 1 - i.
 
-    q [n, Hq, D]; keys, values [L, Hkv, D], L >= n, Hq % Hkv == 0; the dtype of q throughout, as eager code would.
-    Returns out [n, Hq, D] in that dtype and lse [Hq, n], natural log.
+    Products and softmax are in the dtype of q, as in eager code.
+
+    Args:
+        q: [n, Hq, D] queries, Hq a multiple of Hkv.
+        keys: [L, Hkv, D], L >= n.
+        values: [L, Hkv, D].
+        scale: Factor of the scores; None is 1 / sqrt(D).
+
+    Returns:
+        out [n, Hq, D] in the dtype of q, and lse [Hq, n] in natural logarithm.
     """
     rows, heads, dim = q.shape
     length, kv_heads = keys.shape[:2]

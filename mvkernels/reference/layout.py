@@ -1,8 +1,8 @@
-"""Positions and masks straight from the definition, slowly: the judge of `mvkernels.layout`.
+"""Positions and masks by definition, slowly: `mvkernels.layout` is tested against this module.
 
-A tree is what `mvkernels.grammar` calls one: a sequence is a list of text lengths and blocks, a block a list of
-sequences. Every token gets the (block, path) pairs that enclose it; token i sees token j iff j <= i and there is no
-block with j in one of its paths and i in another. Source: DESIGN.md, section 1.2.
+A tree is that of `mvkernels.grammar`: a sequence is a list of text lengths and blocks, a block a list of sequences.
+Every token gets the (block, path) pairs that enclose it. Token i sees token j iff j <= i and no block has j in one of
+its paths and i in another. Source: DESIGN.md, section 1.2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ Enclosing = dict[int, int]  # block number -> path number
 
 
 def tree_positions(tree: Tree) -> torch.Tensor:
-    """[T] int64 positions of the tokens of a tree, by recursion over it."""
+    """Compute the positions of the tokens of a tree by recursion.
+
+    Args:
+        tree: A sequence of text lengths and blocks.
+
+    Returns:
+        [T] int64 positions.
+    """
     positions: list[int] = []
     _place(tree, 0, positions)
     return torch.tensor(positions, dtype=torch.int64)
@@ -37,7 +44,14 @@ def _place(sequence: Tree, position: int, positions: list[int]) -> int:
 
 
 def tree_mask(tree: Tree) -> torch.Tensor:
-    """[T, T] bool, True where row i sees key j: one document, canonical semantics."""
+    """Compute the mask of a tree: one document, canonical semantics.
+
+    Args:
+        tree: A sequence of text lengths and blocks.
+
+    Returns:
+        [T, T] bool, True where row i sees key j.
+    """
     enclosing: list[Enclosing] = []
     _enclose(tree, {}, count(), enclosing)
     return mask_from_enclosing(enclosing)
@@ -54,7 +68,14 @@ def _enclose(sequence: Tree, outer: Enclosing, blocks: Any, out: list[Enclosing]
 
 
 def mask_from_enclosing(enclosing: list[Enclosing]) -> torch.Tensor:
-    """The definition itself, pair by pair. enclosing: of each token, block -> path."""
+    """Compute the mask pair by pair, as it is defined.
+
+    Args:
+        enclosing: For each token, block -> path.
+
+    Returns:
+        [T, T] bool, True where row i sees key j.
+    """
     total = len(enclosing)
     mask = torch.zeros(total, total, dtype=torch.bool)
     for i in range(total):
@@ -64,7 +85,14 @@ def mask_from_enclosing(enclosing: list[Enclosing]) -> torch.Tensor:
 
 
 def pack_masks(masks: list[torch.Tensor]) -> torch.Tensor:
-    """The mask of documents one after the other: nothing is visible across documents."""
+    """Build the mask of concatenated documents: nothing is visible across documents.
+
+    Args:
+        masks: A mask for each document.
+
+    Returns:
+        [T, T] bool for the tokens of all documents.
+    """
     total = sum(len(mask) for mask in masks)
     packed = torch.zeros(total, total, dtype=torch.bool)
     start = 0
@@ -75,10 +103,15 @@ def pack_masks(masks: list[torch.Tensor]) -> torch.Tensor:
 
 
 def trace_enclosing(trace: Trace, semantics: str) -> list[Enclosing]:
-    """For each token of a parsed trace, the (block, path) pairs that enclose it.
+    """Find the (block, path) pairs that enclose each token of a parsed trace.
 
-    canonical: a path's span begins with the whitespace before `<Path>`. released: it is `<Path>` to `</Path>`
-    inclusive.
+    Args:
+        trace: A parsed trace.
+        semantics: "canonical": the span of a path begins with the whitespace before `<Path>`. "released": it is
+            `<Path>` to `</Path>` inclusive.
+
+    Returns:
+        For each token, block -> path.
     """
     enclosing: list[Enclosing] = [{} for _ in range(trace.length)]
     numbers = count()
@@ -98,11 +131,18 @@ def trace_enclosing(trace: Trace, semantics: str) -> list[Enclosing]:
 
 
 def trace_sampled(trace: Trace, texts: Sequence[str]) -> list[bool]:
-    """For each token of a parsed trace, whether the model samples it. texts: of each token.
+    """Find the tokens of a parsed trace that the model samples.
 
-    The engine writes, in the text of a path, all up to its index and the colon; in that of a conclusion, all up to the
-    first newline of the whitespace at its beginning. A token is the engine's if it ends within that, or where it does
-    not, if it is whitespace.
+    The engine forces the beginning of each path up to its index and colon, and of each conclusion up to the first
+    newline after the tag. A token is forced if it ends within that text, or if it only reaches beyond it with
+    whitespace.
+
+    Args:
+        trace: A parsed trace.
+        texts: The text of each token.
+
+    Returns:
+        For each token, whether the model samples it.
     """
     sampled = [True] * trace.length
 
@@ -132,7 +172,14 @@ def trace_sampled(trace: Trace, texts: Sequence[str]) -> list[bool]:
 
 
 def released_positions(kinds: bytes) -> torch.Tensor:
-    """[T] int64 positions as the released training code gives them, token by token. kinds must parse."""
+    """Compute the positions of the released training code, token by token.
+
+    Args:
+        kinds: One `Kind` per token; they must parse.
+
+    Returns:
+        [T] int64 positions.
+    """
     positions: list[int] = []
     goal_ends: list[int] = []
     path_ends: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""merge of page tables, entry by entry, by definition.
+"""Merge of page tables by definition, entry by entry.
 
 row(parent) = row(parent) + row(child 0) + row(child 1) + ...        used[child] = 0
 position[parent] = max(position[parent], position[child 0], ...)
@@ -22,9 +22,20 @@ def merge(
     children: torch.Tensor,
     child_ptr: torch.Tensor,
 ) -> None:
-    """In place, block after block. pages, counts [B, C]; used, position [B]; error [1]; parents [M]; children [N];
-    child_ptr [M + 1]. A parent of -1 stands for no block. A block that is refused changes nothing and sets its bit in
-    `error`: INVALID for a slot, range or length that cannot be, OVERFLOW for more than C entries in the parent's row.
+    """Merge page tables in place, block after block.
+
+    A block that is refused changes nothing and sets a bit of `error`: INVALID for a slot, range or length out of range,
+    OVERFLOW for more than C entries in the row of its parent.
+
+    Args:
+        pages: [B, C] page numbers.
+        counts: [B, C] tokens in each page.
+        used: [B] entries in use.
+        position: [B] next position.
+        error: [1] bits of refused blocks.
+        parents: [M] slots; -1 stands for no block.
+        children: [N] slots.
+        child_ptr: [M + 1]; the children of block m are children[child_ptr[m]:child_ptr[m + 1]].
     """
     for block in range(len(parents)):
         parent = int(parents[block])
@@ -44,7 +55,7 @@ def merge(
 
 
 def refusal(used: torch.Tensor, capacity: int, parent: int, children: torch.Tensor, first: int, last: int) -> int:
-    """The bit of `error` for a block that cannot be merged, else 0."""
+    """Return the bit of `error` for a block that cannot be merged, else 0."""
     branches = range(len(used))
     if parent not in branches or not 0 <= first <= last <= len(children):
         return INVALID

@@ -1,6 +1,6 @@
-"""Rotary position embedding by definition (arXiv 2104.09864, with the halves of a head as pairs, as in Llama).
+"""Rotary position embedding by definition (arXiv 2104.09864; pairs are the halves of a head, as in Llama).
 
-z[i] = x[i] + i x[i + H]  ->  scaling z[i] exp(i position inv_freq[i]);   what is no part of a pair stays
+z[i] = x[i] + i x[i + H]  ->  scaling z[i] exp(i position inv_freq[i]);   dimensions outside the pairs are unchanged
 """
 
 from __future__ import annotations
@@ -9,7 +9,19 @@ import torch
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> torch.Tensor:
-    """x [N, heads, D], positions [N], inv_freq [H], 2 H <= D -> x's shape and dtype. The angle is rounded to fp32."""
+    """Rotate heads by their positions; the angle is rounded to fp32.
+
+    Args:
+        x: [N, heads, D].
+        positions: [N].
+        inv_freq: [H] with 2 H <= D.
+        scaling: Factor of the rotated dimensions.
+
+    Returns:
+        [N, heads, D] in the dtype of x.
+
+    Source: arXiv 2104.09864.
+    """
     half = len(inv_freq)
     angle = (positions[:, None].float() * inv_freq.float()).double()
     turn = torch.polar(torch.full_like(angle, scaling), angle)[:, None]

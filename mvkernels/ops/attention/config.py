@@ -10,7 +10,7 @@ DELTA_ROWS = 32  # rows per program of the kernel that prepares the backward's r
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """block_m: query rows per tile. block_n: keys per tile. num_warps, num_stages, maxnreg: as Triton takes them."""
+    """block_m: query rows of a tile. block_n: keys of a tile. num_warps, num_stages, maxnreg: options of Triton."""
 
     block_m: int
     block_n: int
@@ -21,7 +21,7 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """One configuration for each kernel. dq walks key tiles for a query tile, dkdv query tiles for a key tile."""
+    """A configuration for each kernel. dq loops over key tiles of a query tile, dkdv over query tiles of a key tile."""
 
     forward: KernelConfig
     dq: KernelConfig
@@ -29,16 +29,16 @@ class AttentionConfig:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """What the tile plans depend on."""
+        """Tile sizes, the key of the tile plans."""
         kernels = (self.forward, self.dq, self.dkdv)
         return tuple(size for kernel in kernels for size in (kernel.block_m, kernel.block_n))
 
 
 def attention_config(head_dim: int, itemsize: int, capability: tuple[int, int] | None) -> AttentionConfig:
-    """The configuration shipped for a head dim, bytes per element, and compute capability (None: the interpreter).
+    """Return the configuration for a head dim, bytes per element, and compute capability (None: the interpreter).
 
-    Each kernel fits the GPU's shared memory, uses no local memory and, in two-byte dtypes, the tensor cores:
-    ahead-of-time tests check that for 8.0, 9.0 and 10.0, and `python -m benchmarks.resources` lists it.
+    Each kernel fits the shared memory of the GPU, uses no local memory and, in two-byte dtypes, the tensor cores.
+    Ahead-of-time tests check that for 8.0, 9.0 and 10.0, and `python -m benchmarks.resources` lists it.
     """
     if capability is None:
         # Small, and unlike each other, so that short inputs have several tiles and swapped sizes show.
@@ -89,10 +89,10 @@ _BLACKWELL = {
 
 
 def _fp32(head_dim: int) -> AttentionConfig:
-    """Products in full fp32 run on the scalar units, which keep whole rows of a tile in registers: small tiles.
+    """Return small tiles: products in full fp32 run on the scalar units, which keep whole rows of a tile in registers.
 
     Chosen as above: a tile of 32 x 32 spills at head dim 128. Without maxnreg the assembler aims at more blocks than
-    fit, and spills; with 128, two blocks share a multiprocessor, but for dkdv at head dim 32.
+    fit, and spills. With 128, two blocks share a multiprocessor, except for dkdv at head dim 32.
     """
     small = KernelConfig(32 if head_dim <= 128 else 16, 16, 8, 1, maxnreg=128)
     return AttentionConfig(small, small, replace(small, maxnreg=255) if head_dim <= 32 else small)

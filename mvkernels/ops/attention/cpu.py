@@ -35,7 +35,7 @@ from mvkernels.ops.attention.cpu_plan import (
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: MaskTable, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [T, Hq, D], k and v [T, Hkv, D] -> out [T, Hq, D], lse [Hq, T] (fp32; fp64 for fp64 inputs)."""
+    """Compute q [T, Hq, D], k and v [T, Hkv, D] -> out [T, Hq, D], lse [Hq, T] (fp32; fp64 for fp64 inputs)."""
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     sign, scale = positive_scale(scale)
     q = q if sign == 1 else q * sign
@@ -69,7 +69,7 @@ def backward(
     table: MaskTable,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v; grad_lse [Hq, T] may be None."""
+    """Compute the gradients of q, k, v; grad_lse [Hq, T] may be None."""
     depth = q.shape[2]
     q, k, v, grad_out = dense_last(q), dense_last(k), dense_last(v), dense_last(grad_out)
     sign, scale = positive_scale(scale)
@@ -110,14 +110,14 @@ def backward(
 
 
 def positive_scale(scale: float) -> tuple[float, float]:
-    """(sign, positive scale). The flash kernels put -inf where a causal row does not see, and scale it afterwards."""
+    """Return (sign, positive scale): the flash kernels set hidden scores to -inf, and scale them afterwards."""
     if scale > 0:
         return 1.0, scale
     return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
 
 
 def dense_last(x: torch.Tensor) -> torch.Tensor:
-    """The flash kernels read any strides but another than 1 in the last dimension, and do not say so."""
+    """Make the last dimension contiguous: the flash kernels silently misread any other stride of it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -126,7 +126,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, fresh: bool) -> None:
-    """Fold attention on further keys into out [R, H, D] and lse [H, R], in place. fresh: there was nothing before."""
+    """Merge attention on further keys into out [R, H, D] and lse [H, R], in place. fresh: there are no keys so far."""
     if fresh:
         out.copy_(part)
         lse.copy_(part_lse)
@@ -137,9 +137,9 @@ def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: to
 
 
 class CallMasks:
-    """[rows, keys] of 0 where a row sees a key and -inf where it does not, for one call after another.
+    """Additive masks [rows, keys], 0 for visible and -inf for hidden keys, for one call after another.
 
-    One buffer, which is put back to 0 where a call hid something: to make and zero one for each call takes longer.
+    One buffer, of which only the hidden parts are set back to 0: to make and zero a buffer for each call takes longer.
     """
 
     def __init__(self, mask: IntervalMask, dtype: torch.dtype) -> None:
@@ -148,9 +148,9 @@ class CallMasks:
         self._hidden: list[torch.Tensor] = []
 
     def of(self, call: Call) -> torch.Tensor | None:
-        """The mask of a call, until the next call; None where it needs none.
+        """Return the mask of a call, valid until the next call; None where it needs none.
 
-        Of CAUSAL_MASKED calls only what is hidden below the diagonal: the flash kernels see to the rest.
+        For CAUSAL_MASKED calls it has only the keys hidden below the diagonal; the flash kernels apply the causal mask.
         """
         for part in self._hidden:
             part.zero_()
@@ -168,7 +168,7 @@ class CallMasks:
         while start < call.last:
             stop = min(int(self.mask.segment_starts[segment + 1]), call.last)
             gaps = self.mask.gaps[self.mask.gap_ptr[segment] : self.mask.gap_ptr[segment + 1]]
-            # Keys ascend, so that what lies between two of them stands side by side.
+            # Keys ascend, so an interval of keys is a range of columns.
             for first, last in np.searchsorted(keys, [[0, self.mask.first_key[segment]], *gaps]).tolist():
                 if first < last:
                     self._hidden.append(bias[start - call.first : stop - call.first, first:last].fill_(float("-inf")))
@@ -202,7 +202,7 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def _backward_calls(table: MaskTable) -> Iterator[tuple[Call, Spans]]:
-    """Calls, and the keys to take at a time. Squares come first: they write gradients that the others add to."""
+    """Yield calls and the keys to process at a time. Squares come first: the others add to their gradients."""
     calls = _plan(table)
     for call in calls:
         if call.kind in SQUARES:
@@ -216,7 +216,7 @@ def _backward_calls(table: MaskTable) -> Iterator[tuple[Call, Spans]]:
 
 
 def _rows_without_square(table: MaskTable) -> Spans:
-    """The rows in no square, whose gradients begin at 0."""
+    """Return the rows in no square; their gradients are set to 0 first."""
     squares = [(call.first, call.last) for call in _plan(table) if call.kind in SQUARES]
     return subtract([(0, table.mask.total_tokens)], squares)
 
@@ -233,7 +233,7 @@ def _with_lse_column(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """One more column per head through which the gradient of lse flows.
+    """Append a column to every head through which the gradient of lse flows.
 
     d s_ij = p_ij (grad_out_i . v_j - grad_out_i . out_i + grad_lse_i), and the flash kernel computes the two dot
     products itself: with out = -1 and grad_out = grad_lse in a column where q = k = v = 0, it computes all three terms.

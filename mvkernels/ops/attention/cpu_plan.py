@@ -1,12 +1,12 @@
 """Row blocks and key spans for the CPU backend, from an `IntervalMask`.
 
-A plan is a list of calls; a call is dense attention of consecutive rows on the concatenation of a few key spans. Two
-levels of row blocks: up to GROUP_ROWS rows share one call on the keys that all of them see, and blocks of up to
-BLOCK_ROWS rows inside them do the rest, or one masked call of the whole group where that costs less, as with many short
-paths. Long segments are cut on their own, so that the rest of a block is a causal square; only blocks of several short
-segments need a mask.
+A plan is a list of calls. A call is dense attention of consecutive rows on the concatenation of a few key spans. There
+are two levels of row blocks. Up to GROUP_ROWS rows share one call on the keys that all of them see. Blocks of up to
+BLOCK_ROWS rows inside them compute the rest, or one masked call of the whole group if that costs less, as with many
+short paths. Long segments are cut on their own, so that the rest of a block is a causal square. Only blocks of several
+short segments need a mask.
 
-Every row's own key is in the last call of its block, so that no call has a row that sees nothing.
+The own key of every row is in the last call of its block, so that no call has a row without visible keys.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ GROUP_ROWS = 1024
 BLOCK_ROWS = 256
 SHORT_SEGMENT = 64  # segments below this many rows share a block with their neighbours
 MASKED_KEYS = 1536  # most keys of a masked call of a whole group, so that its mask stays small
-CALL_KEYS = 8192  # most keys of a dense call, whose keys and values are copied together where they lie apart
-# The backward takes fewer at a time: what a call allocates stays small, and its keys and gradients stay in the cache.
+CALL_KEYS = 8192  # most keys of a dense call; keys and values that are not contiguous are copied
+# The backward takes fewer keys at a time, so that allocations stay small and keys and gradients stay in the cache.
 BACKWARD_KEYS = 1024
 
 DENSE, CAUSAL, MASKED, CAUSAL_MASKED = 0, 1, 2, 3
@@ -44,7 +44,7 @@ class Call(NamedTuple):
 
 
 def cpu_plan(mask: IntervalMask) -> list[Call]:
-    """The calls that cover every visible (row, key) pair of a mask exactly once."""
+    """Plan the calls that cover every visible (row, key) pair of a mask exactly once."""
     return list(_calls(mask))
 
 
@@ -69,7 +69,7 @@ def _calls(mask: IntervalMask) -> Iterator[Call]:
             apart.append(Call(*rows, kind, fresh, rest))
         for i, spans in enumerate(chunks(shared, CALL_KEYS)):
             yield Call(first, last, DENSE, i == 0, spans)
-        # What only some rows of the group see: block by block, or all at once where that costs less.
+        # Keys that only some rows of the group see: block by block, or in one call if that costs less.
         some_see: Spans = []
         for _, some, _ in seen:
             some_see = union(some_see, some)
@@ -81,7 +81,7 @@ def _calls(mask: IntervalMask) -> Iterator[Call]:
 
 
 def _hides(mask: IntervalMask, first: int, last: int) -> bool:
-    """Whether a row of [first, last) does not see one before it in there."""
+    """Whether a row of [first, last) does not see an earlier row of that range."""
     begin = np.searchsorted(mask.segment_starts, first, side="right") - 1
     end = np.searchsorted(mask.segment_starts, last, side="left")
     gaps = mask.gaps[mask.gap_ptr[begin] : mask.gap_ptr[end]]
@@ -93,10 +93,10 @@ def _num_keys(spans: Spans) -> int:
 
 
 def _cost(call: Call) -> float:
-    """Time of a call, in dense (row, key) pairs of a large call; measured with 8 heads of 64 on two x86 cores.
+    """Estimate the time of a call, in (row, key) pairs of a large dense call.
 
-    The flash kernels take fewer rows at a time in calls of fewer rows, and skip what lies above the diagonal in blocks
-    of 512 keys.
+    Measured with 8 heads of 64 on two x86 cores. The flash kernels use smaller row blocks in calls of fewer rows, and
+    skip pairs above the diagonal in blocks of 512 keys.
     """
     rows, keys = call.last - call.first, _num_keys(call.spans)
     square = call.kind in SQUARES and rows >= 768
@@ -105,7 +105,7 @@ def _cost(call: Call) -> float:
 
 
 def _block_cuts(mask: IntervalMask) -> list[int]:
-    """Borders of row blocks: long segments on their own, short ones together, at most BLOCK_ROWS rows each."""
+    """Return the borders of row blocks: long segments alone, short ones together, at most BLOCK_ROWS rows each."""
     cuts = [0]
     for start, stop in zip(mask.segment_starts[:-1].tolist(), mask.segment_starts[1:].tolist(), strict=True):
         if stop - start >= SHORT_SEGMENT and start > cuts[-1]:
@@ -120,9 +120,9 @@ def _block_cuts(mask: IntervalMask) -> list[int]:
 
 
 def _group(mask: IntervalMask, cuts: list[int]) -> list[range]:
-    """Consecutive blocks together, at most GROUP_ROWS rows each.
+    """Group consecutive blocks, at most GROUP_ROWS rows each.
 
-    A group rather ends where a document does, else where the fewest keys are hidden: its rows then share more of them.
+    A group preferably ends with a document, else where the fewest keys are hidden, so that its rows share more of them.
     """
     segments = np.searchsorted(mask.segment_starts, cuts[:-1], side="right") - 1
     gaps = np.diff(mask.gap_ptr)[segments].tolist()
@@ -145,7 +145,7 @@ def _group(mask: IntervalMask, cuts: list[int]) -> list[range]:
 
 
 def _seen(mask: IntervalMask, first: int, last: int) -> tuple[Spans, Spans, bool]:
-    """The keys that every row of [first, last) sees, those that some row sees, and whether no row hides another."""
+    """Return the keys that all rows of [first, last) see, those that some row sees, and whether rows are causal."""
     every: Spans = [(0, last)]
     some: Spans = []
     causal = True
@@ -211,7 +211,7 @@ def union(left: Spans, right: Spans) -> Spans:
 
 
 def chunks(spans: Spans, size: int) -> Iterator[Spans]:
-    """The spans in lists of at most `size` keys."""
+    """Cut the spans into lists of at most `size` keys."""
     part: Spans = []
     room = size
     for start, stop in spans:

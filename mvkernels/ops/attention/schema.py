@@ -1,11 +1,11 @@
-"""The attention ops as PyTorch sees them: schema, fake (shape-only) twin, gradient. The launchers stand elsewhere.
+"""The attention ops as PyTorch custom ops: schema, fake (shape-only) implementation, gradient.
 
     mvkernels::attention_cpu, mvkernels::attention_triton
         (q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D], mask_table, scale) -> (out [T, Hq, D], lse [Hq, T])
     mvkernels::attention_cpu_backward, mvkernels::attention_triton_backward
         (grad_out, grad_lse or None, q, k, v, out, lse, mask_table, scale) -> (grad_q, grad_k, grad_v)
 
-mask_table: [N] int32, the layout's mask (see `mask_tensor`); what a backend derives from it is made in the op, once.
+mask_table: [N] int32, the mask of the layout (see `mask_tensor`). The op derives tile plans from it, once per mask.
 lse is the natural logarithm, fp32 (fp64 for fp64 inputs), and has a gradient of its own.
 """
 
@@ -21,8 +21,8 @@ from mvkernels.mask_tensor import find_mask_table
 from mvkernels.ops.attention import cpu as attention_cpu
 
 Grads = tuple[Tensor, Tensor, Tensor]
-# What is derived from a mask is made on the host and has a size of its own: a CUDA graph, as torch.compile records with
-# mode="reduce-overhead", would replay the first layout for ever.
+# Tile plans are made on the host and differ in size between masks. A CUDA graph, as torch.compile records it with
+# mode="reduce-overhead", would replay the first layout forever.
 TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
@@ -101,7 +101,7 @@ def _register(name: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         q, k, v, mask_table, scale = inputs
-        # An lse that nobody uses then has no gradient at all, rather than zeros that cost a pass.
+        # So that an unused lse has no gradient, instead of zeros that cost a pass.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, *output, mask_table)
         ctx.scale = scale

@@ -1,4 +1,4 @@
-"""What the Triton attention kernels read of a mask: tile plans and intervals, as int32 tensors on one device."""
+"""Tables of a mask for the Triton attention kernels: tile plans and intervals, as int32 tensors on one device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALIGN = 4  # int32 values: every table begins on 16 bytes, so that no layout ch
 
 
 class RunTables(NamedTuple):
-    """`plan.TileRuns` on a device.
+    """`tile_plan.TileRuns` on a device.
 
     tiles [N, 5]: tile, first and end of its full runs, first and end of its partial runs; longest first.
     runs [R, 2]: half-open intervals of tiles.
@@ -43,13 +43,13 @@ class AttentionTables(NamedTuple):
 
 
 def attention_tables(table: MaskTable, config: AttentionConfig, device: torch.device) -> AttentionTables:
-    """The tables of a mask on a device, made once and kept with it."""
+    """Return the tables of a mask on a device, made once per mask."""
     key = ("attention triton", config.blocks, str(device))
     return table.cached(key, lambda: build_tables(table.mask, config, device))
 
 
 def build_tables(mask: IntervalMask, config: AttentionConfig, device: torch.device) -> AttentionTables:
-    """All tables of a mask; one copy to the device."""
+    """Make all tables of a mask, with one copy to the device."""
     plans = {
         blocks: tile_plan(mask, *blocks)
         for blocks in {(kernel.block_m, kernel.block_n) for kernel in (config.forward, config.dq, config.dkdv)}

@@ -1,13 +1,13 @@
-"""Tile plans: which key tiles each query tile needs, and the transposed question, from an `IntervalMask`.
+"""Tile plans from an `IntervalMask`: the key tiles of each query tile, and the query tiles of each key tile.
 
-A query tile is block_m consecutive rows, a key tile block_n consecutive keys. Of a (query tile, key tile) pair:
+A query tile is block_m consecutive rows, a key tile block_n consecutive keys. A (query tile, key tile) pair is
 
     empty     no row of the tile sees a key of the tile             never visited
     full      every row (< T) sees each of block_n keys (< T)       visited without mask code
     partial   anything else                                         visited with the mask test
 
-Pairs of one state that stand side by side form a run [first, last) of tile numbers. Everything is done on the ends of
-intervals: O(n log n) in the number of segments, gaps and runs, and never an array of tile pairs.
+Adjacent pairs of one state form a run [first, last) of tile numbers. All work is on the ends of intervals: O(n log n)
+in the number of segments, gaps and runs, and never an array of tile pairs.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 class TileRuns:
     """Runs of tiles for each of `num_tiles` tiles, in compressed sparse rows, all int32.
 
-    full_ptr, partial_ptr [num_tiles + 1]: the runs of tile t are full[full_ptr[t]:full_ptr[t + 1]], and likewise.
-    full, partial [R, 2]: half-open tile intervals, ascending within a tile.
-    order [num_tiles]: the tiles by falling work, so that a grid that follows it does not end on its longest program.
+    Attributes:
+        full_ptr: [num_tiles + 1]; the full runs of tile t are full[full_ptr[t]:full_ptr[t + 1]].
+        full: [R, 2] half-open tile intervals, ascending within a tile.
+        partial_ptr: [num_tiles + 1], as full_ptr.
+        partial: [R, 2], as full.
+        order: [num_tiles], tiles by decreasing work, so that a grid does not end on its longest program.
     """
 
     full_ptr: Int32Array
@@ -45,14 +48,14 @@ class TileRuns:
         return len(self.order)
 
     def pairs(self) -> tuple[int, int]:
-        """Number of (full, partial) tile pairs: what a kernel that follows the plan visits."""
+        """Count the (full, partial) tile pairs that a kernel visits."""
         full, partial = (int(np.diff(runs, axis=1).sum(dtype=np.int64)) for runs in (self.full, self.partial))
         return full, partial
 
 
 @dataclass(frozen=True, eq=False)
 class TilePlan:
-    """rows: for each query tile its runs of key tiles. columns: for each key tile its runs of query tiles."""
+    """rows: the runs of key tiles of each query tile. columns: the runs of query tiles of each key tile."""
 
     block_m: int
     block_n: int
@@ -61,9 +64,9 @@ class TilePlan:
 
 
 def tile_plan(mask: IntervalMask, block_m: int, block_n: int) -> TilePlan:
-    """Tile plan of a mask for query tiles of `block_m` rows and key tiles of `block_n` keys.
+    """Plan query tiles of `block_m` rows and key tiles of `block_n` keys for a mask.
 
-    Raises ValueError when a block is not positive.
+    Raises ValueError when a tile size is not positive.
     """
     if block_m < 1 or block_n < 1:
         raise ValueError(f"expected positive tile sizes, got block_m={block_m}, block_n={block_n}")
@@ -77,7 +80,7 @@ def tile_plan(mask: IntervalMask, block_m: int, block_n: int) -> TilePlan:
 
 @dataclass(frozen=True, eq=False)
 class KeyIntervals:
-    """The mask as keys see it: key j is seen by the rows j <= i < last_row[j] outside its gaps. All int32.
+    """The transposed mask: rows j <= i < last_row[j] outside its gaps see key j. All int32.
 
     gap_ptr [C + 1], gaps [H, 2]: half-open row intervals of each of C classes of keys; key_class [T].
     """
@@ -89,10 +92,10 @@ class KeyIntervals:
 
 
 def key_intervals(mask: IntervalMask) -> KeyIntervals:
-    """Transposes a mask, interval by interval. Keys between the same ends of gaps are one class."""
+    """Transpose a mask, interval by interval. Keys between the same ends of gaps are one class."""
     borders = np.unique(np.append(mask.gaps, 0)).astype(np.int64)
     # For each segment a step function over the classes: PARTIAL from where a gap begins, EMPTY from where it ends.
-    # Where one ends and the next begins, the later entry counts.
+    # Where a gap ends at the beginning of the next, the later entry counts.
     segments = np.arange(mask.num_segments, dtype=np.int64)
     owner = np.concatenate([segments, np.repeat(np.repeat(segments, np.diff(mask.gap_ptr)), 2)])
     at = np.concatenate([np.zeros_like(segments), np.searchsorted(borders, mask.gaps.reshape(-1))])
@@ -109,7 +112,7 @@ def key_intervals(mask: IntervalMask) -> KeyIntervals:
 
 
 def expand(starts: Int64Array, lengths: Int64Array) -> Int64Array:
-    """Concatenation of arange(start, start + length), vectorised."""
+    """Concatenate arange(start, start + length), vectorised."""
     before = np.concatenate([[0], np.cumsum(lengths)])
     filled: Int64Array = np.arange(before[-1]) + np.repeat(starts - before[:-1], lengths)
     return filled
@@ -117,7 +120,7 @@ def expand(starts: Int64Array, lengths: Int64Array) -> Int64Array:
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """A query tile's rows cut at segment borders. Rows of a piece differ only in how far down the diagonal they see."""
+    """The rows of query tiles, cut at segment borders. Rows of a piece differ only by the causal triangle."""
 
     tile: Int64Array  # [P]
     segment: Int64Array  # [P]
@@ -126,7 +129,7 @@ class Pieces:
 
 
 def cut_pieces(mask: IntervalMask, row_cuts: Int64Array) -> Pieces:
-    """Pieces of the row tiles whose borders are `row_cuts` (ascending, from 0 to T)."""
+    """Cut row tiles with the borders `row_cuts` (ascending, from 0 to T) into pieces."""
     borders = np.union1d(row_cuts, mask.segment_starts).astype(np.int64)
     start, stop = borders[:-1], borders[1:]
     segment = np.searchsorted(mask.segment_starts, start, side="right") - 1
@@ -134,9 +137,9 @@ def cut_pieces(mask: IntervalMask, row_cuts: Int64Array) -> Pieces:
 
 
 def visible_intervals(mask: IntervalMask, pieces: Pieces) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Key intervals that some row of each piece sees: (piece, start, stop), ascending, none empty.
+    """Find the key intervals that some row of each piece sees: (piece, start, stop), ascending, none empty.
 
-    Its last row sees them whole. Cut at the piece's first row + 1, they are what every row of it sees.
+    The last row of the piece sees them whole. Cut at the piece's first row + 1, they are what every row of it sees.
     """
     gap_first = mask.gap_ptr[pieces.segment].astype(np.int64)
     gap_count = mask.gap_ptr[pieces.segment + 1] - gap_first
@@ -155,12 +158,12 @@ def visible_intervals(mask: IntervalMask, pieces: Pieces) -> tuple[Int64Array, I
 
 
 def _row_steps(mask: IntervalMask, block_m: int, block_n: int, query_tiles: int, key_tiles: int) -> Steps:
-    """For each row tile, its state as a step function of the key tile."""
+    """Compute the state of each row tile as a step function of the key tile."""
     cuts = np.minimum(np.arange(query_tiles + 1, dtype=np.int64) * block_m, mask.total_tokens)
     pieces = cut_pieces(mask, cuts)
     which, start, stop = visible_intervals(mask, pieces)
     common = np.minimum(stop, pieces.start[which] + 1)
-    # A tile is touched if some row sees some key of it; it is covered by a piece if all its rows see all its keys.
+    # A tile is touched if some row sees some key of it, and covered by a piece if all rows of the piece see all keys.
     touched = _changes(pieces.tile[which], start // block_n, -(-stop // block_n))
     covered = _changes(pieces.tile[which], -(-start // block_n), common // block_n)
 
@@ -180,7 +183,7 @@ def _row_steps(mask: IntervalMask, block_m: int, block_n: int, query_tiles: int,
 
 
 def _changes(tile: Int64Array, first: Int64Array, last: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """(tile, key tile, +1 or -1) where the intervals [first, last) begin and end."""
+    """Return (tile, key tile, +1 or -1) where the intervals [first, last) begin and end."""
     some = first < last
     tile, first, last = tile[some], first[some], last[some]
     one = np.ones_like(tile)
@@ -188,10 +191,10 @@ def _changes(tile: Int64Array, first: Int64Array, last: Int64Array) -> tuple[Int
 
 
 def _transpose(steps: Steps, key_tiles: int) -> Steps:
-    """The same states, as a step function of the query tile for each key tile.
+    """Transpose the states to a step function of the query tile for each key tile.
 
-    A column changes state at query tile m only where row m differs from row m - 1. Those stretches of key tiles
-    are few, and they alone are written out.
+    A column changes state at query tile m only where row m differs from row m - 1. These stretches of key tiles are
+    few, and only they are written out.
     """
     tile, at, state = steps
     rows = int(tile[-1]) + 1 if len(tile) else 0
@@ -219,7 +222,7 @@ def _transpose(steps: Steps, key_tiles: int) -> Steps:
 
 
 def _runs(steps: Steps, num_tiles: int, end: int) -> TileRuns:
-    """Runs of the step functions; the last step of a tile reaches to `end`."""
+    """Compute the runs of the step functions; the last step of a tile reaches to `end`."""
     tile, first, state = steps
     last = _next_or(tile, first, end)
     found = {}
@@ -234,14 +237,14 @@ def _runs(steps: Steps, num_tiles: int, end: int) -> TileRuns:
 
 
 def _last_of_each(sorted_keys: Int64Array) -> npt.NDArray[np.bool_]:
-    """True where the next key differs."""
+    """Mark the last of equal keys."""
     last = np.ones(len(sorted_keys), bool)
     last[:-1] = sorted_keys[1:] != sorted_keys[:-1]
     return last
 
 
 def _next_or(tile: Int64Array, at: Int64Array, end: int) -> Int64Array:
-    """Where the next step of the same tile stands; `end` after the last one."""
+    """Find the next step of the same tile; `end` after the last one."""
     following = np.full(len(at), end, np.int64)
     same = tile[1:] == tile[:-1]
     following[:-1][same] = at[1:][same]

@@ -1,10 +1,10 @@
-"""Backward of the Triton attention; the forward's module has formulas, legend and the parts they share.
+"""Backward of branch attention in Triton; `triton_forward` has the notation and the shared functions.
 
     delta_i = grad_out_i . out_i - grad_lse_i,   p_ij = exp(s_ij - lse_i),   ds_ij = p_ij (grad_out_i . v_j - delta_i)
     grad_q_i = scale sum_j ds_ij k_j,   grad_k_j = scale sum_i ds_ij q_i,   grad_v_j = sum_i p_ij grad_out_i
 
-dq walks the key tiles of a query tile; dkdv walks, for each query head of its key head in turn, the query tiles of a
-key tile. Neither needs atomics.
+dq loops over the key tiles of a query tile. dkdv loops over the query heads of its key head, and over the query tiles
+of a key tile. Neither needs atomics.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PADDING: tl.constexpr = tl.constexpr(128)  # every block_m divides it
 
 @triton.jit
 def padded(total):
-    """T rounded up, so that a tile of row sums is loaded whole and in wide words."""
+    """Round T up, so that a tile of row sums is loaded whole and in wide words."""
     return (total + PADDING - 1) // PADDING * PADDING
 
 
@@ -103,7 +103,7 @@ def dq_kernel(
             k = load_tile(k_ptr, n * PART, stride_kt, total, D, PART, BLOCK_D, True)  # [PART, BLOCK_D]
             v = load_tile(v_ptr, n * PART, stride_vt, total, D, PART, BLOCK_D, True)  # [PART, BLOCK_D]
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]  # [BLOCK_M, PART]
-            # After the subtraction: of a row that sees nothing lse is -inf, and -inf - -inf would be NaN.
+            # After the subtraction: a row without visible keys has lse -inf, and -inf - -inf would be NaN.
             p = tl.exp2(hide(s, keys, first, rows + 1, gap, gap_end, gaps_ptr))
             dp = tl.dot(grad_out, tl.trans(v), input_precision="ieee")  # [BLOCK_M, PART]
             ds = p * (dp - delta[:, None])
@@ -121,8 +121,8 @@ def dkdv_kernel(
 ):  # fmt: skip
     """Grid: key tiles * key heads. dk, dv [T, Hkv, D] and grad_out [T, Hq, D] contiguous; sums: see delta_kernel.
 
-    Scores are computed transposed, keys by rows, so that dk and dv need no transposition of what the exponential gives;
-    the mask is therefore read from the keys' side: which thread holds a key changes with the row of the tile only.
+    Scores are computed transposed, keys by rows, so that dk and dv need no transposition of the probabilities. The mask
+    is therefore read from the keys' side: which thread holds a key changes with the row of the tile only.
     """
     kv_heads = heads // group
     tile, kv_head = program(kv_heads)
@@ -146,7 +146,7 @@ def dkdv_kernel(
         for run in tl.range(tl.load(tile_ptr + 1), tl.load(tile_ptr + 2), disable_licm=True):
             for m in tl.range(tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1), disable_licm=True):
                 rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
-                # The last tile of rows may be short: of a full tile every row before T sees every key.
+                # CHECK, because the last tile of rows may be short: in a full tile every row before T sees every key.
                 q = load_tile(q_head, m * BLOCK_M, stride_qt, total, D, BLOCK_M, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
                 grad_out = load_tile(grad_head, m * BLOCK_M, stride_dt, total, D, BLOCK_M, BLOCK_D, True)
                 lse = tl.load(sums_head + rows)
@@ -191,7 +191,7 @@ def backward(
     table: MaskTable,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, contiguous, in their dtype; grad_lse [Hq, T] may be None."""
+    """Compute the gradients of q, k, v, contiguous, in their dtype; grad_lse [Hq, T] may be None."""
     total, heads, depth = q.shape
     kv_heads = k.shape[1]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

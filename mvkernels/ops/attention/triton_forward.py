@@ -1,18 +1,19 @@
-"""Attention of a branch layout, forward, in Triton; and what its backward shares with it.
+"""Forward of branch attention in Triton, and the functions that it shares with the backward.
 
     s_ij = scale q_i . k_j over the visible j;  lse_i = log sum_j exp(s_ij);  out_i = sum_j exp(s_ij - lse_i) v_j
 
-Legend: T rows, Hq query heads, Hkv key heads, D head dim; BLOCK_M rows by BLOCK_N keys to a tile, BLOCK_D the power of
-two that holds D. q, k, v have any strides but 1 in the last dimension; out [T, Hq, D] and lse [Hq, T] are contiguous.
+Notation: T rows, Hq query heads, Hkv key heads, D head dim; tiles of BLOCK_M rows by BLOCK_N keys; BLOCK_D is the power
+of two that holds D. q, k, v may have any strides but need stride 1 in the last dimension; out [T, Hq, D] and lse [Hq,
+T] are contiguous.
 
-One program computes one query tile of one head, over the runs of key tiles that the tile plan lists: first those that
-all its rows see whole, without mask code, then the rest, where the mask is tested by a loop over the gaps of the rows.
-The longest tiles start first. There are no atomics and the order of every sum is fixed, so results repeat bit by bit.
-Nothing about a layout is a compile-time constant: a kernel is compiled once per head dim, dtype and configuration.
+One program computes one query tile of one head, over the runs of key tiles in the tile plan. Full tiles come first,
+without mask code. Partial tiles test the mask by a loop over the gaps of the rows. The longest tiles start first. There
+are no atomics and the order of every sum is fixed, so results are reproducible bit by bit. No property of a layout is a
+compile-time constant: a kernel is compiled once per head dim, dtype and configuration.
 
-Tiles are as large as the registers hold. So partial runs are walked in parts of at most 32 keys (dkdv: rows), where the
-mask comes beside the scores, and nothing that is cheap to compute again is kept through a loop: see `reload`, and
-`disable_licm`, which keeps the compiler from moving invariant code out of a loop.
+Tiles fill the registers. So partial runs are processed in parts of at most 32 keys (dkdv: rows), which leaves room for
+the mask. Values that are cheap to compute are not kept through a loop: see `reload`, and `disable_licm`, which keeps
+the compiler from moving invariant code out of a loop.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from mvkernels.ops.backends import triton_interpreted
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-NEVER: tl.constexpr = tl.constexpr(2**31 - 1)  # as first visible key: sees nothing
+NEVER: tl.constexpr = tl.constexpr(2**31 - 1)  # as first visible key: no key is visible
 
 
 @triton.jit
 def program(heads):
-    """Tile and head of this program. Heads run fastest, so those that share keys run at the same time.
+    """Return tile and head of this program. Heads run fastest, so that heads that share keys run at the same time.
 
     One axis, because the other two of a grid end at 65535.
     """
@@ -42,7 +43,7 @@ def program(heads):
 
 @triton.jit
 def reload(ptr):
-    """A second load of the same value, so that what was derived from the first is not kept until it is needed again."""
+    """Load a value a second time, so that what was derived from the first load is not kept in registers until then."""
     return tl.load(ptr, volatile=True)
 
 
@@ -52,8 +53,8 @@ def load_tile(base_ptr, start, stride, total, D: tl.constexpr, BLOCK: tl.constex
     """Rows start .. start + BLOCK - 1 of a [total, D] matrix; 0 beyond D, and with CHECK also beyond total."""
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
-    # In 64 bits, as T * H * D may exceed 2**31; and from the row each time: offsets within a tile would be kept in
-    # registers through the loops, which have none to spare.
+    # In 64 bits, because T * H * D may exceed 2**31. From the row each time: offsets within a tile would occupy
+    # registers throughout the loops.
     ptrs = base_ptr + dims[None, :] + (start + rows).to(tl.int64)[:, None] * stride  # [BLOCK, BLOCK_D]
     if CHECK:
         inside = (start + rows < total)[:, None]
@@ -67,7 +68,7 @@ def load_tile(base_ptr, start, stride, total, D: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def store_tile(base_ptr, start, stride, total, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The inverse of load_tile with CHECK."""
+    """Store a tile: the inverse of load_tile with CHECK."""
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
     ptrs = base_ptr + dims[None, :] + (start + rows).to(tl.int64)[:, None] * stride  # [BLOCK, BLOCK_D]
@@ -77,7 +78,7 @@ def store_tile(base_ptr, start, stride, total, tile, D: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def load_intervals(table_ptr, items, total, beyond):
-    """The columns of a row or key table: a bound (`beyond` where there is no such item), first gap, end of the gaps."""
+    """Load the columns of a row or key table: a bound (`beyond` for items out of range), first gap, end of the gaps."""
     live = items < total
     ptrs = table_ptr + tl.cast(items, tl.int64) * 3
     bound = tl.load(ptrs, mask=live, other=beyond)
@@ -105,9 +106,9 @@ def hide(s, others, low, high, gap, gap_end, gaps_ptr):
 
 @triton.jit
 def fold(s, scale, v, acc, top, norm, BLIND: tl.constexpr):
-    """Fold scores s [BLOCK_M, BLOCK_N], which times scale >= 0 have base 2, and values v [BLOCK_N, BLOCK_D] into the
-    running softmax. The scale is applied with the subtraction, in one instruction, and never to s itself.
+    """Add scores s [BLOCK_M, BLOCK_N] and values v [BLOCK_N, BLOCK_D] to the running softmax (online softmax).
 
+    s times scale >= 0 has base 2. The scale is applied with the subtraction, in one instruction, and never to s itself.
     BLIND: a row may see nothing yet; it keeps norm 0 and a top of -inf, where exp2(-inf - -inf) would give NaN.
     """
     new_top = tl.maximum(top, tl.max(s, 1) * scale)
@@ -134,7 +135,7 @@ def forward_kernel(
     q = load_tile(q_ptr + head * stride_qh, start, stride_qt, total, D, BLOCK_M, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     k_ptr += head // group * stride_kh
     v_ptr += head // group * stride_vh
-    # A negative scale turns the sign of q, exactly, so that the largest score is the largest one times the scale.
+    # A negative scale flips the sign of q, which is exact, so that the largest score is the largest after scaling.
     q = tl.where(scale_log2 < 0, -q, q)
     scale_log2 = tl.abs(scale_log2)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -176,7 +177,7 @@ def forward(
     table: MaskTable,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [T, Hq, D], k and v [T, Hkv, D] -> out [T, Hq, D], lse [Hq, T] fp32."""
+    """Compute q [T, Hq, D], k and v [T, Hkv, D] -> out [T, Hq, D], lse [Hq, T] fp32."""
     total, heads, depth = q.shape
     out = torch.empty((total, heads, depth), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
@@ -196,13 +197,13 @@ def forward(
 
 
 def launch_config(q: torch.Tensor) -> AttentionConfig:
-    """The configuration for tensors like q [T, Hq, D], on its device."""
+    """Return the configuration for tensors like q [T, Hq, D], on its device."""
     capability = None if triton_interpreted() else torch.cuda.get_device_capability(q.device)
     return attention_config(q.shape[2], q.dtype.itemsize, capability)
 
 
 def constants(depth: int, config: KernelConfig) -> dict[str, int | None]:
-    """Compile-time arguments of the kernels for one configuration, and how to launch it."""
+    """Return the compile-time arguments and launch options of a kernel for one configuration."""
     return {
         "D": depth,
         "BLOCK_D": triton.next_power_of_2(depth),
@@ -211,7 +212,7 @@ def constants(depth: int, config: KernelConfig) -> dict[str, int | None]:
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "maxnreg": config.maxnreg,
-        "enable_fp_fusion": True,  # scores are scaled and shifted in one instruction; later Tritons ask to be told
+        "enable_fp_fusion": True,  # scores are scaled and shifted in one FMA; later Tritons need the option
     }
 
 
@@ -220,5 +221,5 @@ def dense_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def strides(x: torch.Tensor) -> tuple[int, int]:
-    """Of tokens and heads."""
+    """Return the strides of tokens and heads."""
     return x.stride(0), x.stride(1)

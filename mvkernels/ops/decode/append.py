@@ -1,10 +1,10 @@
-"""append: writes the new keys and values of a step into their slots.
+"""Write the new keys and values of a step into their slots of the paged KV cache: `append_rows`.
 
     k_cache[slot // page_size, slot % page_size] = k_new[row]   for slot = slots[row]; v alike
 
-k_cache, v_cache: [num_pages, page_size, Hkv, D]; k_new, v_new: [N, Hkv, D]; slots: [N] int64, all different but for
--1, of rows that are written nowhere: a CUDA graph has as many rows as the largest step that it serves.
-With a rotation (`ops.rope`) the keys are rotated on the way, in the same launch.
+k_cache, v_cache: [num_pages, page_size, Hkv, D]; k_new, v_new: [N, Hkv, D]; slots: [N] int64, all different except for
+-1. Rows with slot -1 are not written: a CUDA graph has as many rows as the largest step that it serves. With a rotation
+(`ops.rope`) the keys are rotated in the same launch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def append_rows(
     rotation: Rotation | None = None,
     spare: bool = True,
 ) -> None:
-    """Checks the arguments, chooses a backend, and writes. Raises ValueError and BackendError.
+    """Check the arguments, choose a backend, and write. Raises ValueError and BackendError.
 
     spare: whether some slots may be -1.
     """
@@ -70,7 +70,7 @@ def append_rows(
 def _compiled_fits(
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, slots: torch.Tensor
 ) -> bool:
-    """Whether the kernel that is compiled for this CPU may write these: it does what indexing does, in one call."""
+    """Whether the compiled CPU kernel can write these rows: it does what indexing does, in one call."""
     return (
         k_cache.device.type == slots.device.type == "cpu"
         and slots.dtype == torch.int64

@@ -1,9 +1,9 @@
-"""append on a GPU: one program per (row, part of a row), keys and values together; and rotation, fused or alone.
+"""append on a GPU: one program per (row, part of a row), keys and values together; and RoPE, fused or alone.
 
     k_cache[slots[row], e] = k_new[row, e // D, e % D]   for the Hkv * D elements e of a row; v alike; none for slot -1
 
 k_new, v_new: [N, Hkv, D], any strides of rows and heads; caches: [capacity, Hkv * D] contiguous; slots: [N] int64.
-With a rotation the keys are rotated on the way (`ops.rope`): positions [N], inv_freq [HALF] float32.
+With a rotation the keys are rotated before the write (`ops.rope`): positions [N], inv_freq [HALF] float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mvkernels.ops.rope import Rotation
 BLOCK_E = 1024
 
 
-# Strides of a transposed [Hkv, N, D] change with N: no variant of the kernel may depend on them.
+# Strides of a transposed [Hkv, N, D] change with N, so they must not specialize the kernel.
 @triton.jit(do_not_specialize=["stride_kn", "stride_kh", "stride_vn", "stride_vh"])
 def append_kernel(
     k_new_ptr, v_new_ptr, k_ptr, v_ptr, slots_ptr, stride_kn, stride_kh, stride_vn, stride_vh,
@@ -37,9 +37,10 @@ def append_kernel(
 
 @triton.jit
 def cos_sin(angle):
-    """cos and sin in fp32, to 2e-7 for angles up to 1e5: three parts of pi / 2, then the polynomials of Cephes.
+    """Compute cos and sin in fp32, to 2e-7 for angles up to 1e5.
 
-    libdevice's take a branch through local memory for large angles.
+    The angle is reduced by pi / 2 in three parts; then the polynomials are those of Cephes. libdevice's functions
+    branch through local memory for large angles.
     """
     quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
     r = tl.fma(quarters, -1.5703125, angle)
@@ -57,7 +58,7 @@ def cos_sin(angle):
 
 @triton.jit
 def rotated(x_ptr, d, inside, position, inv_freq_ptr, scaling, HALF: tl.constexpr):
-    """Elements d of heads, rotated, in fp32; x_ptr [BLOCK_E] points to each of them, and its partner is HALF away."""
+    """Rotate elements d of heads, in fp32; x_ptr [BLOCK_E] points to each, and its partner is HALF away."""
     turns = inside & (d < 2 * HALF)
     first = d < HALF
     x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
@@ -112,7 +113,7 @@ def launch_append(
     slots: torch.Tensor,
     rotation: Rotation | None = None,
 ) -> None:
-    """Writes in place, in one launch. The caller has checked shapes, dtypes and devices (`ops.decode.append`)."""
+    """Write in place, in one launch. The caller has checked shapes, dtypes and devices (`ops.decode.append`)."""
     rows, heads, dim = k_new.shape
     k_new, v_new, slots = _contiguous_elements(k_new), _contiguous_elements(v_new), slots.contiguous()
     block, grid = _parts(rows, heads, dim)
@@ -130,7 +131,7 @@ def launch_append(
 
 
 def launch_rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """x [N, heads, D] rotated, contiguous. The caller has checked shapes, dtypes and devices (`rope.rotate`)."""
+    """Rotate x [N, heads, D]; contiguous. The caller has checked shapes, dtypes and devices (`rope.rotate`)."""
     rows, heads, dim = x.shape
     x = _contiguous_elements(x)
     block, grid = _parts(rows, heads, dim)
@@ -152,6 +153,6 @@ def _contiguous(rotation: Rotation) -> Rotation:
 
 
 def _parts(rows: int, heads: int, dim: int) -> tuple[int, tuple[int, int]]:
-    """Elements a program takes, and the grid."""
+    """Return the elements of a program, and the grid."""
     block = min(BLOCK_E, triton.next_power_of_2(heads * dim))
     return block, (rows, triton.cdiv(heads * dim, block))

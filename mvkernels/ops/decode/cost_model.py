@@ -1,27 +1,27 @@
-"""How a step of tree decode is cut into tiles of rows and chunks of keys: a cost model chooses.
+"""Cost model of tree decode: it cuts a step into tiles of rows and chunks of keys (split-KV, cascade).
 
 A task's keys are numbered by lanes: lane t is key t % page_size of page t // page_size of its list, so lanes beyond the
-count of a ragged page hold no key. Where the page lists are on the device already, a task's runs may stand apart there:
+count of a ragged page hold no key. If the page tables are on the device already, the runs of a task may be apart there:
 it is read in segments, and lanes are numbered from the first page of each. A work item is a tile of rows on one chunk
-of a segment; it gives one partial result per row. `ops.decode.tables` has the tables that come of a plan. All sizes are
+of a segment; it gives one partial result per row. `ops.decode.tables` has the tables made from a plan. All sizes are
 run-time values, so that nothing compiles again when branches come and go.
 
-The cost model. Its unit is the time in which one of the multiprocessors reads one lane (a key and a value of one head)
-with its share of the memory bandwidth; the figures are an H200's, from its data sheet: 4.8 TB/s, 132 multiprocessors.
-Those of an item and a merge are estimates, not measurements.
+The unit of cost is the time in which one multiprocessor reads one lane (a key and a value of one head) with its share
+of the memory bandwidth. The figures are an H200's, from its data sheet: 4.8 TB/s, 132 multiprocessors. Those of an item
+and a merge are estimates, not measurements.
 
     tile       of m query rows (rows x heads that share keys) on a lane: max(1, m / BALANCE). Up to 184 rows of 16 bit
-               the memory is what counts: padding to 64 rows takes 35% of its time, to 128 rows 70%. So the smallest
-               tile is taken that keeps the number of tiles, times their lanes, least.
+               the kernel is bound by memory: padding to 64 rows takes 35% of its time, to 128 rows 70%. So the smallest
+               tile that minimises tiles times lanes is taken.
     partial    4 bytes a number, written and read again, against keys and values of 2: 2 lanes a query row, which is
                2 rows / chunk of what is read; at 16 lanes a row or more it is an eighth or less.
     item       ITEM_BYTES: a program that starts, loads its rows and waits for its first keys
     merge      MERGE_BYTES: the second launch, and its first loads; none where every row has one partial
     step       (sum of tiles + items + partials) / multiprocessors + longest item + merge     (Graham's bound)
 
-Chunks: the length with the least time. Keys that several entries see are read once for all of them where that is less
-than reading them apart, and the whole step is taken apart where that is less (short prefixes, few branches). Segments
-that stand apart are items and partials of their own in both.
+The chunk length with the least time is taken. Keys that several entries see are read once for all of them if that is
+less than reading them for each entry; without sharing the whole step is costed too (short prefixes, few branches).
+Segments that are apart are items and partials of their own in both cases.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mvkernels.ops.decode.tasks import (
 )
 
 EVERYTHING = 2**30  # a limit that hides no lane, and a chunk that cuts none; a tile's rows may be added to it
-BALANCE = {2: 184, 4: 28}  # bytes of an element -> query rows whose arithmetic takes as long as the reading
+BALANCE = {2: 184, 4: 28}  # bytes of an element -> query rows for which arithmetic takes as long as reading
 ITEM_BYTES = 64 * 1024  # 1.8 us of one multiprocessor's share
 MERGE_BYTES = 128 * 1024  # 3.6 us
 CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, EVERYTHING)
@@ -52,7 +52,7 @@ TILES = (16, 32, 64, 128)
 
 
 class Shape(NamedTuple):
-    """What the plan of a step depends on beside its views. group: query heads per key-value head; sizes in bytes."""
+    """Sizes that the plan of a step depends on. group: query heads per key-value head; element_size in bytes."""
 
     group: int
     kv_heads: int
@@ -81,10 +81,10 @@ class DecodeConfig:
 
 
 class Segment(NamedTuple):
-    """Keys of a task that lie one after the other in a page list; row i of the task sees lanes <= limit + i.
+    """Keys of a task that are contiguous in a page table; row i of the task sees lanes <= limit + i.
 
-    rows: how many the task has. place: of the first page in the step's device pages; None where the whole task is one
-    segment, and its list is uploaded.
+    rows: of the task. place: index of the first page in the step's device pages; None where the whole task is one
+    segment, and its page table is uploaded.
     """
 
     rows: int
@@ -95,7 +95,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """How a step is decoded: what is read for whom, in which tiles, `chunk` lanes at a time. time: in lanes.
+    """How a step is decoded: tasks, tiles, and chunks of `chunk` lanes. time: in lanes.
 
     segments: of each task.
     """
@@ -112,7 +112,7 @@ class DecodePlan:
 
 
 def tile_shapes(shape: Shape) -> list[DecodeConfig]:
-    """The tiles that a model may use, the smallest first."""
+    """Return the tiles that a model can use, the smallest first."""
     full_precision = shape.element_size > 2  # multiplied without tensor cores, out of registers: larger tiles spill
     long = shape.head_dim > 128
     narrow = max(16, 1 << (shape.group - 1).bit_length())
@@ -126,7 +126,7 @@ def tile_shapes(shape: Shape) -> list[DecodeConfig]:
 
 
 def plan_decode(views: StepViews, shape: Shape) -> DecodePlan:
-    """The plan with the least time by the cost model."""
+    """Return the plan with the least time by the cost model."""
     entries = final_entries(views)
     apart = _plan_tasks(build_tasks(entries, lambda *_: False), views, shape)
     placed = views.device_pages is not None
@@ -142,7 +142,7 @@ def path_of(tasks: Sequence[DecodeTask], direct: bool) -> DecodePath:
 
 
 def final_entries(views: StepViews) -> tuple[EntryView, ...]:
-    """The entries as they will be when the reserve is used up: tables hold the lanes of all steps."""
+    """Return the entries as they are when the reserve is used up: tables hold the lanes of all steps."""
     left = views.reserve - views.index
     if not left:
         return views.entries
@@ -153,9 +153,9 @@ def final_entries(views: StepViews) -> tuple[EntryView, ...]:
 
 
 def _saves(rows: Sequence[int], runs: Sequence[KeyRun], page_size: int, shape: Shape, placed: bool) -> bool:
-    """Whether reading keys once for entries with so many rows takes less than each reading them with its own.
+    """Whether reading keys once for entries with these numbers of rows costs less than reading them for each.
 
-    placed: in the device's page lists, where what does not stand side by side is a segment of its own either way.
+    placed: in page tables on the device, where runs that are not contiguous are segments of their own either way.
     """
     lanes = sum(_lanes(run.counts, page_size) for run in runs)
     segments = len(_side_by_side(runs)) if placed else 1
@@ -169,7 +169,7 @@ def _saves(rows: Sequence[int], runs: Sequence[KeyRun], page_size: int, shape: S
 
 
 def _plan_tasks(tasks: tuple[DecodeTask, ...], views: StepViews, shape: Shape) -> DecodePlan:
-    """Tile and chunk with the least time for these tasks."""
+    """Choose tile and chunk with the least time for these tasks."""
     placed = views.device_pages is not None
     segments = tuple(_placed(task, views.page_size) if placed else (_whole(task, views.page_size),) for task in tasks)
     every = [segment for parts in segments for segment in parts]
@@ -206,13 +206,13 @@ def _partial_lanes(shape: Shape) -> float:
 
 
 def _whole(task: DecodeTask, page_size: int) -> Segment:
-    """A task whose pages are put side by side."""
+    """Make one segment of a task whose pages are uploaded contiguously."""
     limit = EVERYTHING if task.base is None else _lane_of(task.base, task.counts, page_size)
     return Segment(len(task.rows), _lanes(task.counts, page_size), limit, None)
 
 
 def _placed(task: DecodeTask, page_size: int) -> tuple[Segment, ...]:
-    """A task's pages where they stand on the device."""
+    """Make segments of a task whose pages are on the device already."""
     found, before = [], 0  # before: keys of the task so far
     for runs in _side_by_side(task.runs):
         counts = runs[0].counts if len(runs) == 1 else np.concatenate([run.counts for run in runs])
@@ -226,7 +226,7 @@ def _placed(task: DecodeTask, page_size: int) -> tuple[Segment, ...]:
 
 
 def _side_by_side(runs: Sequence[KeyRun]) -> list[list[KeyRun]]:
-    """Runs in groups whose pages follow one another on the device. Raises ValueError for a run without a place."""
+    """Group runs whose pages are contiguous on the device. Raises ValueError for a run without a place."""
     groups: list[list[KeyRun]] = []
     end = None
     for run in runs:
@@ -241,7 +241,7 @@ def _side_by_side(runs: Sequence[KeyRun]) -> list[list[KeyRun]]:
 
 
 def _lanes(counts: Int32Array, page_size: int) -> int:
-    """Up to the last key; pages behind it are of a reserve that nothing is planned for."""
+    """Count lanes up to the last key; pages behind it are reserved and still empty."""
     last = len(counts) - 1
     while last and not counts[last]:
         last -= 1
@@ -249,7 +249,7 @@ def _lanes(counts: Int32Array, page_size: int) -> int:
 
 
 def _lane_of(key: int, counts: Int32Array, page_size: int) -> int:
-    """The lane of a key; of one before the first, how many lanes before."""
+    """Return the lane of a key; for a key before the first, the negative distance."""
     if key < 0:
         return key
     ends = np.cumsum(counts)

@@ -1,8 +1,8 @@
-"""Tasks of a step that do not depend on who else is in it: batch-invariant decoding, at some cost in speed.
+"""Batch-invariant tasks, which do not depend on the other entries of the step; slower than free sharing.
 
-A branch's list of pages is cut into chunks of a fixed number of pages, counted from the start of the list, and its
-partial results are merged by position. Entries share a chunk only where it is the same chunk of both lists. So what is
-computed for a branch, piece by piece and in which order, follows from its own list.
+The page table of a branch is cut into chunks of a fixed number of pages, counted from its start, and partial results
+are merged by position. Entries share a chunk only if it is the same chunk of both page tables. So the computation for a
+branch, piece by piece and in its order, follows from its own page table alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHUNK_TOKENS = 1024  # with tiles of 64 query rows, partial results are an eight
 
 
 def invariant_tasks(entries: Sequence[EntryView], page_size: int) -> tuple[DecodeTask, ...]:
-    """One task for each chunk that any entry sees, earlier ones first; causal where some row does not see it whole."""
+    """Make a task for each chunk that any entry sees, earlier ones first; causal if some row does not see it whole."""
     per_chunk = max(1, CHUNK_TOKENS // page_size)
     found: dict[tuple[object, ...], tuple[int, KeyRun, int | None, list[int]]] = {}
     for index, entry in enumerate(entries):
@@ -36,7 +36,7 @@ def invariant_tasks(entries: Sequence[EntryView], page_size: int) -> tuple[Decod
                 key, limit = (chunk, index), base - before
             found.setdefault(key, (chunk, run, limit, []))[3].append(index)
             before += run.tokens
-    # Stable: an entry meets its chunks in order.
+    # A stable sort: the chunks of an entry stay in order.
     ordered = sorted(found.values(), key=lambda item: item[0])
     return tuple(
         DecodeTask(entry_rows(entries, indices), (run,), limit, shared=len(indices) > 1)

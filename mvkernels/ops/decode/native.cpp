@@ -1,18 +1,19 @@
-// Tree decode on a CPU: attention of a step's rows over the pages that they see, every key read once for all of them.
+// Tree decode on a CPU: attention of a step's rows over the pages that they see; every key is read once for all of
+// them.
 //
 //     s[j] = scale log2(e) q . k[j];   m = max_j s[j];   out = sum_j 2^(s[j] - m) v[j] / sum_j 2^(s[j] - m)
 //
-// A work item is a tile of lanes on some pages, for each key-value head. A lane is one query head of one row, so the
-// lanes of an item are what shares its keys. They lie in vectors: one element of a key times a vector of queries adds to
-// a vector of scores, in which nothing is ever summed across. So each lane has the same bits wherever it stands and
-// whoever is beside it, and a key needs no transposition. Where an item has few lanes, most of such a vector would be
-// empty: each lane is then taken by itself, with vectors along D, and has other bits; invariant plans have none of that.
+// A work item is a tile of lanes on some pages, for each key-value head. A lane is one query head of one row; the lanes
+// of an item share its keys. Vectors hold lanes: one element of a key times a vector of queries is added to a vector of
+// scores, without any sum across the vector. So the bits of a lane depend neither on its place nor on the other lanes,
+// and keys need no transposition. In items with few lanes such vectors would be mostly empty: there each lane is
+// computed alone, with vectors along D, which gives other bits; invariant plans never do that.
 //
-// Items of one row write its result, others partial results, which are merged in the order of the plan: the same plan
-// gives the same bits, with any number of threads.
+// The only item of a row writes its result. Other items write partial results, which are merged in the order of the
+// plan: the same plan gives the same bits, with any number of threads.
 //
-// Keys are addressed one by one, so where pages lie makes no difference. Blocks of BLOCK keys: their scores, weights and
-// running results stay in the first cache. While a block is multiplied the next one is fetched.
+// Keys are addressed one by one, so pages may be anywhere. They are processed in blocks of BLOCK keys, so that scores,
+// weights and running results stay in the L1 cache. While a block is multiplied, the next one is prefetched.
 //
 // Shapes: q, out [rows, heads, D]; k, v [pages, page_size, kv_heads, D]; lse [heads, rows]; all contiguous.
 
@@ -67,7 +68,8 @@ inline void store(float x, Half& y) {
 
 extern "C" {
 
-// One task's rows on some of its pages. Lane l is row rows[row_first + l / group], query head l % group of each kv head.
+// One task's rows on some of its pages. Lane l is row rows[row_first + l / group], query head l % group of each kv
+// head.
 struct Item {
     int32_t page_first, num_pages;
     int32_t row_first;
@@ -85,7 +87,7 @@ struct Plan {
     int32_t num_items, num_merges;
     int32_t num_rows, heads, kv_heads, dim, page_size;
     int32_t num_threads;
-    int32_t invariant;  // whether a lane's bits may not depend on how many lanes an item has
+    int32_t invariant;  // whether a lane's bits must not depend on the number of lanes of an item
 };
 
 int32_t max_lanes() { return MAX_LANES; }
@@ -142,7 +144,7 @@ inline void prefetch(const void* address, int bytes) {
 
 alignas(VECTOR_BYTES) const float ZEROS[MAX_DIM] = {};
 
-// What a thread works in. Vectors of lanes: [.., NV] of Floats.
+// Workspace of a thread. Vectors of lanes: [.., NV] of Floats.
 struct alignas(VECTOR_BYTES) Space {
     Floats q[MAX_DIM * 2], out[MAX_DIM * 2], scores[BLOCK * 2];
     float k[BLOCK * MAX_DIM], v[BLOCK * MAX_DIM];  // of 16-bit types, converted
@@ -185,14 +187,14 @@ inline void add_values(const float* const* v, int d, const Floats* weights, int 
         for (int n = 0; n < NV; ++n) out[(d + t) * NV + n] = sum[t][n];
 }
 
-// The place of a lane's query among all of them, [rows, heads].
+// Index of a lane's query in [rows, heads].
 template <class T>
 inline int64_t place_of(const Call<T>& call, const Item& item, int head, int l) {
     const int group = call.plan.heads / call.plan.kv_heads, lane = item.lane_first + l;
     return int64_t(call.plan.rows[item.row_first + lane / group]) * call.plan.heads + head * group + lane % group;
 }
 
-// The result of a lane, or a partial one, with out[0], out[stride], .. not divided by the total yet.
+// Write the result of a lane, or a partial one, from out[0], out[stride], .., not yet divided by the total.
 template <class T>
 void finish(const Call<T>& call, const Item& item, int head, int l, float high, float total, const float* out,
             int stride) {
@@ -240,7 +242,7 @@ void attend(const Call<T>& call, const Item& item, int head, Space& space) {
     int which = 0, before = 0, count = keys.next(k_rows[0], v_rows[0]);
     while (count && before <= last_limit) {
         const float* const* k = as_floats(k_rows[which], count, dim, space.k, k_found);
-        if (count % TILE) {  // the last tile is filled up with zeros, which no lane sees
+        if (count % TILE) {  // zeros fill up the last tile; no lane sees them
             std::copy(k, k + count, k_found);
             for (int j = count; j % TILE; ++j) k_found[j] = ZEROS;
             k = k_found;
@@ -349,7 +351,7 @@ void attend_apart(const Call<T>& call, const Item& item, int head, Space& space)
             multiply_key<LANES>(k[j], q, dim, j, scores);
         }
         for (int l = 0; l < LANES; ++l) {
-            // Those that are not there count as little as those that the lane does not see.
+            // Keys beyond the end are hidden like those that the lane does not see.
             const int seen = std::min(std::max(last[l] - before + 1, 0), count);
             std::fill(scores[l] + seen, scores[l] + BLOCK, -INF);
             Floats highest = Floats{} + high[l], sum{};
@@ -382,8 +384,8 @@ void attend_apart(const Call<T>& call, const Item& item, int head, Space& space)
     for (int l = 0; l < LANES; ++l) finish(call, item, head, l, high[l], total[l], out + l * dim, 1);
 }
 
-// Up to so many lanes are faster one by one than side by side: measured with AVX-512 at D = 32, 64 and 128; shorter
-// vectors have fewer empty places, in proportion.
+// Up to this many lanes are faster one by one than as vectors: measured with AVX-512 at D = 32, 64 and 128, and scaled
+// to shorter vectors.
 inline int most_apart(int dim) { return dim % WIDTH ? 0 : dim >= 4 * WIDTH ? WIDTH / 2 : WIDTH / 3; }
 
 template <class T, int LANES = WIDTH / 2>
@@ -425,10 +427,10 @@ void merge(const Call<T>& call, int place) {
 template <class T>
 void run(const Call<T>& call) {
     const Plan& plan = call.plan;
-    // A thread takes an item with all its heads, whose keys lie side by side, unless there are few items.
+    // A thread takes an item with all its heads, whose keys are adjacent, unless there are few items.
     const bool whole = plan.num_items >= 4 * plan.num_threads;
     const int heads_each = whole ? plan.kv_heads : 1, parts = plan.kv_heads / heads_each;
-    int64_t products = 0;  // of lanes with keys: each takes about as long as four multiplications for each number
+    int64_t products = 0;  // (lane, key) pairs: each takes about four multiplications per element
     for (int item = 0; item < plan.num_items; ++item) {
         products += int64_t(plan.items[item].num_pages) * plan.page_size * plan.items[item].num_lanes;
     }
@@ -451,7 +453,8 @@ void run(const Call<T>& call) {
 
 }  // namespace
 
-// Keys and values of new tokens into their slots, `bytes` for each head; a slot below 0 is none. Strides in bytes.
+// Write keys and values of new tokens to their slots, `bytes` for each head; negative slots are skipped. Strides in
+// bytes.
 extern "C" void append(const int64_t* slots, int64_t rows, int64_t heads, int64_t bytes, const char* k, int64_t k_row,
                        int64_t k_head, const char* v, int64_t v_row, int64_t v_head, char* k_cache, char* v_cache,
                        int32_t num_threads) {
@@ -466,7 +469,7 @@ extern "C" void append(const int64_t* slots, int64_t rows, int64_t heads, int64_
     }
 }
 
-// One token more of each entry: in its last page that is begun, or in the next one. own: where its pages begin in counts.
+// Count one more token for each entry, in its last used page or the next one. own: where its pages begin in counts.
 extern "C" void advance(int32_t* counts, const int32_t* own, int32_t* tokens, int32_t entries, int32_t page_size) {
     for (int32_t i = 0; i < entries; ++i) counts[own[i] + tokens[i]++ / page_size] += 1;
 }

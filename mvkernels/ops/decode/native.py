@@ -1,8 +1,8 @@
-"""Tree decode on the CPU by a kernel of its own, compiled where it runs: see `native.cpp`, and `native`.
+"""Tree decode on the CPU by a compiled kernel, `native.cpp`.
 
-`plan_items` turns the tasks of a step into the kernel's work items, once for all layers: tiles of lanes on runs of
-pages, and the merges of the partial results of rows with several. One call does all of a layer. Where a step follows by
-`PagedKVCache.advance`, its plan is that of the step before with one token more in the page of each entry.
+`plan_items` turns the tasks of a step into work items of the kernel, once for all layers: tiles of lanes on runs of
+pages, and the merges of partial results of rows that have several. One call computes a whole layer. The plan of a step
+made by `PagedKVCache.advance` is that of the previous step, with one more token in the page of each entry.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ EVERYTHING = 2**30  # a limit that hides no key
 
 Index = npt.NDArray[np.signedinteger[Any]]
 
-# Sharing takes a partial result more for each row, and its merge: as long as so many keys, by a tile of lanes.
+# Sharing costs one more partial result per row, and its merge: the time of this many keys for a tile of lanes.
 SHARE_TOKENS = 64
 MIN_CHUNK = 256  # with 32 lanes, partial results are then an eighth of the keys and values that are read
-ITEMS_A_THREAD = 4  # so that threads end at about the same time
-APPEND_BYTES = 2**17  # fewer are written by one thread in less time than others wake up
+ITEMS_A_THREAD = 4  # for load balance
+APPEND_BYTES = 2**17  # for fewer, one thread takes less time than waking others
 
 
 class Cut(NamedTuple):
-    """What decides how work is cut. lanes: of a tile."""
+    """What determines how work is cut. lanes: of a tile."""
 
     group: int
     kv_heads: int
@@ -62,7 +62,7 @@ class NativePlan(AdvancingPlan):
     """The kernel's work for a step; the fields of its `Plan`, int32.
 
     items [I, 7]: of `Item`. num_partials: rows of partial results. own [E]: where the pages of each entry's own node
-    begin among `pages`, for steps to come; empty where some stand in none or in several tasks. tokens [E]: in each.
+    begin in `pages`, for later steps; empty if an entry is in no task or in several. tokens [E]: in each own node.
     """
 
     items: Int32Array
@@ -82,10 +82,10 @@ class NativePlan(AdvancingPlan):
     _advance: Callable[[], None] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": {}, "_spaces": {}, "_advance": None}  # a copy lies elsewhere
+        return {**self.__dict__, "_bound": {}, "_spaces": {}, "_advance": None}  # the addresses are not those of a copy
 
     def bound(self, total_rows: int, page_size: int, dim: int) -> _Plan:
-        """The kernel's `Plan`, with memory for the partial results: the same for all layers, and the steps to come."""
+        """Return the kernel's `Plan` with memory for the partial results: the same for all layers and later steps."""
         if dim not in self._bound:
             cut, heads = self.cut, self.cut.group * self.cut.kv_heads
             if dim not in self._spaces:
@@ -109,9 +109,7 @@ class NativePlan(AdvancingPlan):
         return self._bound[dim]
 
     def advanced(self, views: StepViews) -> NativePlan | None:
-        """This, with one token more of each entry: the step that it was of has passed. None where it has to be made
-        anew.
-        """
+        """Advance the plan in place by one token per entry; None where the next step needs a new plan."""
         if self.cut.invariant or not len(self.own):
             return None
         if self._advance is None:
@@ -123,7 +121,7 @@ class NativePlan(AdvancingPlan):
 
 @functools.cache
 def _kernel() -> tuple[ctypes.CDLL, int]:
-    """The library, and the lanes of a tile."""
+    """Load the library; returns it and the lanes of a tile."""
     library = native_library(SOURCE)
     pointers = [ctypes.c_void_p] * 6
     library.tree_decode.argtypes = [pointers[0], ctypes.c_int32, *pointers[1:], ctypes.c_float]
@@ -141,12 +139,12 @@ def _kernel() -> tuple[ctypes.CDLL, int]:
 
 @functools.cache
 def compile_reason() -> str | None:
-    """Why the kernel cannot be compiled here, or None. Compiles it at the first call."""
+    """Return why the kernel cannot be compiled here, or None. Compiles it at the first call."""
     return native_reason(SOURCE)
 
 
 def function() -> int:
-    """Where the kernel is, for others that call it: `void tree_decode(plan, element, q, k, v, out, lse, scale)`."""
+    """Return the address of `void tree_decode(plan, element, q, k, v, out, lse, scale)`, for other kernels."""
     return ctypes.cast(_kernel()[0].tree_decode, ctypes.c_void_p).value or 0
 
 
@@ -159,7 +157,7 @@ def decode_native(
     batch_invariant: bool = False,
     with_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """out [N, Hq, D] in q's dtype; with_lse also lse [Hq, N] float32, natural log, else None."""
+    """Compute out [N, Hq, D] in q's dtype; with_lse: also lse [Hq, N] float32 in natural logarithm, else None."""
     rows, heads, dim = q.shape
     page_size, kv_heads = k_cache.shape[1:3]
     plan = plan_items(views, heads // kv_heads, kv_heads, batch_invariant)
@@ -177,7 +175,7 @@ def decode_native(
 def append_native(
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """k_new and v_new [N, Hkv, D], contiguous in D, into the slots [N] int64 of contiguous caches; slot -1 is none."""
+    """Write k_new, v_new [N, Hkv, D], contiguous in D, to slots [N] int64 of contiguous caches; skip slot -1."""
     rows, heads, dim = k_new.shape
     size = k_new.element_size()
     new = [x for one in (k_new, v_new) for x in (one.data_ptr(), one.stride(0) * size, one.stride(1) * size)]
@@ -187,7 +185,7 @@ def append_native(
 
 
 def plan_items(views: StepViews, group: int, kv_heads: int, batch_invariant: bool = False) -> NativePlan:
-    """What `ops.decode.native` does for a step, made once for all layers."""
+    """Plan the work items of a step, once for all layers."""
     cut = Cut(group, kv_heads, torch.get_num_threads(), _kernel()[1], batch_invariant)
     return views.cached(("native", cut), lambda: _plan(views, cut))
 
@@ -237,14 +235,14 @@ def _plan(views: StepViews, cut: Cut) -> NativePlan:
 
 
 def _worth_sharing(rows: Sequence[int], runs: Sequence[KeyRun], cut: Cut) -> bool:
-    """Whether reading keys once, in tiles that entries fill together, saves more than another merge."""
+    """Whether to read keys once, in tiles shared by entries: it must save more than another merge costs."""
     apart = sum(-(-count * cut.group // cut.lanes) for count in rows)
     together = -(-sum(rows) * cut.group // cut.lanes)
     return (apart - together) * sum(run.tokens for run in runs) >= SHARE_TOKENS
 
 
 def _pages_a_piece(tasks: Sequence[DecodeTask], num_rows: Int32Array, page_size: int, cut: Cut) -> int:
-    """Runs of keys are cut so that there is work for all threads; in batch-invariant decoding they are cut already."""
+    """Choose the pages of a piece, so that all threads have work; batch-invariant tasks are cut already."""
     if cut.invariant or cut.threads == 1:
         return EVERYTHING
     tiles = -(-num_rows * cut.group // cut.lanes)
@@ -254,7 +252,7 @@ def _pages_a_piece(tasks: Sequence[DecodeTask], num_rows: Int32Array, page_size:
 
 
 def _join(runs: Sequence[KeyRun], page_size: int) -> tuple[Int32Array, Int32Array, Int32Array]:
-    """Pages and counts of some runs, one run after the other, and [1 + runs] where each begins and the last one ends.
+    """Concatenate pages and counts of runs; also returns [1 + runs] where each begins and the last one ends.
 
     Counts that no run has yet are made at once for all.
     """
@@ -271,8 +269,10 @@ def _join(runs: Sequence[KeyRun], page_size: int) -> tuple[Int32Array, Int32Arra
 def _partials(
     rows: Int32Array, row_begins: Int32Array, num_rows: Int32Array, task: Index, total_rows: int
 ) -> tuple[Int32Array, tuple[Int32Array, Int32Array, Int32Array], int]:
-    """(the first partial result of each piece, or -1 where it writes the result itself; merge_rows, merge_ends and
-    merge_ids; how many partial results). task: of each piece.
+    """Number the partial results of each piece.
+
+    Returns the first partial result of each piece, or -1 where it writes the result itself; merge_rows, merge_ends and
+    merge_ids; the number of partial results. task: of each piece.
     """
     sizes = num_rows[task]
     ends = np.cumsum(sizes)

@@ -21,7 +21,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of the kernel: rows [R] and slots [L], int64; consecutive slots are a slice, whose keys are not copied.
+    """One call of the kernel: rows [R] and slots [L], int64. Consecutive slots are a slice: keys are not copied.
 
     causal: R = L, and row i sees the first i + 1 keys.
     """
@@ -34,7 +34,7 @@ class Call:
 def decode_sdpa(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, views: StepViews, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend from the rows of a step to everything they see.
+    """Compute attention of the rows of a step over all keys that they see.
 
     Args:
         q: [N, Hq, D].
@@ -83,7 +83,7 @@ def _attend(
 
 
 def plan_calls(views: StepViews) -> tuple[list[Call], DecodePath]:
-    """The calls of a step, made once for all layers, and which way it takes."""
+    """Return the calls of a step, made once for all layers, and its path."""
     return views.cached("sdpa", lambda: _plan(views))
 
 

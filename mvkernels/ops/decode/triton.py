@@ -1,8 +1,9 @@
-"""Tree decode in Triton: one launch over (work item, kv head), one fixed-order merge. No atomics: reproducible bits.
-Where every row has one partial, the first launch writes the result, and there is no second.
+"""Tree decode in Triton: one launch over (work item, kv head), one fixed-order merge; no atomics: reproducible bits.
+
+If every row has one partial, the first launch writes the result, and there is no second.
 
     partial: m = max_t s_t, l = sum_t 2^(s_t - m), out = sum_t 2^(s_t - m) v_t / l, lse2 = m + log2(l)
-             with s_t = scale log2(e) q . k_t over the lanes t of a chunk that a row sees; seen nothing: 0, -inf
+             with s_t = scale log2(e) q . k_t over the lanes t of a chunk that a row sees; without any: 0, -inf
     merge:   lse2 = log2 sum_p 2^lse2_p,  out = sum_p 2^(lse2_p - lse2) out_p,  lse = ln(2) lse2
 
 q, out [N, Hq, D]; k, v [pages, page_size, Hkv, D]; partial out [S, Hq, D] and lse2 [S, Hq], fp32; all contiguous.
@@ -34,8 +35,8 @@ def decode_kernel(
 ):  # fmt: skip
     """DIRECT: part and part_lse are the step's out and lse, natural log; else partial results.
 
-    An item without lanes gives its rows 0 and -inf, one without rows loads and stores nothing: there are such in tables
-    of fixed capacity. A branch of their own around the rest would cost registers, and with them occupancy.
+    An item without lanes gives its rows 0 and -inf; one without rows loads and stores nothing. Tables of fixed capacity
+    have such items. A branch around the rest would cost registers, and with them occupancy.
     """
     item_ptr = work_ptr + tl.program_id(0) * 8
     kv_head = tl.program_id(1)
@@ -68,7 +69,7 @@ def decode_kernel(
         page = tl.load(pages_ptr + first_page + place, mask=in_chunk, other=0).to(tl.int64)
         count = tl.load(counts_ptr + first_page + place, mask=in_chunk, other=0)
         written = in_chunk & (offset < count)
-        # int64: a cache may hold more than 2**31 elements. Lanes without a key are never read.
+        # int64: a cache may hold more than 2**31 elements. Lanes without a key are masked.
         at = ((page * PAGE_SIZE + offset) * HKV + kv_head)[:, None] * D + d[None, :]  # [BLOCK_N, BLOCK_D]
         kv_mask = written[:, None] & in_d[None, :]
         k = tl.load(k_ptr + at, mask=kv_mask, other=0.0)
@@ -126,7 +127,7 @@ def merge_kernel(
         acc = acc * keep + tl.sum(out * weight[:, None], 0)
         total = total * keep + tl.sum(weight, 0, keep_dims=True)
         top = new_top
-    # A row that sees nothing, as those beyond a step's own in buffers of fixed capacity: 0, -inf.
+    # A row without visible keys, such as a spare row in buffers of fixed capacity: 0, -inf.
     divisor = tl.where(total == 0.0, 1.0, total)
     at = (row * HQ + head) * D + d
     tl.store(out_ptr + at, (acc / divisor).to(out_ptr.dtype.element_ty), mask=in_d)
@@ -139,8 +140,9 @@ def advance_kernel(
     state_ptr, cursor_ptr, pages_ptr, counts_ptr, positions_ptr, slots_ptr, num_rows,
     PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The step number `cursor` of tables of fixed capacity (buffers.py): a row's position and slot, and the count
-    of the page that its entry's last row writes.
+    """Set positions, slots and counts to step number `cursor`, in tables of fixed capacity (buffers.py).
+
+    The count is that of the page that the last row of an entry writes.
     """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = r < num_rows
@@ -165,7 +167,7 @@ def decode_triton(
     views: StepViews,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [N, Hq, D] in q's dtype and lse [Hq, N] float32, natural log. The caller has checked the arguments."""
+    """Compute out [N, Hq, D] in q's dtype and lse [Hq, N] float32, natural log. The caller checks the arguments."""
     rows, heads, dim = q.shape
     kv_heads = k_cache.shape[2]
     tables = plan_tables(views, heads, kv_heads, dim, q.element_size(), q.device)
@@ -202,7 +204,7 @@ def launch_advance(
     slots: torch.Tensor,
     page_size: int,
 ) -> None:
-    """Writes positions, slots and counts in place; `ops.decode.buffers` has the legend."""
+    """Write positions, slots and counts in place; `ops.decode.buffers` describes the arguments."""
     rows = state.shape[1]
     with torch.cuda.device_of(state):
         advance_kernel[(triton.cdiv(rows, ADVANCE_BLOCK),)](
@@ -218,7 +220,7 @@ def plan_tables(
     element_size: int,
     device: torch.device,
 ) -> DecodeTables:
-    """The device tables of a step, made once for all layers, and for the steps to come where it has a reserve."""
+    """Return the device tables of a step, made once for all layers, and for the reserved steps."""
 
     def build() -> DecodeTables:
         shape = decode_shape(heads, kv_heads, dim, element_size, device)
@@ -228,7 +230,7 @@ def plan_tables(
 
 
 def tables_key(heads: int, kv_heads: int, dim: int, element_size: int, device: torch.device) -> tuple[object, ...]:
-    """Under which the views of a step keep its tables."""
+    """Return the key under which the views of a step keep its tables."""
     return ("triton", heads, kv_heads, dim, element_size, device)
 
 

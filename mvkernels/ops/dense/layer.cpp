@@ -1,17 +1,18 @@
-// What stands between and behind the matrix products of a decoder, in fp32, one call for each where PyTorch takes several:
+// Operations between the matrix products of a decoder, in fp32, each in one call where PyTorch takes several:
 //
 //     rms_norm        y = w x / sqrt(mean(x^2) + eps)
 //     rotate_append   q and k, head by head: normed where the model does so, and rotated by their positions (RoPE, halves
 //                     of a head as in transformers); k and v into pages
 //     gate            y = silu(g) u = g u / (1 + e^-g)
 //     likeliest       the first of the largest numbers of a row, of logits; where it has NaN, the first NaN
-//     decoder_layer   a whole layer: these, and the kernels for products and attention that it is handed;
-//                     decoder_layers: one after the other
+//     decoder_layer   a whole layer: these, and kernels for products and attention given as function pointers;
+//                     decoder_layers: several layers
 //
-// A number depends on its own row alone and on its place there, so that a row has the same bits whoever is beside it,
-// with any number of threads.
+// An element depends only on its row and its index there, so that the bits of a row depend neither on other rows nor on
+// the number of threads.
 //
-// Shapes: x and y [rows, dim], weight [dim]; others where they are. Contiguous but for the rows of what a product gave.
+// Shapes: x and y [rows, dim], weight [dim]; others are at the functions. Contiguous, except rows of a product's
+// output.
 
 #include <cmath>
 
@@ -20,9 +21,9 @@
 namespace {
 
 constexpr int MAX_DIM = 256;  // of a head
-constexpr int SUMS = 4;  // that are added to by turns, so that none waits for the one before
+constexpr int SUMS = 4;  // independent accumulators, to hide latency
 constexpr int64_t PIECE = 1024;
-// Fewer numbers take one thread less time than others need to wake up.
+// For fewer elements, one thread takes less time than waking others.
 constexpr int64_t NUMBERS = 1 << 15;
 
 void norm(const float* x, const float* weight, float eps, int64_t dim, float* y) {
@@ -73,7 +74,7 @@ inline bool any_of(Ints x) {
     return found != 0;
 }
 
-// Piece by piece, each in one pass by vectors: only the piece that has it is looked through for its place.
+// Piece by piece, each in one vectorised pass; only the piece with the largest number is searched for its place.
 int64_t likeliest_of(const float* x, int64_t dim) {
     float best = -INFINITY;
     int64_t first = 0;
@@ -116,9 +117,9 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t rows, int6
     for (int64_t row = 0; row < rows; ++row) norm(x + row * dim, weight, eps, dim, y + row * dim);
 }
 
-// qkv: rows of `stride` numbers, q [heads, dim], k and v [kv_heads, dim] side by side. cos, sin [rows, dim]. q
-// [rows, heads, dim]. caches [slots, kv_heads, dim]: row r goes to slots[r], nowhere below 0. Weights of the heads' norms
-// or null.
+// qkv: rows of `stride` numbers, q [heads, dim], k and v [kv_heads, dim] side by side. cos, sin [rows, dim]. q [rows,
+// heads, dim]. caches [slots, kv_heads, dim]: row r goes to slots[r], nowhere below 0. Weights of the heads' norms or
+// null.
 void rotate_append(const float* qkv, int64_t rows, int64_t stride, int64_t heads, int64_t kv_heads, int64_t dim,
                    const float* cos, const float* sin, const float* q_weight, const float* k_weight, float eps,
                    const int64_t* slots, float* q, float* k_cache, float* v_cache, int32_t num_threads) {
@@ -148,7 +149,7 @@ void gate(const float* gu, int64_t rows, int64_t dim, float* y, int32_t num_thre
             const Floats result = silu_times(load_floats(g + i), load_floats(u + i));
             std::memcpy(to + i, &result, VECTOR_BYTES);
         }
-        if (i < dim) {  // the rest in a vector too, so that a number's bits do not depend on dim
+        if (i < dim) {  // the rest as a vector too, so that bits do not depend on dim
             const Floats result = silu_times(load_floats(g + i, dim - i), load_floats(u + i, dim - i));
             std::memcpy(to + i, &result, (dim - i) * 4);
         }
@@ -165,7 +166,7 @@ void likeliest(const float* x, int64_t rows, int64_t stride, int64_t dim, int64_
     }
 }
 
-// A product of `product.py`, with what it multiplies.
+// A product of `product.py`: its function and struct.
 struct Product {
     void (*run)(const void* what, const float* x, int64_t rows, float* y, const float* residual, void* space,
                 int32_t num_threads);
@@ -181,7 +182,7 @@ struct DecoderLayer {
     int64_t hidden, heads, kv_heads, dim, inner;
 };
 
-// rows: of x. planned: those of the step, which come first; the others attend to nothing. Buffers [rows, ..].
+// rows: of x. planned: rows of the step, which come first; other rows attend to nothing. Buffers [rows, ..].
 struct DecoderStep {
     const float *cos, *sin;
     const int64_t* slots;
@@ -216,7 +217,7 @@ void decoder_layer(const DecoderLayer* layer, const DecoderStep* step, const flo
     multiply(layer->down, step->gated, y, step->mixed);
 }
 
-// One layer after the other, in place: a layer does not look at x any more when it writes y.
+// Layer after layer, in place: a layer does not read x after it has written y.
 void decoder_layers(const DecoderLayer* const* layers, int64_t count, const DecoderStep* step, float* x,
                     float* const* k_caches, float* const* v_caches) {
     for (int64_t i = 0; i < count; ++i) decoder_layer(layers[i], step, x, k_caches[i], v_caches[i], x);

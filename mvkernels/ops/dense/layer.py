@@ -1,7 +1,7 @@
-"""What stands between and behind the products of a decoder, on the CPU: see `layer.cpp`, compiled where it runs.
+"""Norms, RoPE, MLP gate and argmax of a decoder on the CPU, by compiled kernels (`layer.cpp`).
 
 All tensors are fp32 on the CPU, without gradients. `rotate_append` and `gate` are parts of a whole layer (see
-`ops.dense.stack`) by themselves, as tests call them.
+`ops.dense.stack`); they are exposed for tests.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from mvkernels.ops.native import native_library, native_reason
 
 SOURCE = Path(__file__).with_name("layer.cpp")
-NUMBERS = 2**15  # fewer take one thread less time than others need to wake up
+NUMBERS = 2**15  # for fewer, one thread takes less time than waking others
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [.., dim] -> w x / sqrt(mean(x^2) + eps), alike; weight [dim]."""
+    """Compute w x / sqrt(mean(x^2) + eps) for x [.., dim] and weight [dim]."""
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     dim, numbers = len(weight), x.numel()
@@ -39,10 +39,10 @@ def rotate_append(
     v_cache: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    """RoPE on queries and keys, and the keys and values of new tokens into their pages; returns the queries.
+    """Apply RoPE to queries and keys, and write the keys and values of new tokens to their pages; returns the queries.
 
-    qkv [N, (Hq + 2 Hkv) D], cos, sin [N, D], slots [N] int64 (-1: nowhere), caches [num_pages, page_size, Hkv, D], all
-    contiguous -> q [N, Hq, D]. D is even, at most 256. norms: weights [D] of RMSNorms of each query and key before
+    qkv [N, (Hq + 2 Hkv) D], cos, sin [N, D], slots [N] int64 (-1: not written), caches [num_pages, page_size, Hkv, D],
+    all contiguous -> q [N, Hq, D]. D is even, at most 256. norms: weights [D] of RMSNorms of each query and key before
     that, and their epsilon.
     """
     rows = len(slots)
@@ -57,7 +57,7 @@ def rotate_append(
 
 
 def gate(gu: torch.Tensor) -> torch.Tensor:
-    """silu(g) u for gu [N, 2 dim], g and u side by side, contiguous -> [N, dim]."""
+    """Compute silu(g) u for gu [N, 2 dim], g and u side by side, contiguous -> [N, dim]."""
     rows, dim = len(gu), gu.shape[1] // 2
     out = gu.new_empty(rows, dim)
     kernels().gate(gu.data_ptr(), rows, dim, out.data_ptr(), _threads(gu.numel()))
@@ -65,9 +65,9 @@ def gate(gu: torch.Tensor) -> torch.Tensor:
 
 
 def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """([n] int64 place, [n] value) of the first NaN of each row, else of the first of its largest numbers.
+    """Return ([n] int64 place, [n] value) of the first NaN of each row, else of the first of its largest numbers.
 
-    logits [n, V] with rows of numbers one after the other, V at least 1.
+    logits [n, V] with contiguous rows, V at least 1.
     """
     rows, size = logits.shape
     index = torch.empty(rows, dtype=torch.int64)
@@ -84,18 +84,18 @@ def _threads(numbers: int) -> int:
 
 @functools.cache
 def layer_reason() -> str | None:
-    """Why the kernels cannot be compiled here, or None. Compiles them at the first call."""
+    """Return why the kernels cannot be compiled here, or None. Compiles them at the first call."""
     return native_reason(SOURCE)
 
 
 def is_compiled() -> bool:
-    """Whether they have been asked for before, so that it costs no time."""
+    """Whether the kernels were compiled or refused before, so that a call costs no time."""
     return layer_reason.cache_info().currsize > 0
 
 
 @functools.cache
 def kernels() -> ctypes.CDLL:
-    """The library."""
+    """Load the library."""
     library = native_library(SOURCE)
     pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, long, long, pointer, short]

@@ -1,11 +1,11 @@
-"""What stands between the products of a decoder layer, in Triton: one launch each instead of the operations of PyTorch.
+"""Norms, RoPE with append, and MLP gate of a decoder layer in Triton: one launch each.
 
-    rms_norm        y = w (x / sqrt(mean(x^2) + eps)), the quotient rounded to the dtype before it meets w
+    rms_norm        y = w (x / sqrt(mean(x^2) + eps)), the quotient rounded to the dtype before it is multiplied by w
     rotate_append   RoPE on queries and keys (`ops.rope`), and the keys and values of new tokens into their pages
     gate            silu(g) u, silu(g) rounded
 
-Rounded where transformers rounds, but for what the compiler contracts into one instruction: in bf16 and fp16 a result
-differs from its own by a last bit here and there. Tensors are without gradients, on one device, of one dtype: fp32,
+Results are rounded where transformers rounds, except where the compiler contracts operations: in bf16 and fp16 some
+results differ from transformers' by the last bit. Tensors are without gradients, on one device, of one dtype: fp32,
 fp16 or bf16.
 """
 
@@ -22,7 +22,7 @@ GATE_BLOCK = 1024
 @triton.jit
 def norm_kernel(x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, eps, DIM: tl.constexpr, BLOCK: tl.constexpr,
                 ADD: tl.constexpr):  # fmt: skip
-    """One program a row of x [T, DIM]. ADD: x + residual is normed, and written to sum."""
+    """Grid: rows of x [T, DIM]. ADD: normalise x + residual, and write it to sum."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < DIM
@@ -41,7 +41,7 @@ def norm_kernel(x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, eps, DIM: tl.
 
 @triton.jit
 def normed_head(x_ptr, weight_ptr, at, inside, scale, dtype: tl.constexpr, NORM: tl.constexpr):
-    """Elements `at` of a head in fp32; with NORM as its RMSNorm gives them."""
+    """Load elements `at` of a head in fp32; with NORM after its RMSNorm."""
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         x = (x * scale).to(dtype).to(tl.float32)
@@ -53,7 +53,7 @@ def normed_head(x_ptr, weight_ptr, at, inside, scale, dtype: tl.constexpr, NORM:
 def rotated_head(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, eps, d, dtype: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
-    """A head [D] of queries or keys, normed and rotated."""
+    """Normalise and rotate a head [D] of queries or keys."""
     inside = d < D
     scale = 0.0
     if NORM:
@@ -73,7 +73,7 @@ def rotate_append_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, slots_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
     eps, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows, Hq + 2 Hkv: a program takes a head of a row. Slot -1: keys and values are written nowhere."""
+    """Grid: rows, Hq + 2 Hkv: a program takes a head of a row. Slot -1: keys and values are not written."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
@@ -110,7 +110,7 @@ def gate_kernel(g_ptr, u_ptr, out_ptr, numbers, BLOCK: tl.constexpr):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [.., dim], weight [dim] -> alike."""
+    """Normalise x [.., dim] with weight [dim]."""
     x = x.contiguous()
     return _norm(x, None, weight, eps)[1]
 
@@ -118,7 +118,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, residual [.., dim] -> residual + x, and its norm."""
+    """Add x and residual [.., dim]; returns the sum and its norm."""
     return _norm(x.contiguous(), residual.contiguous(), weight, eps)
 
 
@@ -139,12 +139,12 @@ def _norm(
 
 
 def norm_warps(block: int) -> int:
-    """As many as have sixteen elements a thread, from one to eight."""
+    """Choose one to eight warps, for sixteen elements per thread."""
     return min(8, max(1, block // 512))
 
 
 def rotate_warps(dim: int) -> int:
-    """Of a program that takes a head."""
+    """Choose the warps of a program that takes a head."""
     return 1 if dim <= 128 else 2
 
 
@@ -157,11 +157,11 @@ def rotate_append(
     v_cache: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    """RoPE on queries and keys, and the keys and values of new tokens into their pages; returns the queries.
+    """Apply RoPE to queries and keys, and write the keys and values of new tokens to their pages; returns the queries.
 
-    qkv: q [N, Hq D], k and v [N, Hkv D]; cos, sin [N, D]; slots [N] int64 (-1: nowhere); caches [num_pages, page_size,
-    Hkv, D]; all of these but qkv contiguous -> q [N, Hq, D]. D is even. norms: weights [D] of RMSNorms of each query
-    and key before that, and their epsilon.
+    qkv: q [N, Hq D], k and v [N, Hkv D]; cos, sin [N, D]; slots [N] int64 (-1: not written); caches [num_pages,
+    page_size, Hkv, D]; all of these but qkv contiguous -> q [N, Hq, D]. D is even. norms: weights [D] of RMSNorms of
+    each query and key before that, and their epsilon.
     """
     q, k, v = (x.contiguous() for x in qkv)
     rows, (kv_heads, dim) = len(slots), k_cache.shape[2:]
@@ -179,7 +179,7 @@ def rotate_append(
 
 
 def gate(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """silu(g) u for g and u of one shape."""
+    """Compute silu(g) u for g and u of one shape."""
     g, u = g.contiguous(), u.contiguous()
     out = torch.empty_like(g)
     numbers = g.numel()

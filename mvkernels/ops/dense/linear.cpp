@@ -1,13 +1,13 @@
-// Linear layers with few rows of input, y = r + x W^T + b in fp32: as fast as the weights are read, once, where they lie.
+// Linear layers for small batches, y = r + x W^T + b in fp32: bound by one read of the weights, which are not copied.
 //
 //     up to FEW rows    vectors along the inner dimension: weights and rows are multiplied element by element
 //     more              vectors of rows (of x transposed): one weight times a vector adds to a vector of results
 //
-// A weight may also be there in bf16, where that has all of its numbers. With up to FEW rows it is read in place of the
-// other, as half as much; the products are those of the same numbers in fp32, bit for bit.
+// A weight may also be given in bf16, if that represents it exactly. With up to FEW rows the bf16 copy is read instead,
+// half the memory traffic; the products are the same as in fp32, bit for bit.
 //
-// A row's numbers are added in an order that depends on which of the two it is, and on nothing else: within each, a row
-// has the same bits whoever is beside it, with any number of threads. Several layers with the same input are one call.
+// The order of summation depends only on which of the two methods is used. Within each, the bits of a row depend
+// neither on other rows nor on the number of threads. Several layers with the same input are one call.
 //
 // Shapes: x [rows, inner], weight [outer, inner], bias [outer] or null, r (or null) and y [rows, stride], of which each
 // layer fills its own columns; all contiguous.
@@ -17,7 +17,7 @@
 #include "../native.h"
 
 #if defined(__AVX512F__)
-#define REGISTERS 24  // for sums; the others hold what is multiplied
+#define REGISTERS 24  // for sums; the others hold operands
 #else
 #define REGISTERS 8
 #endif
@@ -27,8 +27,8 @@ namespace {
 constexpr int LANES = 2 * WIDTH;
 constexpr int FEW = 8;
 constexpr int TILE = REGISTERS / 3;  // weights at a time, by vectors of rows
-constexpr int64_t BLOCK = 48;        // weights (rows of W) that a thread takes: they stay in its cache for all rows
-// With more rows PyTorch's products are as fast; with few registers these are bound by the latency of sums.
+constexpr int64_t BLOCK = 48;        // rows of W for one thread: they stay in its cache for all rows of x
+// With more rows PyTorch's products are as fast; with few registers this kernel is bound by the latency of sums.
 constexpr int MOST = REGISTERS > 8 ? 512 : 64;
 
 }  // namespace
@@ -36,7 +36,7 @@ constexpr int MOST = REGISTERS > 8 ? 512 : 64;
 extern "C" struct Layer {
     const float *weight, *bias;
     const uint16_t* narrow;  // the weight in bf16, or null
-    int64_t outer, column;   // column: the first of y that is its
+    int64_t outer, column;   // column: its first column of y
 };
 
 namespace {
@@ -57,7 +57,7 @@ inline void keep([[maybe_unused]] Floats& x) {
 #endif
 }
 
-// Where results go, from a row and column on; residual: what they are added to, or null.
+// Destination of results, from a row and column on; residual: added to them, or null.
 struct Target {
     float* y;
     const float* residual;
@@ -73,8 +73,8 @@ struct Target {
     }
 };
 
-// While some weights are used, those that come next are fetched, each line once (of narrow ones twice) and into the
-// second cache: the first one has no room for them beside x.
+// The next weights are prefetched, each line once (bf16 lines twice), into the L2 cache: the L1 cache has no room for
+// them beside x.
 inline void fetch(const void* weight) { __builtin_prefetch(weight, 0, 2); }
 
 // COUNT weights on ROWS rows, by vectors along the inner dimension.
@@ -124,7 +124,7 @@ inline void across(const float* weight, const float* bias, const Floats* xt, int
         for (int c = 0; c < COUNT; ++c)
             for (int n = 0; n < NV; ++n) sum[c][n] += weight[c * inner + i] * xt[i * NV + n];
     };
-    constexpr int EACH = WIDTH / COUNT > 0 ? WIDTH / COUNT : 1;  // so that lines are fetched one by one, not all at once
+    constexpr int EACH = WIDTH / COUNT > 0 ? WIDTH / COUNT : 1;  // so that prefetches are spread over the loop
     int64_t i = 0;
     for (; i + WIDTH <= inner; i += WIDTH)
         for (int e = 0; e < WIDTH; ++e) {
@@ -167,7 +167,7 @@ void any_few(int rows, const Layer& layer, const Weight* weight, int64_t first, 
 
 extern "C" {
 
-// What is multiplied together.
+// Layers that are multiplied together.
 struct Layers {
     const Layer* layers;
     int64_t num_layers, inner, outer;
@@ -176,7 +176,7 @@ struct Layers {
 int32_t few_rows() { return FEW; }
 int32_t most_rows() { return MOST; }
 
-// Memory that `product` needs besides.
+// Workspace of `product` in bytes.
 int64_t space_bytes(const Layers* what, int64_t rows) {
     return rows > FEW ? ((rows + LANES - 1) / LANES * LANES * what->inner + LANES) * sizeof(float) : 0;
 }
@@ -189,7 +189,7 @@ void product(const Layers* what, const float* x, int64_t rows, float* y, const f
     float* const xt = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(space) + VECTOR_BYTES - 1) / VECTOR_BYTES * VECTOR_BYTES);
     int64_t blocks = 0;
     for (int64_t l = 0; l < what->num_layers; ++l) blocks += (layers[l].outer + BLOCK - 1) / BLOCK;
-    // To read the weights takes as long as to multiply them with four rows.
+    // Reading the weights takes as long as multiplying them with four rows.
     num_threads = threads_for(std::max<int64_t>(rows, 4) * inner * what->outer, num_threads);
     const Target to{y, residual, what->outer};
     const int64_t tiles = (rows + LANES - 1) / LANES;

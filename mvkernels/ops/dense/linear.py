@@ -1,4 +1,4 @@
-"""Linear layers with few rows of input on the CPU, fp32: see `linear.cpp`, which is compiled where it runs."""
+"""Linear layers in fp32 for small batches on the CPU, by a compiled kernel (`linear.cpp`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mvkernels.ops.dense.product import Product, declare
 from mvkernels.ops.native import native_library, native_reason
 
 SOURCE = Path(__file__).with_name("linear.cpp")
-_FIRST = 1024  # numbers of a weight that tell nearly always
+_FIRST = 1024  # elements checked first: enough to reject almost every other weight
 
 
 class _Layer(ctypes.Structure):
@@ -37,9 +37,9 @@ class _Layers(ctypes.Structure):
 class LinearLayers(Product):
     """Layers with the same input: weights [outer, inner] and biases [outer] or None, contiguous fp32 on the CPU.
 
-    They are used where they lie, and must outlive this. narrow: weights of which bf16 has all numbers are also kept in
-    it; with few rows these are read, in half the time, and give the same bits. A row has the same bits within 1 to 8
-    rows, and from 9 on.
+    The tensors are not copied and must outlive this object. narrow: weights that bf16 represents exactly are also kept
+    in bf16; with few rows these are read, in half the time, and give the same bits. A row has the same bits within 1 to
+    8 rows, and from 9 on.
     """
 
     def __init__(
@@ -59,19 +59,19 @@ class LinearLayers(Product):
 
 
 def few_rows() -> int:
-    """Up to how many rows narrow weights are read."""
+    """Return up to how many rows bf16 weights are read."""
     return int(_kernel().few_rows())
 
 
 def is_bf16(weight: torch.Tensor) -> bool:
-    """Whether bf16 has every number of an fp32 tensor: those of a checkpoint that was published in it."""
+    """Whether bf16 represents every element of an fp32 tensor exactly, as for checkpoints published in bf16."""
     bits = weight.view(torch.int32).flatten()
     return not any(bool((part & 0xFFFF).any()) for part in (bits[:_FIRST], bits))
 
 
 @functools.cache
 def linear_reason() -> str | None:
-    """Why the kernel cannot be compiled here, or None. Compiles it at the first call."""
+    """Return why the kernel cannot be compiled here, or None. Compiles it at the first call."""
     return native_reason(SOURCE)
 
 

@@ -1,15 +1,15 @@
-// Linear layers whose weights are bf16, y = r + x W^T + b in fp32, on matrix units (Intel's AMX).
+// Linear layers with bf16 weights, y = r + x W^T + b in fp32, on matrix units (Intel's AMX).
 //
-// The units multiply bf16 alone and add up in fp32. So each number of x is cut into three of bf16, which have all of
-// its 24 bits between them: x = high + middle + low. Their products with a weight are exact, so the result is one of
-// fp32. What is below 2^-126 counts as zero: parts of x, weights, products and sums.
+// The units multiply bf16 only, and accumulate in fp32. So each element of x is split into three of bf16, which
+// together have its 24 bits: x = high + middle + low. Their products with a weight are exact, so the result has fp32
+// accuracy. Parts of x, weights, products and sums below 2^-126 are flushed to zero.
 //
-// A row's numbers are added in one order, whoever is beside it: it has the same bits with any number of rows and
-// threads. Weights are finite, as infinity would meet zeros.
+// The order of summation of a row is fixed, so its bits depend neither on the number of rows nor on that of threads.
+// Weights must be finite, because infinity times a zero of padding is NaN.
 //
 // Shapes: x [rows, inner], residual (or null) and y [rows, outer]; bias [outer] or null. weight, in the order in which
-// it is read: [outer / 16, inner / 32, 16, 16, 2], which is [16 outputs' tile, step, pair of inputs, output, input of
-// the pair], filled up with zeros.
+// it is read: [outer / 16, inner / 32, 16, 16, 2], that is [tile of 16 outputs, step, pair of inputs, output, input of
+// the pair], padded with zeros.
 
 #include <algorithm>
 #include <initializer_list>
@@ -24,7 +24,7 @@
 
 namespace tiles {
 
-// Linux wants to be asked, once for all threads of a process.
+// Linux requires a request for permission, once per process.
 inline bool allowed() {
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
@@ -35,7 +35,7 @@ inline bool allowed() {
 
 extern "C" {
 
-// 0: the units can be used; 1: the processor or the compiler has none; 2: the system does not let a process use them.
+// 0: AMX can be used; 1: the processor or the compiler does not have it; 2: the system refuses it to this process.
 int32_t tiles_state() {
 #if defined(HAVE_TILES)
     return tiles::allowed() ? 0 : 2;
@@ -53,8 +53,8 @@ constexpr int OUTPUTS = 16, STEP = 32;  // of a tile of weights: outputs, inputs
 constexpr int PARTS = 3;
 constexpr int MOST = 16;                    // rows of a tile
 constexpr int64_t TILE = OUTPUTS * STEP;    // numbers
-constexpr int AHEAD = 4;                    // steps whose weights are fetched meanwhile
-constexpr int64_t KEPT_BYTES = 512 * 1024;  // of weights, that stay in the second cache for all rows
+constexpr int AHEAD = 4;                    // steps of which weights are prefetched
+constexpr int64_t KEPT_BYTES = 512 * 1024;  // of weights that stay in the L2 cache for all rows
 
 struct alignas(64) Config {
     uint8_t palette = 1, start = 0, unused[14] = {};
@@ -62,7 +62,7 @@ struct alignas(64) Config {
     uint8_t rows[16] = {};
 };
 
-// All tiles but those of weights have so many rows.
+// All tiles except those of weights have this many rows.
 Config config_of(int rows, std::initializer_list<int> weights) {
     Config config;
     for (int t = 0; t < 8; ++t) config.bytes[t] = 64, config.rows[t] = uint8_t(rows);
@@ -71,14 +71,14 @@ Config config_of(int rows, std::initializer_list<int> weights) {
 }
 
 inline void configure(const Config& config) {
-    __asm__ volatile("" : : "r"(&config) : "memory");  // GCC believes that only its first 8 bytes are read
+    __asm__ volatile("" : : "r"(&config) : "memory");  // GCC assumes that only its first 8 bytes are read
     _tile_loadconfig(&config);
 }
 
 typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef uint16_t Narrow __attribute__((vector_size(VECTOR_BYTES / 2)));
 
-// The first 8 bits of numbers, which is what bf16 has; x is left with the rest. Never rounded up to infinity.
+// Split off the first 8 bits of the significands, as in bf16; x keeps the rest. Truncated, so never infinity.
 inline Bits cut(Floats& x) {
     const Bits high = (Bits)x & 0xFFFF0000u;
     x -= (Floats)high;
@@ -90,17 +90,17 @@ inline void store(Bits x, uint16_t* to) {
     std::memcpy(to, &narrow, sizeof narrow);
 }
 
-// Numbers in three parts, `apart` numbers from one to the next. Infinity and NaN have no rest.
+// Split elements into three parts, `apart` elements from one to the next. Infinity and NaN have one part.
 inline void split(Floats x, uint16_t* to, int64_t apart) {
     const Bits finite = (Bits)(((Bits)x & 0x7F800000u) != 0x7F800000u);
-    const Bits quiet = (Bits)(x != x) & 0x400000u;  // NaN also without its last bits
+    const Bits quiet = (Bits)(x != x) & 0x400000u;  // keeps NaN a NaN without its last bits
     const Bits high = cut(x) | quiet, middle = cut(x), low = cut(x);
     store(high, to);
     store(middle & finite, to + apart);
     store(low & finite, to + 2 * apart);
 }
 
-// Some tiles of weights, one or two of rows. parts: of x, [steps, PARTS, rows, STEP] of each tile of rows.
+// A few tiles of weights, one or two tiles of rows. parts: of x, [steps, PARTS, rows, STEP] of each tile of rows.
 struct Task {
     const uint16_t *weight, *parts;
     int64_t steps;
@@ -108,8 +108,8 @@ struct Task {
     bool fetch;     // whether the weights come from memory
 };
 
-// What is loaded is used as often as eight tiles allow. GCC wants their numbers written out. With one tile of rows: sums
-// 0 to 2, weights 3 to 5, parts of x 6 and 7; with two: sums 0 to 3, weights 4 and 5, parts of x 6 and 7.
+// Each load is used as often as eight tile registers allow. GCC requires literal register numbers. With one tile of
+// rows: sums 0 to 2, weights 3 to 5, parts of x 6 and 7; with two: sums 0 to 3, weights 4 and 5, parts of x 6 and 7.
 #define LOAD_WEIGHTS(T, N)                                                                       \
     {                                                                                            \
         const uint16_t* const tile = task.weight + (N * task.steps + s) * TILE;                  \
@@ -184,7 +184,7 @@ struct Output {
     int64_t outer;
 };
 
-// Sums of one row, [16], to their place.
+// Write the sums of one row, [16].
 inline void put_row(const float* sums, int64_t column, int64_t count, const Output& to) {
     for (int64_t c = 0; c < count; c += WIDTH) {
         const int64_t some = std::min<int64_t>(WIDTH, count - c);
@@ -195,7 +195,7 @@ inline void put_row(const float* sums, int64_t column, int64_t count, const Outp
     }
 }
 
-// Of one tile of sums, [rows, 16]. Whole ones apart, so that their vectors have a size that the compiler knows.
+// Write one tile of sums, [rows, 16]. Whole tiles are a case of their own, with vectors of constant size.
 inline void put(const float* sums, int rows, int64_t column, const Output& to) {
     const int64_t count = std::min<int64_t>(OUTPUTS, to.outer - column);
     for (int r = 0; r < rows; ++r) {
@@ -212,14 +212,14 @@ inline void put(const float* sums, int rows, int64_t column, const Output& to) {
 
 extern "C" {
 
-// What is multiplied together.
+// Layers that are multiplied together.
 struct Layers {
     const uint16_t* weight;
     const float* bias;
     int64_t outer, inner;
 };
 
-// Memory that `product` needs besides, at an address that is a multiple of 64.
+// Workspace of `product` in bytes, at an address that is a multiple of 64.
 int64_t space_bytes(const Layers* what, int64_t rows) {
     const int64_t tiles = (rows + MOST - 1) / MOST, each = tiles ? (rows + tiles - 1) / tiles : 0;
     return PARTS * tiles * each * ((what->inner + STEP - 1) / STEP * STEP) * sizeof(uint16_t);
@@ -231,10 +231,10 @@ void product(const Layers* what, const float* x, int64_t rows, float* y, const f
     const float* const bias = what->bias;
     const int64_t outer = what->outer, inner = what->inner;
     uint16_t* const parts = static_cast<uint16_t*>(space);
-    // To read the weights takes as long as to multiply them with four rows.
+    // Reading the weights takes as long as multiplying them with four rows.
     num_threads = threads_for(std::max<int64_t>(rows, 4) * inner * outer, num_threads);
     const int64_t steps = (inner + STEP - 1) / STEP, tiles = (outer + OUTPUTS - 1) / OUTPUTS;
-    // Tiles of as many rows each, so that none is nearly empty.
+    // Tiles of equal numbers of rows, so that none is nearly empty.
     const int64_t blocks = (rows + MOST - 1) / MOST, each = (rows + blocks - 1) / blocks;
     const int64_t apart = each * STEP;
     const Config alone = config_of(int(each), {3, 4, 5}), paired = config_of(int(each), {4, 5});
@@ -273,7 +273,7 @@ void product(const Layers* what, const float* x, int64_t rows, float* y, const f
             if (count > 0) std::memcpy(found, x + row * inner + from, count * sizeof *found);
             for (int i = 0; i < STEP; i += WIDTH) split(load_floats(found + i), to + i, apart);
         }
-        // Each thread has the tiles of weights beside those of the one before it.
+        // The tiles of consecutive threads are adjacent.
 #pragma omp for schedule(static, 1)
         for (int32_t share = 0; share < num_threads; ++share) {
             const int64_t end = tiles * (share + 1) / num_threads;

@@ -1,4 +1,4 @@
-"""Linear layers with bf16 weights and fp32 products on a CPU's matrix units: see `linear_amx.cpp`, compiled here."""
+"""Linear layers with bf16 weights and fp32 products on the matrix units of a CPU (AMX), by `linear_amx.cpp`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class _Layers(ctypes.Structure):
 
 
 class TileLayers(Product):
-    """Layers with the same input: weights [outer, inner] fp32 of which bf16 has all numbers, biases [outer] or None.
+    """Layers with the same input: weights [outer, inner] fp32 that bf16 represents exactly, biases [outer] or None.
 
-    They are copied, in bf16. A row has the same bits with any number of rows.
+    The weights are copied to bf16. A row has the same bits with any number of rows.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
@@ -51,7 +51,7 @@ class TileLayers(Product):
 
 @functools.cache
 def tiles_reason() -> str | None:
-    """Why there are no matrix units to be used here, or None. Compiles the kernel at the first call."""
+    """Return why AMX cannot be used here, or None. Compiles the kernel at the first call."""
     if (reason := native_reason(SOURCE)) is not None:
         return reason
     return _REASONS.get(native_library(SOURCE).tiles_state())
@@ -59,6 +59,6 @@ def tiles_reason() -> str | None:
 
 @functools.cache
 def _kernel() -> ctypes.CDLL:
-    if (reason := tiles_reason()) is not None:  # to ask is also what lets this process use them
+    if (reason := tiles_reason()) is not None:  # the check also requests permission to use AMX
         raise RuntimeError(f"{SOURCE.name}: {reason}")
     return declare(native_library(SOURCE))

@@ -1,12 +1,12 @@
-"""Products of rows with the weights of layers that have the same input, on the CPU: what kernels for them share.
+"""Interface of the CPU kernels for products of rows with the weights of linear layers that share their input.
 
-A kernel's library has a struct that says what is multiplied, and two functions of it:
+The library of a kernel has a struct that describes the weights, and two functions of it:
 
-    int64_t space_bytes(what, rows)                                     memory that `product` needs besides, at an
+    int64_t space_bytes(what, rows)                                     workspace bytes that `product` needs, at an
                                                                         address that is a multiple of 64
     void product(what, x, rows, y, residual, space, num_threads)        y = residual + x W^T + b, of at least one row
 
-so that another kernel can be handed the function and the struct (`ops.dense.stack`).
+so that other kernels can call the function with the struct (`ops.dense.stack`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library, with the types of the two functions."""
+    """Declare the types of the two functions; returns the library."""
     pointer, long = ctypes.c_void_p, ctypes.c_int64
     library.space_bytes.argtypes, library.space_bytes.restype = [pointer, long], long
     library.product.argtypes = [pointer, pointer, long, *[pointer] * 3, ctypes.c_int32]
@@ -26,8 +26,10 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 class Product:
-    """Layers that are multiplied together. inner, outer: sizes of x and of the result. most_rows: with more, the
-    products of PyTorch are as fast. function, what: where the kernel and its struct are.
+    """Linear layers that are multiplied together.
+
+    inner, outer: sizes of x and of the result. most_rows: with more rows PyTorch's products are as fast. function,
+    what: addresses of the kernel and its struct.
     """
 
     def __init__(self, library: ctypes.CDLL, what: ctypes.Structure, inner: int, outer: int, most_rows: int) -> None:
@@ -37,11 +39,11 @@ class Product:
         self.function = ctypes.cast(library.product, ctypes.c_void_p).value
 
     def space_bytes(self, rows: int) -> int:
-        """Memory that a product of so many rows needs besides."""
+        """Return the workspace bytes for a product of so many rows."""
         return int(self._library.space_bytes(self.what, rows))
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x [.., inner] fp32 -> [.., outer], the layers' results side by side; no gradients.
+        """Multiply x [.., inner] fp32 -> [.., outer], the results of the layers side by side; no gradients.
 
         residual: as the result, contiguous; added to it.
         """

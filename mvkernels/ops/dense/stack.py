@@ -1,8 +1,7 @@
-"""Decoder layers over the paged cache on the CPU, one or several in a call: `decoder_layer` of `layer.cpp`.
+"""Whole decoder layers over the paged KV cache on the CPU, one or several per call: `decoder_layer` of `layer.cpp`.
 
-A layer is handed the kernels for products and for attention as functions, whichever they are for it and the step. What
-comes between them lies in a workspace, the same for all layers and steps: it stays in the processor's caches, and the
-system is asked for no memory but the layer's output.
+A layer gets its kernels for products and attention as function pointers. Intermediate results are in a workspace, the
+same for all layers and steps: it stays in the processor's caches, and only the output of a layer is allocated.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class _Step(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Heads:
-    """The sizes of a layer's attention. scale: of its scores."""
+    """Sizes of a layer's attention. scale: of its scores."""
 
     heads: int
     kv_heads: int
@@ -71,9 +70,10 @@ class Heads:
 
 
 class DecoderLayer:
-    """One layer's weights. products: qkv, out, gates, down. norms: (weight [hidden], epsilon) before attention and
-    before the feed-forward part; head_norms: weights [dim] of queries and keys, and their epsilon, or None. They are
-    used where they lie, and must outlive this. The heads suit the products.
+    """The weights of one layer; not copied, and must outlive this object.
+
+    products: qkv, out, gates, down; they suit the heads. norms: (weight [hidden], epsilon) before attention and before
+    the MLP. head_norms: weights [dim] of the norms of queries and keys, and their epsilon, or None.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class DecoderLayer:
             self.hidden, heads.heads, heads.kv_heads, heads.dim, self.inner,
         )  # fmt: skip
         self._function = layer_native.kernels().decoder_layer
-        #: Layers of which it is the same can share a `DecoderStep`.
+        #: Layers of equal shape can share a `DecoderStep`.
         self.shape = heads, *((type(one), one.inner, one.outer) for one in self.products)
         self._sizes: tuple[int, tuple[int, ...]] = (-1, ())
 
     def sizes(self, rows: int) -> tuple[int, ...]:
-        """Numbers of each buffer of the workspace, in their order, and of the products' own memory."""
+        """Return the number of elements of each workspace buffer, in order, and of the products' own workspace."""
         known, sizes = self._sizes
         if known != rows:
             attended = self.heads.heads * self.heads.dim
@@ -114,7 +114,10 @@ class DecoderLayer:
     def __call__(
         self, x: torch.Tensor, step: DecoderStep, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
-        """x [rows, hidden] fp32 -> alike; new keys and values go into the caches. All contiguous, no gradients."""
+        """Run the layer: x [rows, hidden] fp32 -> the same shape; new keys and values go into the caches.
+
+        All contiguous, no gradients.
+        """
         out = torch.empty_like(x)
         self._function(
             ctypes.byref(self.struct), step.reference, x.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
@@ -124,12 +127,12 @@ class DecoderLayer:
 
 
 def structs(layers: Sequence[DecoderLayer]) -> ctypes.Array[ctypes.c_void_p]:
-    """Where the layers are, for `run_layers`; they must outlive it."""
+    """Return the addresses of layers, for `run_layers`; the layers must outlive the result."""
     return (_POINTER * len(layers))(*(ctypes.addressof(layer.struct) for layer in layers))
 
 
 def addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """Where some tensors are."""
+    """Return the addresses of tensors."""
     return (_POINTER * len(tensors))(*map(torch.Tensor.data_ptr, tensors))
 
 
@@ -140,22 +143,23 @@ def run_layers(
     k_caches: ctypes.Array[ctypes.c_void_p],
     v_caches: ctypes.Array[ctypes.c_void_p],
 ) -> None:
-    """x [rows, hidden] fp32 becomes what the last of the layers gives, all of one `shape`; new keys and values go into
-    the layers' caches. All contiguous, no gradients.
+    """Run layers of one `shape` on x [rows, hidden] fp32 in place; new keys and values go into their caches.
+
+    All contiguous, no gradients.
     """
     layer_native.kernels().decoder_layers(layers, len(layers), step.reference, x.data_ptr(), k_caches, v_caches)
 
 
 class Workspace:
-    """Memory that one step after the other uses. One for each thread that makes steps."""
+    """Memory that consecutive steps share; one for each thread that runs steps."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def of(self, sizes: Sequence[int]) -> list[int]:
-        """Addresses of so many numbers each, of cache lines of their own. Those given out before are no more."""
+        """Return addresses of buffers of these sizes, each on its own cache lines. Earlier addresses become invalid."""
         lines = [-(-size // _LINE) for size in sizes]
-        total = (sum(lines) + 1) * _LINE  # and what it takes to begin at a line
+        total = (sum(lines) + 1) * _LINE  # one more line, for alignment
         if not total <= len(self._memory) <= 4 * total:
             self._memory = torch.empty(total, dtype=torch.float32, device="cpu")
         place = -(-self._memory.data_ptr() // (4 * _LINE)) * 4 * _LINE
@@ -167,8 +171,10 @@ class Workspace:
 
 
 class DecoderStep:
-    """What the layers of a step share: its rotations cos and sin [rows, dim], and which keys are seen. rows of x: those
-    of the step first, at least one; others are written nowhere and attend to nothing. The tensors must outlive this.
+    """What the layers of a step share: rotations cos and sin [rows, dim], and the visible keys.
+
+    rows: rows of x, at least one, those of the step first. Others are not written and attend to nothing. The tensors
+    must outlive this object.
     """
 
     def __init__(
@@ -183,7 +189,7 @@ class DecoderStep:
         batch_invariant: bool = False,
     ) -> None:
         heads = layer.heads
-        # Held, as the kernel has their addresses.
+        # Kept alive, because the kernel has their addresses.
         self._plan = decode_native.plan_items(views, heads.heads // heads.kv_heads, heads.kv_heads, batch_invariant)
         self._bound = self._plan.bound(views.total_rows, page_size, heads.dim)
         self.sizes = layer.sizes(rows)

@@ -1,1 +1,1 @@
-"""Merging the page lists of branches, on the CPU and on the GPU."""
+"""Merge of the page tables of branches, on the CPU and on the GPU."""

@@ -1,4 +1,4 @@
-"""merge_branches: the page tables of children joined into their parents', on one device, in place.
+"""merge_branches: the page tables of children are appended to those of their parents, on one device, in place.
 
     pages, counts [B, C]   page numbers of each branch's own list, in order, and the tokens written in each
     used [B]               entries in use
@@ -8,12 +8,12 @@
     children [N]           slots of the children, block after block
     child_ptr [M + 1]      block m's are children[child_ptr[m]:child_ptr[m + 1]]; not read where there is no block
 
-All int32, contiguous. Of each block:
+All int32, contiguous. For each block:
 
     row(parent) = row(parent) + row(child 0) + row(child 1) + ...        used[child] = 0
     position[parent] = max(position[parent], position[child 0], ...)
 
-A block with a number out of range, or whose parent's row would not hold it all, is left as it is and sets its bit.
+A block with a number out of range, or that does not fit into its parent's row, is left unchanged and sets its bit.
 Blocks of one call are disjoint: no slot occurs twice.
 """
 
@@ -33,7 +33,7 @@ MAX_CAPACITY = 2**22
 
 
 def split_blocks(parents: Int32Array, children: Int32Array, child_ptr: Int32Array) -> tuple[Int64Array, ...]:
-    """The parents of the blocks that there are [m], and each of their children's block [n] and slot [n], int64.
+    """Return the parents of the existing blocks [m], and the block [n] and slot [n] of each of their children, int64.
 
     Ranges must lie within `children`.
     """
@@ -55,7 +55,7 @@ def merge_cpu(
     children: torch.Tensor,
     child_ptr: torch.Tensor,
 ) -> None:
-    """All blocks at once, by NumPy in the tensors' memory: most arrays are so short that starting an operator counts.
+    """Merge all blocks at once by NumPy: most arrays are so short that PyTorch's call overhead would dominate.
 
     The slots are in range, and the blocks disjoint.
     """

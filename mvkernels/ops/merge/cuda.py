@@ -1,7 +1,7 @@
-"""merge_branches on a GPU: the kernel of merge.cu, compiled and launched by CuPy on tensors of PyTorch.
+"""merge_branches on a GPU: CuPy compiles merge.cu and launches it on PyTorch's tensors.
 
 The launch allocates nothing, takes no memory from CuPy's pool and waits for nothing, so it can be captured into a CUDA
-graph. Compiling can not: the first launch on a device must come before.
+graph. Compilation cannot: the first launch on a device must come before the capture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPTIONS = ("--std=c++17", f"-DTHREADS={THREADS}")
 
 
 def cuda_reason(device: torch.device) -> str | None:
-    """Why the kernel cannot run on tensors on this device, or None. Does not import CuPy."""
+    """Return why the kernel cannot run on tensors on this device, or None. Does not import CuPy."""
     if not CUPY_INSTALLED:
         return "CuPy is not installed: pip install 'mvkernels[cuda]'"
     if device.type != "cuda":
@@ -36,7 +36,7 @@ def cuda_reason(device: torch.device) -> str | None:
 
 @functools.cache
 def _kernel(index: int) -> Any:
-    """The kernel on the current device, which has this index. Raises BackendError when it cannot be compiled."""
+    """Compile the kernel for the current device, which has this index. Raises BackendError when that fails."""
     import cupy
 
     if torch.cuda.is_current_stream_capturing():
@@ -62,7 +62,7 @@ def launch_merge(
     children: torch.Tensor,
     child_ptr: torch.Tensor,
 ) -> None:
-    """Writes in place, on PyTorch's current stream. The caller has checked shapes, dtypes and devices."""
+    """Merge in place, on PyTorch's current stream. The caller has checked shapes, dtypes and devices."""
     import cupy
 
     if not len(parents):
@@ -71,7 +71,7 @@ def launch_merge(
     sizes = (len(used), pages.shape[1], len(children))
     with torch.cuda.device(pages.device), cupy.cuda.Device(pages.device.index):
         kernel = _kernel(pages.device.index)
-        # The same memory: CuPy reads address and shape from __cuda_array_interface__, and owns nothing.
+        # Without a copy: CuPy reads address and shape from __cuda_array_interface__.
         arguments = (*(cupy.asarray(tensor) for tensor in tensors), *(np.int32(size) for size in sizes))
         with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
             kernel((len(parents),), (THREADS,), arguments)

@@ -1,9 +1,9 @@
-// merge_branches: each block's children join their parent, by the page tables alone; see cpu.py for the legend.
+// merge_branches: the page tables of each block's children are appended to their parent's; cpu.py has the arguments.
 //
-// One thread block per block of the tree. First the sum of what the children have and the highest position; then their
-// entries, THREADS children at a time: prefix sums of their lengths say where each one goes, and every thread finds the
-// child of its entry by bisection, so that writes are coalesced whatever the lengths. A block that does not fit, or
-// whose numbers are out of range, is left as it is and sets its bit in `error`.
+// One thread block per block of the tree. First it sums the lengths of the children and finds the highest position.
+// Then it copies entries, THREADS children at a time: prefix sums of the lengths give the target of each child, and
+// every thread finds the child of its entry by bisection, so that writes are coalesced for any lengths. A block that
+// does not fit, or has numbers out of range, is left unchanged and sets its bit in `error`.
 //
 // No reordering, no float, one writer per word: the result does not depend on the schedule.
 
@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_branches(
     const int* __restrict__ child_ptr,  // [gridDim.x + 1]
     const int num_branches, const int capacity, const int num_children)
 {
-    __shared__ unsigned long long total;  // entries of all children: more than an int holds, where they do not fit
+    __shared__ unsigned long long total;  // entries of all children; may exceed an int if they do not fit
     __shared__ int next;
     __shared__ int invalid;
     __shared__ int rows[THREADS];
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_branches(
             ends[thread] += before;
             __syncthreads();
         }
-        // What was checked holds where blocks are disjoint, as they must be; the bound keeps others inside their row.
+        // The checks hold for disjoint blocks, as required; the bound keeps writes of other blocks inside their row.
         const int copied = min(ends[here - 1], capacity - filled);
         for (int entry = thread; entry < copied; entry += THREADS) {
             int low = 0;
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_branches(
             counts[to] = counts[from];
         }
         filled += copied;
-        __syncthreads();  // rows and ends are written again
+        __syncthreads();  // before rows and ends are overwritten
     }
     if (thread == 0) {
         used[parent] = filled;
