@@ -203,7 +203,7 @@ class PagedKVCache:
         front = split(cut.link.node, cut.tokens, self._made, self.page_size)
         self._nodes[front.id] = front
         if self.device_tables is not None:
-            self.device_tables.rows.split(cut.link.node, front)
+            self.device_tables.split(cut.link.node, front)
         return self._cut_off(cut.link.before, (front,))
 
     def merge(self, parent: Branch, children: Sequence[Branch]) -> None:
@@ -240,7 +240,7 @@ class PagedKVCache:
         before.node.writer = None
         state.head = self._make_tail(last, tails, state.id, forked=False)
         if self.device_tables is not None:
-            self.device_tables.rows.merged(before.node, tails, state.tail)
+            self.device_tables.merged(before.node, tails, state.tail)
         state.children.clear()
         for child, tail in zip(joined, tails, strict=True):
             child.merged, child.parent = True, None
@@ -392,7 +392,7 @@ class PagedKVCache:
             if spare:
                 self._free.give_back(spare)
             if self.device_tables is not None and (spare or step.index):
-                self.device_tables.rows.changed(planned.node)
+                self.device_tables.changed(planned.node)
         self._open, step.state.closed = None, "committed"
 
     def advance(self, step: Step, tensors: bool = True) -> Step:
@@ -474,7 +474,7 @@ class PagedKVCache:
         self._free.give_back(node.pages[kept:])
         del node.pages[kept:]
         if self.device_tables is not None:
-            self.device_tables.rows.changed(node)
+            self.device_tables.changed(node)
         if node.length == 0:
             node.start = None
             tokens_vanish(node)
@@ -593,7 +593,7 @@ class PagedKVCache:
             if p.pages:
                 self._free.give_back(p.pages)
             if self.device_tables is not None:
-                self.device_tables.rows.changed(p.node)
+                self.device_tables.changed(p.node)
 
     def _grow(self, planned: PlannedNode) -> list[int]:
         """Add the tokens of a plan to its node; returns the reserved pages that are left."""
@@ -640,8 +640,6 @@ class PagedKVCache:
         for node in release(head):
             self._free.give_back(node.pages)
             del self._nodes[node.id]
-            if self.device_tables is not None:
-                self.device_tables.rows.died(node)
             self._forget_merged(node)
             if node.length:
                 tokens_vanish(node)

@@ -46,8 +46,12 @@ class Node:
     # The branch whose tail this is, merged or not; None where no handle can add or take back tokens any more.
     writer: int | None = None
     _page_array: Int32Array | None = None
-    # Where its pages stand in the tables on the device, if the cache keeps some and it ever had a token.
-    spot: Spot | None = field(default=None, init=False)
+    # Tables on the device: entries first .. first + entries - 1 of the row are its pages, and the first `good` of them
+    # are right and full.
+    row: Row | None = field(default=None, init=False)
+    first: int = field(default=0, init=False)
+    entries: int = field(default=0, init=False)
+    good: int = field(default=0, init=False)
 
     def __repr__(self) -> str:
         return f"Node({self.id}, {self.length} tokens)"
@@ -296,52 +300,21 @@ class Contents:
             contents = contents.before
 
 
-# ---- where nodes stand in tables on the device: rows.py has the legend
+# ---- where nodes stand in tables on the device: device.py has the legend
 
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """What a branch owns, in order, as far as updates have met it.
+    """The nodes that one branch owns, in order. slot: the row in the tables, None if absent. end: entries there."""
 
-    slot      None while it is absent from the tables
-    alive     nodes in it that some branch sees; the others go when it is laid anew
-    end       entries in the tables
-    calls     after how many of an update's calls of merge it is complete
-    stamp     the last update that wrote it or wanted it
-    overlong  it did not fit when it was last laid, and no node of it has shrunk since
-    """
-
-    spots: list[Spot] = field(default_factory=list)
-    alive: int = 0
+    nodes: list[Node] = field(default_factory=list)
     slot: int | None = None
     end: int = 0
-    calls: int = 0
-    stamp: int = 0
-    overlong: bool = False
 
-    def add(self, node: Node) -> Spot:
-        """A node at the end, without entries."""
-        spot = node.spot = Spot(node, self)
-        self.spots.append(spot)
-        self.alive += node.refs > 0
-        return spot
-
-
-@dataclass(eq=False, slots=True)
-class Spot:
-    """Entries first .. first + entries - 1 of the row hold the node's pages. The first `paged` of them name the right
-    page, and the first `full` are known to count a full one.
-    """
-
-    node: Node
-    row: Row
-    first: int = 0
-    entries: int = 0
-    paged: int = 0
-    full: int = 0
-
-    def clear(self) -> None:
-        self.entries = self.paged = self.full = 0
+    def add(self, node: Node) -> None:
+        """Append a node, without entries."""
+        node.row, node.entries, node.good = self, 0, 0
+        self.nodes.append(node)
 
 
 class Target(NamedTuple):

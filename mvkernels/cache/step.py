@@ -355,7 +355,7 @@ class _Lists:
         return contents_of(link, self.page_size), near
 
     def _place(self, node: Node) -> int | None:
-        return None if self._tables is None else self._tables.rows.place(node)
+        return None if self._tables is None else self._tables.place(node)
 
     def _node_run(self, node: Node) -> KeyRun:
         if node not in self.runs:

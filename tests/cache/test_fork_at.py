@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mvkernels.errors import BranchError, CacheError, StaleStep
+from tests.cache.device_world import Uploads
 from tests.cache.world import Unchanged, World, poisoned_cache
 
 TABLES = [None, (16, 64)]
@@ -165,11 +166,10 @@ def test_device_tables_are_not_laid_anew_for_a_cut() -> None:
     world = make(table_size=(16, 64))
     trunk = world.new()
     world.step((trunk, 30))
-    rows = world.cache.device_tables.rows
-    uploaded, anew = rows.uploaded_entries, rows.laid_anew
     cut = world.fork_at(trunk, 16)
-    world.step((trunk, 1), (cut, 1))
-    assert rows.uploaded_entries - uploaded == 1 and rows.laid_anew == anew, "one page, of the new branch"
+    with Uploads(world) as seen:
+        world.step((trunk, 1), (cut, 1))
+    assert seen.counted() == (2, 0), "the last page of the trunk, and one of the new branch"
 
 
 def grow_all(world: World) -> None:

@@ -342,9 +342,6 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.check()
         assert self.cache.num_free_pages == self.cache.num_pages
         assert not self.cache._nodes and not self.cache._branches and self.cache._open is None
-        if self.cache.device_tables is not None:
-            rows = self.cache.device_tables.rows
-            assert sorted(rows._free) == [*range(rows.num_rows)] and not rows._present
 
 
 def reserved(step) -> int:
