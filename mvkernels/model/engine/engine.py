@@ -68,39 +68,40 @@ __all__ = [
 
 
 class Engine:
-    """Generates with a transformers model, in parallel wherever the model writes a block.
+    """Generate with a transformers model, in parallel where the model writes a block.
 
-    model            a causal language model of transformers
-    tokenizer        its tokenizer; without the control tags it generates sequentially, and says so once
-    backend          of the attention
-    page_size        in tokens. num_pages: pages for all requests together; None: a share of the memory
-    seed             part of all randomness
-    semantics        "canonical" or "released" (DESIGN.md, section 1.3); None: what the weights name, else canonical
-    max_step_tokens  tokens of one forward; prompts come in pieces where they do not fit. None: 512 on a CPU, else 4096
-    max_step_width   branches of one request in one forward; if it has more, they take turns
-    max_requests     requests that run at once; more of them wait
-    decoder          what runs the model's layers: "own", this package (Llama, Mistral, Qwen2 and Qwen3); "hosted",
-                     transformers' modules, patched in place; "auto", "own" where it can, else "hosted" with a warning
-                     that says why. The attribute of this name says what runs: "native" (CPU kernels, float32), "triton"
-                     (GPU), "torch" or "hosted". "native" keeps a bf16 copy of weights that lose nothing in it, in at
-                     most an eighth of the memory
-    graph            whether steps go through a DecodeGraph, which replays CUDA graphs; None: on a GPU
-    prefix_cache     whether what requests begin with stays in pages, for those that begin in the same way: a common
-                     prompt, the samples of one, the next turn of a chat, a request that is computed again. Such pages
-                     are given up, the least recently used first, before any request has to make room
-    strict           whether a request's tokens and log-probabilities shall be the same, bit for bit, whoever shares its
-                     steps (strict.py): every forward has max_step_tokens rows, by default 64, and no graph
-    One engine serves any number of threads and tasks at once; their requests share its steps.
+    One engine serves any number of threads and tasks; their requests share its steps (continuous batching).
 
-    Weights. An own decoder uses the tensors of the model and runs nothing else of it: hooks, adapters and replaced
-    forwards that come later take no part. `update_weights` replaces weights at any time. Parameters that are replaced,
-    or written to in place, are noticed when a request comes to an idle engine; after writes through `.data` or within
+    An own decoder uses the tensors of the model and runs nothing else of it: hooks, adapters and replaced forwards that
+    are added later have no effect. `update_weights` replaces weights at any time. Parameters that are replaced or
+    written in place are noticed when a request comes to an idle engine. After writes through `.data` or within
     inference mode, and after other changes of the model, call `reload`. A hosted model is called as it is; a call
-    raises ValueError where it is meanwhile unpatched, or patched with another backend.
+    raises ValueError if it was unpatched, or patched with another backend.
 
-    Raises ValueError for a model on several devices, for weights trained with other tags or semantics, for another
-    decoder, and for sizes and limits below 1; BackendError where `strict` cannot be kept, and where decoder "own" does
-    not know the model, naming the part; otherwise what `patch_model` raises.
+    Args:
+        model: A causal language model of transformers, on one device.
+        tokenizer: Its tokenizer. Without the control tags the engine generates sequentially, with one warning.
+        backend: Backend of the attention.
+        page_size: Tokens of a page of the KV cache.
+        num_pages: Pages for all requests together; None: a share of the memory.
+        seed: Seed of the engine; each request adds its own.
+        semantics: "canonical" or "released" (DESIGN.md, section 1.3). None: those of the weights, else canonical.
+        max_step_tokens: Tokens of one forward; longer prompts are prefilled in chunks. None: 512 on a CPU, else 4096.
+        max_step_width: Branches of one request in one forward; further ones take turns.
+        max_requests: Requests that run at once; further ones wait.
+        graph: Whether steps go through a `DecodeGraph`, which replays CUDA graphs; None: on a GPU.
+        prefix_cache: Whether prefixes stay in pages for later requests. They are evicted, least recently used first,
+            before a request has to make room.
+        decoder: "own" (Llama, Mistral, Qwen2, Qwen3), "hosted" (transformers' modules, patched in place), or "auto":
+            own where possible, else hosted with a warning that gives the reason.
+        strict: Whether a request has the same tokens and log-probs, bit for bit, with any other requests in its steps
+            (`strict.py`). Every forward then has max_step_tokens rows, by default 64, and there is no graph.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        ValueError: The model is on several devices, was trained with other tags or semantics, or a size is below 1.
+        BackendError: `strict` cannot be kept, decoder "own" does not define the model (the part is named), or the
+            attention backend cannot run.
     """
 
     def __init__(
@@ -178,9 +179,22 @@ class Engine:
         decoder: str = "auto",
         **options: Any,
     ) -> Engine:
-        """An engine for a local checkpoint: a folder with safetensors, a GGUF file, or "embedded", the package's own.
+        """Load a local checkpoint and make an engine for it.
 
-        backend, decoder, options: of `Engine`. Raises ValueError where the checkpoint cannot be read, in one line.
+        Args:
+            path: A folder with safetensors, a GGUF file, or "embedded", the model of the package.
+            dtype: Of the weights; None: as published.
+            device: Device of the model; None: a GPU if there is one.
+            device_map: As transformers takes it.
+            backend: See `Engine`.
+            decoder: See `Engine`.
+            options: Further arguments of `Engine`.
+
+        Returns:
+            The engine.
+
+        Raises:
+            ValueError: The checkpoint cannot be read; one line says why.
         """
         model, tokenizer = load_checkpoint(path, dtype, device, device_map)
         return cls(model, tokenizer, backend=backend, decoder=decoder, **options)
@@ -192,12 +206,20 @@ class Engine:
         sampler: Sampler = sample,
         n: int = 1,
     ) -> list[Generation]:
-        """Generate for one prompt or several at once; n `Generation`s each, in order.
+        """Generate for one prompt or several at once.
 
-        prompts: a text, a chat (list of messages), token ids, or a list of these. config: one for all, or one each.
-        sampler: takes the branches and their logits, gives their next tokens. n: samples of each prompt, with
-        randomness of their own. Raises ValueError for a bad prompt, before anything runs, and OutOfPages when a prompt
-        alone does not fit into `num_pages`, or these not into memory.
+        Args:
+            prompts: A text, a chat (list of messages), token ids, or a list of these.
+            config: One for all prompts, or one for each.
+            sampler: Maps branches and their logits to the next tokens.
+            n: Samples of each prompt, with randomness of their own.
+
+        Returns:
+            n generations for each prompt, in order.
+
+        Raises:
+            ValueError: A prompt or an option is bad; nothing runs then.
+            OutOfPages: A prompt alone does not fit into `num_pages`, or the pages not into memory.
         """
         with Stream(*self._requests(prompts, config, n), sampler, only_ends=True) as ends:
             found = [event for event in ends if isinstance(event, FinishEvent)]
@@ -210,7 +232,17 @@ class Engine:
         sampler: Sampler = sample,
         n: int = 1,
     ) -> Stream:
-        """The same, told while it happens. Closing the iterator ends everything and gives every page back."""
+        """Generate, and yield an event for every token, fork and merge as it happens.
+
+        Args:
+            prompts: See `generate`.
+            config: See `generate`.
+            sampler: See `generate`.
+            n: See `generate`.
+
+        Returns:
+            An iterator of events. Closing it ends the requests and returns their pages.
+        """
         return Stream(*self._requests(prompts, config, n), sampler)
 
     def astream(
@@ -220,40 +252,59 @@ class Engine:
         sampler: Sampler = sample,
         n: int = 1,
     ) -> AsyncStream:
-        """The same for `async for`. The steps are made in a thread of the engine's, where the sampler is called too."""
+        """Stream for `async for`. Steps run in a thread of the engine, which also calls the sampler.
+
+        Args:
+            prompts: See `generate`.
+            config: See `generate`.
+            sampler: See `generate`.
+            n: See `generate`.
+
+        Returns:
+            An asynchronous iterator of events.
+        """
         return AsyncStream(*self._requests(prompts, config, n), sampler)
 
     def chat(
         self, messages: Sequence[dict[str, str]], config: GenerationConfig | None = None, sampler: Sampler = sample
     ) -> Generation:
-        """Answer one conversation, put into the tokenizer's chat template."""
+        """Answer one conversation with the tokenizer's chat template.
+
+        Args:
+            messages: Messages with "role" and "content".
+            config: Options of the request.
+            sampler: See `generate`.
+
+        Returns:
+            The answer.
+        """
         return self.generate([list(messages)], config, sampler)[0]
 
     @property
     def cache(self) -> PagedKVCache | None:
-        """The pages of all requests; None before the first one."""
+        """The KV cache of all requests; None before the first one."""
         return None if self._core is None else self._core.runner.cache
 
     @property
     def preemptions(self) -> int:
-        """How often a request had to give its pages back and was computed again, since the engine was made."""
+        """Number of preemptions (requests whose pages were taken, to be recomputed) since the engine was made."""
         return 0 if self._core is None else self._core.scheduler.preemptions
 
     @property
     def prefix_hits(self) -> int:
-        """How many tokens requests did not compute because others had, since the engine was made."""
+        """Number of tokens that were found in the prefix cache since the engine was made."""
         return 0 if self._core is None or self._core.prefixes is None else self._core.prefixes.hits
 
     @property
     def available_pages(self) -> int:
-        """Pages that no request uses, those of prefixes included; between two calls all there are."""
+        """Pages that no request uses, cached prefixes included."""
         if self._core is None:
             return 0
         prefixes = self._core.prefixes
         return self._core.runner.cache.num_available_pages + (0 if prefixes is None else prefixes.idle_pages)
 
     def clear_prefixes(self) -> None:
-        """Gives up all prefixes that no request uses at the moment."""
+        """Drop all cached prefixes that no running request uses."""
         core = self._core
         if core is not None and core.prefixes is not None:
             core.between_steps(core.prefixes.clear)
@@ -268,16 +319,16 @@ class Engine:
     def update_weights(self, named_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace all weights, between two steps; `weights_version` counts up.
 
-        They are copied into the tensors of `model`. Prefixes are given up. Requests that run go on with the new
-        weights: what they have so far is computed again.
+        They are copied into the tensors of `model`. Cached prefixes are dropped. Running requests continue with the new
+        weights; their KV is recomputed.
 
         Args:
-            named_tensors: values by the names of the model's `state_dict`, in any floating-point dtype, on any device.
-                Of tied tensors one name is enough. Adapters (LoRA) are to be merged first.
+            named_tensors: Values by the names of the model's `state_dict`, in any floating-point dtype, on any device.
+                One name of tied tensors is enough. Merge adapters (LoRA) first.
 
         Raises:
-            ValueError: for a missing, foreign or wrongly shaped tensor, by name; then nothing is changed.
-            RuntimeError: from within a step, as a sampler's.
+            ValueError: A tensor is missing, foreign or of the wrong shape; it is named, and nothing is changed.
+            RuntimeError: The call comes from within a step, such as from a sampler.
         """
         pairs = matched(self.model, named_tensors)
 
@@ -294,7 +345,7 @@ class Engine:
     def reload(self) -> None:
         """Take the weights of `model` again, after they or its modules were changed; `weights_version` counts up.
 
-        Prefixes are given up; requests that run are computed again. Raises what `Engine` raises for a model.
+        Cached prefixes are dropped; running requests are recomputed. Raises what `Engine` raises for a model.
         """
         self._change(self._take_again)
 

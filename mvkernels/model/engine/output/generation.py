@@ -19,26 +19,27 @@ FORMAT, VERSION = "mvkernels.generation", 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generation:
-    """The outcome of one request.
+    """The outcome of one request. Two are equal if their JSON is.
 
-    text             what was generated, in sequence order (path 1 whole, path 2 whole, ..., conclusion), no prompt. It
-                     begins with the character within which the prompt ends, if any. End-of-text tokens have no text
-    token_ids        prompt and generated tokens in sequence order
-    layout           the layout of exactly these tokens; its `sampled` is False for the prompt and what the engine wrote
-    prompt_length    leading tokens that are the prompt
-    finish_reason    "stop", the name of a budget, "max_positions", "out_of_pages", "cancelled" or "error"
-    total_tokens     generated tokens. critical_path: by how much they lengthen the prompt's. steps: forwards taken
-    warnings         what was not as the grammar has it, in order
-    tree             the layout's structure, as `BranchLayout.from_tree` takes it
-    texts            the text of each generated token, in sequence order; joined they are `text`
-    steps_of         after how many of its forwards each generated token came; one that was sampled, at least 1
-    logprobs         of each generated token, None for those that the engine wrote; None where not asked for
-    top_logprobs     (token id, log-probability) of the likeliest tokens there; None where not asked for
-    error            what ended it, where finish_reason is "error"
-    request_id       the name of the request
-    weights_version  `Engine.weights_version` when the request began; tokens after an update are of newer weights
-
-    Two are equal when their JSON is.
+    Attributes:
+        text: The generated text in sequence order (path 1 whole, path 2 whole, ..., conclusion), without the prompt. It
+            begins with the character within which the prompt ends, if any. End-of-text tokens have no text.
+        token_ids: Prompt and generated tokens in sequence order.
+        layout: The layout of these tokens. `sampled` is False for the prompt and for tokens that the engine wrote.
+        prompt_length: Number of leading tokens that are the prompt.
+        finish_reason: "stop", the name of a budget, "max_positions", "out_of_pages", "cancelled" or "error".
+        total_tokens: Number of generated tokens.
+        critical_path: Positions by which they lengthen the critical path of the prompt.
+        steps: Number of forwards.
+        warnings: Deviations from the grammar, in order.
+        tree: The structure of the layout, for `BranchLayout.from_tree`.
+        texts: The text of each generated token, in sequence order; joined they are `text`.
+        steps_of: The forward after which each generated token came; at least 1 for sampled tokens.
+        logprobs: Log-prob of each generated token, None for those that the engine wrote; None if not asked for.
+        top_logprobs: (token id, log-prob) of the likeliest tokens there; None if not asked for.
+        error: The error that ended the request, if finish_reason is "error".
+        request_id: Name of the request.
+        weights_version: `Engine.weights_version` when the request began; tokens after an update are of newer weights.
     """
 
     text: str
@@ -73,12 +74,14 @@ class Generation:
         return self.to_dict() == other.to_dict() if isinstance(other, Generation) else NotImplemented
 
     def to_dict(self) -> dict[str, Any]:
-        """What `to_json` writes, as lists, dictionaries, strings and numbers.
+        """Convert to lists, dictionaries, strings and numbers.
 
-        The layout is its tree and, as half-open ranges, which tokens were sampled; where its positions are not those of
-        the tree (released semantics), also these, as pairs of a token from which on they are consecutive and its
-        position. An infinite log-probability is the string "-inf", for which JSON has no number. `parallelism` is there
-        for readers.
+        The layout is its tree and the half-open ranges of sampled tokens. If its positions are not those of the tree
+        (released semantics), they are added as pairs (token, position), consecutive from each token on. An infinite
+        log-prob is the string "-inf", because JSON has no such number.
+
+        Returns:
+            The content of `to_json`. `parallelism` is added for readers.
         """
         top = self.top_logprobs
         return {
@@ -106,14 +109,25 @@ class Generation:
         }
 
     def to_json(self) -> str:
-        """One line of ASCII, from which `from_json` makes an equal generation."""
+        """Convert to JSON.
+
+        Returns:
+            One line of ASCII, from which `from_json` makes an equal generation.
+        """
         return json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Generation:
-        """The generation that `to_json` wrote. Names that it does not know are left out.
+        """Read what `to_json` wrote.
 
-        Raises ValueError for what is no such JSON, is of another version, or contradicts itself.
+        Args:
+            text: The JSON. Unknown names are ignored.
+
+        Returns:
+            A generation equal to the one that was written.
+
+        Raises:
+            ValueError: It is no such JSON, of another version, or contradicts itself.
         """
         try:
             found = parse_json(text, deepest=None)  # a tree has any depth
@@ -123,7 +137,17 @@ class Generation:
 
     @classmethod
     def from_dict(cls, found: Any) -> Generation:
-        """The same from what `to_dict` gave."""
+        """Read what `to_dict` returned.
+
+        Args:
+            found: The content. Unknown names are ignored.
+
+        Returns:
+            A generation equal to the one that was converted.
+
+        Raises:
+            ValueError: It is of another format or version, or contradicts itself.
+        """
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             named = found.get("format") if isinstance(found, dict) else found
             raise ValueError(f"generation: expected an object of format {FORMAT!r}, got {shown(named)}")

@@ -49,30 +49,37 @@ def as_strings(name: str, given: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """Budgets, limits and sampling of one request. Lengths are in tokens and never count the prompt.
+    """Budgets, limits and sampling of one request.
 
-    max_new_tokens      all tokens together, the ones that the engine writes included
-    max_critical_path   the longest chain of tokens. max_path_tokens: the same within one path, nested blocks included
-    max_seconds         wall-clock time, from when the request is made
-    max_width           paths per block. max_depth: blocks inside one another; 0 makes the output sequential
-    grammar             the model can write no malformed block: samplers get masks, and the engine writes what is
-                        certain within a block (`<Goal>`, indices of outlines, `</Parallel>`, newlines between the
-                        parts), without a forward for each. Without: what is malformed stays text, with a warning
-    temperature         0 is greedy. top_k: likeliest tokens kept, 0 for all. top_p: smallest set with this probability
-    min_p               tokens with at least this share of the likeliest's probability are kept
-    repetition_penalty  logits of the tokens that a branch sees (prompt included) are divided by it, negative ones
-                        multiplied; 1 for none. Filters are applied in the order of transformers
-    logprobs            None: no log-probabilities. 0: that of each sampled token. k: also the k likeliest tokens'
-    seed                the request's own; the text depends on it, not on the other requests of the batch
-    stop                strings that end a branch; None: those of the model's generation config
-    eos_token_ids       sampled tokens that end a branch, an id or several in any form; None: those of the model's
-                        generation config. A control tag is none: the engine ends a path at its `</Path>` by itself
-    sequential          advance one path at a time: the same text in as many steps as tokens
+    Lengths are in tokens and never count the prompt. A budget ends a request gracefully: open elements are closed from
+    the inside out (`</Path>`, an empty conclusion, `</Parallel>`). The tokens for that are reserved at all times, so no
+    budget is exceeded.
 
-    What a budget ends is closed from the inside out, and the tokens for that are set aside before: `</Path>`, an empty
-    conclusion and `</Parallel>` for every open block. So no budget is ever exceeded.
+    Attributes:
+        max_new_tokens: All tokens together, forced ones included.
+        max_critical_path: The longest chain of tokens.
+        max_path_tokens: The longest chain within one path, nested blocks included.
+        max_seconds: Wall-clock time, from when the request is made.
+        max_width: Paths of a block.
+        max_depth: Blocks inside one another; 0 makes the output sequential.
+        grammar: Whether samplers get masks, so that no block is malformed, and the engine writes forced tokens
+            (`<Goal>`, indices of outlines, `</Parallel>`, newlines between the parts) without a forward for each.
+            Without it, malformed parts stay text, with a warning.
+        temperature: 0 is greedy.
+        top_k: Number of likeliest tokens kept; 0 for all.
+        top_p: The smallest set of tokens with this probability is kept.
+        min_p: Tokens with at least this share of the likeliest token's probability are kept.
+        repetition_penalty: Logits of the tokens that a branch sees (prompt included) are divided by it, negative ones
+            multiplied; 1 for none. Filters are applied in the order of transformers.
+        logprobs: None: no log-probs. 0: that of each sampled token. k: also those of the k likeliest tokens.
+        seed: Seed of the request. Its text does not depend on the other requests of the batch.
+        stop: Strings that end a branch; None: those of the model's generation config.
+        eos_token_ids: Sampled tokens that end a branch; None: those of the model's generation config. Control tags are
+            ignored here: the engine ends a path at its `</Path>`.
+        sequential: Whether paths advance one at a time: the same text, in as many steps as tokens.
 
-    Raises ValueError when a value is out of range.
+    Raises:
+        ValueError: A value is out of range.
     """
 
     max_new_tokens: int = option(1024, "Tokens in all.", "--max-tokens")
