@@ -17,7 +17,8 @@ from mvkernels import BranchLayout
 from mvkernels.grammar import FIRST_TAG, Kind, parse
 from mvkernels.model.engine.control.actions import Action, Finish, FinishPath, Force, Fork, Merge, Warn
 from mvkernels.model.engine.control.interpreter import END, Budget, Interpreter
-from mvkernels.model.engine.control.state import TAKES_TEXT, UNLIMITED, Prices, State
+from mvkernels.model.engine.control.prices import Prices
+from mvkernels.model.engine.control.state import TAKES_TEXT, UNLIMITED, State
 from tests.support.trees import TEST_TAGS
 
 K = Kind

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mvkernels.grammar import Kind
-from mvkernels.model.engine.control.state import UNLIMITED, UNMERGED, BranchState, Prices, State
+from mvkernels.model.engine.control.prices import Prices
+from mvkernels.model.engine.control.state import UNLIMITED, UNMERGED, BranchState, State
 
 SILENT = frozenset((State.WAITING, State.CLOSED))
 

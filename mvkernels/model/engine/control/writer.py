@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from mvkernels.grammar import FIRST_TAG, TAGS, Kind
 from mvkernels.model.engine.control.interpreter import Interpreter
-from mvkernels.model.engine.control.state import HEADING_KINDS, Prices, State
+from mvkernels.model.engine.control.prices import Prices
+from mvkernels.model.engine.control.state import HEADING_KINDS, State
 from mvkernels.tags import TagTokens
 
 # Spellings that are kept. Their number grows with the indices that come; a few thousand serve any sensible tree.
