@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvkernels.grammar import parse_text
-from mvkernels.model.curator.answers import Wrong, answer_text
+from mvkernels.model.curator.answers import Wrong, answer_data
 from mvkernels.model.curator.asking import Answer, Message
 from mvkernels.model.curator.chains import Chain
 from mvkernels.model.curator.groups import Group, read_groups
@@ -114,7 +114,7 @@ def test_a_summary_is_read_in_every_form(answer: str) -> None:
         ("S1: a\nS2.1: b", "S2.1 does not stand behind its step S2"),
         ("S1: a\nS1.1: b", "S1 has one substep"),
         ("S1: a\nS1.1.1: b", "S1.1.1 is a third level"),
-        ("S1:", '"S1:" has no text'),
+        ("S1:", "S1 has no text"),
         ("S1: a\nS2: b\nS3: c", "There are 3 steps for 2 sentences"),
         ("\n".join(f"S{i}: a" for i in range(1, 122)), "The tree has 121 steps; it may have 120 at most"),
         ('{"steps": [{"id": "S1"}]}', "has not the form that was asked for"),
@@ -365,7 +365,7 @@ def test_answers_lose_what_stands_around_them() -> None:
         "<think>\nhm\n</think>\n\n```json\n%s\n```",
         "hm</think>Sure:\n```json\n%s\n```\nDone.",
     ):
-        assert answer_text(around % said, "structure", lambda value: f"got {value}") == "got {'lines': ['S1']}"
+        assert answer_data(around % said, "structure", str) == {"lines": ["S1"]}
     with pytest.raises(Wrong, match="reasoning only"):
-        answer_text("<think>\nS1\n", "structure", str)
-    assert answer_text('{"lines": ["a </think> b"]}', "structure", str) == "{'lines': ['a </think> b']}"
+        answer_data("<think>\nS1\n", "structure", str)
+    assert answer_data('{"lines": ["a </think> b"]}', "structure", str) == {"lines": ["a </think> b"]}

@@ -1,4 +1,4 @@
-"""From what a model writes to the lines that a stage reads: reasoning, fences and JSON taken off."""
+"""From what a model writes to the data that a stage checks: reasoning and fences removed, JSON or lines read."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ _MARKUP = re.compile(r"^[\s>]*(?:[-*•]\s+)?(?:#+\s+)?")
 _BOLD = re.compile(r"^\*\*(.*?)\*\*")
 
 
-def answer_text(answer: str, stage: str, to_lines: Callable[[Any], str]) -> str:
-    """Turn an answer into the plain lines that a stage reads.
+def answer_data(answer: str, stage: str, from_lines: Callable[[str], Any]) -> Any:
+    """Read an answer, in either of its two forms, as data of one form.
 
     Args:
         answer: What the model wrote: lines or a JSON object, with or without reasoning before it and a fence around it.
-        stage: One of `prompts.STAGES`; a JSON object must have the form of `prompts.SCHEMAS[stage]`.
-        to_lines: Writes an object of that form as lines.
+        stage: One of `prompts.STAGES`.
+        from_lines: Reads lines as data of the same form.
+
+    Returns:
+        Data of the form of `prompts.SCHEMAS[stage]`.
 
     Raises:
-        Wrong: The answer is empty, too long or no text, or its JSON is malformed or of another form.
+        Wrong: The answer is empty, too long or no text, or malformed, or of another form.
     """
     text = _without_reasoning(answer)
     if len(text) > LONGEST:
@@ -52,12 +55,12 @@ def answer_text(answer: str, stage: str, to_lines: Callable[[Any], str]) -> str:
     except UnicodeEncodeError:
         raise Wrong("The answer has half a surrogate pair in it, which is no character.") from None
     if not text.startswith("{"):
-        return text
+        return from_lines(text)
     try:
         value = parse_json(_LONE_BACKSLASH.sub(lambda match: match.group(1) or "\\\\", text))
     except ValueError as error:
         raise Wrong(f"The answer is no complete JSON object: {error}.") from None
-    return to_lines(_as_asked(value, SCHEMAS[stage], ""))
+    return _as_asked(value, SCHEMAS[stage], "")
 
 
 def _without_reasoning(answer: str) -> str:

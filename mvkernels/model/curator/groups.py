@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mvkernels.model.curator.answers import Wrong, answer_text, lines_of, one_line
+from mvkernels.model.curator.answers import Wrong, answer_data, lines_of, one_line
 from mvkernels.model.curator.summary import Step, main_of
 
 _ID = r"S\d+(?:\.\d+)?"
@@ -30,15 +30,16 @@ class Group:
 def read_groups(answer: str, steps: Sequence[Step]) -> tuple[Group, ...]:
     """The parallel groups of an answer: of main steps, and of the substeps of each step. Raises Wrong."""
     needs: dict[str, set[str]] = {}
-    groups: list[Group] = []
+    data = answer_data(answer, "groups", _from_lines)
+    for need in data["needs"]:
+        needs.setdefault(one_line(need["step"]), set()).update(map(one_line, need["uses"]))
+    groups = [
+        Group(tuple(tuple(map(one_line, path)) for path in group["paths"]), one_line(group["reason"]))
+        for group in data["groups"]
+    ]
+    if not all(group.paths and all(group.paths) for group in groups):
+        raise Wrong("A group has a path without steps.")
     known = {step.id for main in steps for step in (main, *main.substeps)}
-    for line in lines_of(answer_text(answer, "groups", _as_lines)):
-        need, grouped = _NEED.match(line), _GROUP.match(line)
-        if need is not None:
-            needs.setdefault(need.group(1), set()).update(re.findall(_ID, need.group(2)))
-        elif grouped is not None:
-            paths = tuple(tuple(re.findall(_ID, path)) for path in grouped.group(1).split("||"))
-            groups.append(Group(paths, (grouped.group(2) or "").strip()))
     unknown = {step for need, used in needs.items() for step in (need, *used)} - known
     unknown |= {step for group in groups for path in group.paths for step in path} - known
     if unknown:
@@ -104,9 +105,14 @@ def _order(step: str) -> tuple[int, ...]:
     return tuple(map(int, step[1:].split(".")))
 
 
-def _as_lines(value: Any) -> str:
-    lines = [f"{one_line(need['step'])} <- {', '.join(map(one_line, need['uses']))}" for need in value["needs"]]
-    for group in value["groups"]:
-        paths = " || ".join(" + ".join(map(one_line, path)) for path in group["paths"])
-        lines.append(f"{paths} : {one_line(group['reason'])}")
-    return "\n".join(lines)
+def _from_lines(text: str) -> Any:
+    needs: list[Any] = []
+    groups: list[Any] = []
+    for line in lines_of(text):
+        need, grouped = _NEED.match(line), _GROUP.match(line)
+        if need is not None:
+            needs.append({"step": need.group(1), "uses": re.findall(_ID, need.group(2))})
+        elif grouped is not None:
+            paths = [re.findall(_ID, path) for path in grouped.group(1).split("||")]
+            groups.append({"paths": paths, "reason": (grouped.group(2) or "").strip()})
+    return {"needs": needs, "groups": groups}

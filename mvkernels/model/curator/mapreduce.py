@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mvkernels.grammar import INDEX_PATTERN, TAG_PATTERN
-from mvkernels.model.curator.answers import Wrong, answer_text, one_line, read_number
+from mvkernels.model.curator.answers import Wrong, answer_data, one_line, read_number
 from mvkernels.model.curator.refill import Ranges
 from mvkernels.model.curator.sentences import Sentences
 from mvkernels.model.curator.structure import Node, ParallelBlock, steps_of
@@ -27,9 +27,35 @@ class BlockText:
 
 def read_mapreduce(answer: str, paths: int, sentences: range) -> BlockText:
     """The texts of a block of so many paths, whose sentences are those numbers. Raises Wrong."""
+    data = answer_data(answer, "mapreduce", lambda text: _from_lines(text, paths))
+    outlines = [one_line(text) for text in data["outlines"]]
+    if len(outlines) != paths:
+        numbers = ", ".join(map(str, range(1, len(outlines) + 1)))
+        raise Wrong(f"Expected the outlines 1 to {paths}, got {numbers or 'none'}.")
+    edits: dict[int, str] = {}
+    for edit in data["edits"]:
+        if edit["sentence"] in edits:
+            raise Wrong(f"edit {edit['sentence']} is there twice.")
+        edits[edit["sentence"]] = edit["text"].strip()
+    conclusion = data["conclusion"].strip()
+    named = [(f"outline {number}", text) for number, text in enumerate(outlines, start=1)]
+    named += [(f"edit {number}", text) for number, text in edits.items()]
+    for name, text in (*named, ("conclusion", conclusion)):
+        if not text:
+            raise Wrong(f"{name} has no text.")
+        tag = TAG_PATTERN.search(text)
+        if tag is not None:
+            raise Wrong(f"{name} has the tag {tag.group()}; write words only.")
+    strange = sorted(number for number in edits if number not in sentences)
+    if strange:
+        raise Wrong(f"Sentence {strange[0]} is not in this block, which has {sentences[0]} to {sentences[-1]}.")
+    return BlockText(tuple(map(_without_index, outlines)), edits, conclusion)
+
+
+def _from_lines(text: str, paths: int) -> Any:
     fields: dict[tuple[str, int], list[str]] = {}
     last: list[str] | None = None
-    for line in answer_text(answer, "mapreduce", _as_lines).splitlines():
+    for line in text.splitlines():
         match = _LINE.match(line)
         if match is not None:
             key = match.group(1).lower(), read_number(match.group(2) or "0")
@@ -40,23 +66,14 @@ def read_mapreduce(answer: str, paths: int, sentences: range) -> BlockText:
             last.append(line)  # a text of several lines
         elif line.strip():
             raise Wrong(f'Expected "Outline 1: ..." first, got "{line[:80]}".')
-    texts = {key: "\n".join(lines).strip() for key, lines in fields.items()}
-    for (kind, number), text in texts.items():
-        if not text:
-            raise Wrong(f"{kind} {number or ''} has no text.".replace("  ", " "))
-        tag = TAG_PATTERN.search(text)
-        if tag is not None:
-            raise Wrong(f"{kind} {number or ''} has the tag {tag.group()}; write words only.".replace("  ", " "))
-    outlines = {number: " ".join(text.split()) for (kind, number), text in texts.items() if kind == "outline"}
-    if list(outlines) != list(range(1, paths + 1)):
-        raise Wrong(f"Expected the outlines 1 to {paths}, got {', '.join(map(str, outlines)) or 'none'}.")
-    edits = {number: text for (kind, number), text in texts.items() if kind == "edit"}
-    strange = sorted(number for number in edits if number not in sentences)
-    if strange:
-        raise Wrong(f"Sentence {strange[0]} is not in this block, which has {sentences[0]} to {sentences[-1]}.")
+    texts = {key: "\n".join(lines) for key, lines in fields.items()}
+    numbers = [number for kind, number in texts if kind == "outline"]
+    if numbers != list(range(1, paths + 1)):
+        raise Wrong(f"Expected the outlines 1 to {paths}, got {', '.join(map(str, numbers)) or 'none'}.")
     if ("conclusion", 0) not in texts:
         raise Wrong('Expected a line "Conclusion: ...", got none.')
-    return BlockText(tuple(map(_without_index, outlines.values())), edits, texts["conclusion", 0])
+    edits = [{"sentence": number, "text": text} for (kind, number), text in texts.items() if kind == "edit"]
+    return {"outlines": [texts["outline", n] for n in numbers], "edits": edits, "conclusion": texts["conclusion", 0]}
 
 
 def _without_index(text: str) -> str:
@@ -152,9 +169,3 @@ def block_at(text: str, first: int, line: int) -> int:
         elif words == "</Parallel>":
             innermost.pop()
     return innermost[-1]
-
-
-def _as_lines(value: Any) -> str:
-    lines = [f"Outline {number}: {one_line(text)}" for number, text in enumerate(value["outlines"], start=1)]
-    lines += [f"Edit {edit['sentence']}: {one_line(edit['text'])}" for edit in value["edits"]]
-    return "\n".join([*lines, f"Conclusion: {one_line(value['conclusion'])}"])

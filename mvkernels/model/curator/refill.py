@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.model.curator.answers import Wrong, answer_text, lines_of, one_line, read_number
+from mvkernels.model.curator.answers import Wrong, answer_data, lines_of, one_line, read_number
 
 _LINE = re.compile(r"(S\d+(?:\.\d+)?)\b(?!\.\d)[^:]*:\s*\[?(\d+)\]?(?:\s*(?:-+|–|—|\.\.+|to)\s*\[?(\d+)\]?)?\s*\.?$")
 
@@ -20,13 +20,11 @@ def read_ranges(answer: str, needed: Mapping[str, int], first: int, last: int) -
     Raises Wrong unless the ranges are all of `first` to `last`, in order, without a gap.
     """
     found: dict[str, tuple[int, int]] = {}
-    for line in lines_of(answer_text(answer, "refill", _as_lines)):
-        match = _LINE.match(line)
-        if match is None:
-            raise Wrong(f'Expected lines of the form "S1: 1-4", got "{line[:80]}".')
-        if match.group(1) in found:
-            raise Wrong(f"{match.group(1)} is there twice.")
-        found[match.group(1)] = read_number(match.group(2)), read_number(match.group(3) or match.group(2))
+    for item in answer_data(answer, "refill", _from_lines)["ranges"]:
+        step = one_line(item["step"])
+        if step in found:
+            raise Wrong(f"{step} is there twice.")
+        found[step] = item["first"], item["last"]
     if list(found) != list(needed):
         raise Wrong(f"Expected a line for each of {', '.join(needed)}, in this order; got {', '.join(found)}.")
     expected = first
@@ -49,6 +47,12 @@ def _these(first: int, last: int) -> str:
     return f"Sentence {first} belongs to" if first == last else f"Sentences {first}-{last} belong to"
 
 
-def _as_lines(value: Any) -> str:
-    lines = [f"{one_line(item['step'])}: {item['first']}-{item['last']}" for item in value["ranges"]]
-    return "\n".join(lines)
+def _from_lines(text: str) -> Any:
+    ranges = []
+    for line in lines_of(text):
+        match = _LINE.match(line)
+        if match is None:
+            raise Wrong(f'Expected lines of the form "S1: 1-4", got "{line[:80]}".')
+        step, first, last = match.groups()
+        ranges.append({"step": step, "first": read_number(first), "last": read_number(last or first)})
+    return {"ranges": ranges}

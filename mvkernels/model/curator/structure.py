@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from mvkernels.model.curator.answers import Wrong, answer_text, lines_of, one_line
+from mvkernels.model.curator.answers import Wrong, answer_data, lines_of, one_line
 from mvkernels.model.curator.groups import Group, Paths, paths_text
 from mvkernels.model.curator.summary import Step, main_of
 
@@ -54,7 +54,8 @@ def read_structure(answer: str, steps: Sequence[Step], groups: Sequence[Group]) 
 
     Steps whose substeps are not parallel come as one. Without a block, no group held on second thought.
     """
-    nodes = _nodes(_pieces(answer_text(answer, "structure", _as_lines)))
+    data = answer_data(answer, "structure", lambda text: {"lines": text.splitlines()})
+    nodes = _nodes(_pieces("\n".join(map(one_line, data["lines"]))))
     nodes = _without_headings(nodes, {step.id: set(step.leaves) for step in steps})
     got = list(steps_of(nodes))
     there = set(got)
@@ -179,7 +180,3 @@ def _renumbered(nodes: Sequence[Node], counter: list[int] | None = None) -> tupl
         else:
             found.append(node)
     return tuple(found)
-
-
-def _as_lines(value: Any) -> str:
-    return "\n".join(map(one_line, value["lines"]))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mvkernels.grammar import TAG_PATTERN
-from mvkernels.model.curator.answers import Wrong, answer_text, lines_of, one_line, read_number
+from mvkernels.model.curator.answers import Wrong, answer_data, lines_of, one_line, read_number
 
-_LINE = re.compile(r"S(\d+)(?:\.(\d+))?((?:\.\d+)*)\s*[:.)\-–]\s*(.*)")
+_ID = re.compile(r"S(\d+)(?:\.(\d+))?((?:\.\d+)*)")
+_LINE = re.compile(rf"({_ID.pattern})\s*[:.)\-–]\s*(.*)")
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,16 @@ def main_of(step: str) -> str:
 def read_summary(answer: str, sentences: int) -> tuple[Step, ...]:
     """The main steps of an answer. sentences: how many the chain has. Raises Wrong."""
     found: list[tuple[str, str, list[Step]]] = []
-    for line in lines_of(answer_text(answer, "summary", _as_lines)):
-        match = _LINE.match(line)
+    for step in answer_data(answer, "summary", _from_lines)["steps"]:
+        name, text = one_line(step["id"]), TAG_PATTERN.sub("", one_line(step["text"])).strip()
+        match = _ID.fullmatch(name)
         if match is None:
-            if found and not line.startswith("S"):
-                continue  # a summary that goes on in a second line: one line is enough
-            raise Wrong(f'Expected lines of the form "S1: text", got "{line[:80]}".')
-        main, sub, deeper, text = match.groups()
+            raise Wrong(f'Expected steps S1, S1.1 and so on, got "{name[:80]}".')
+        main, sub, deeper = match.groups()
         if deeper:
             raise Wrong(f"S{main}.{sub}{deeper} is a third level; there are two at most.")
-        text = TAG_PATTERN.sub("", text).strip()
         if not text:
-            raise Wrong(f'"{line[:80]}" has no text.')
+            raise Wrong(f"{name[:80]} has no text.")
         if sub is None:
             if read_number(main) != len(found) + 1:
                 raise Wrong(f"Expected S{len(found) + 1}, got S{main}: main steps are numbered one after the other.")
@@ -84,5 +83,12 @@ def summary_text(steps: Sequence[Step]) -> str:
     return "\n".join(f"{step.id}: {step.text}" for main in steps for step in (main, *main.substeps))
 
 
-def _as_lines(value: Any) -> str:
-    return "\n".join(f"{one_line(step['id'])}: {one_line(step['text'])}" for step in value["steps"])
+def _from_lines(text: str) -> Any:
+    steps: list[Any] = []
+    for line in lines_of(text):
+        match = _LINE.match(line)
+        if match is not None:
+            steps.append({"id": match.group(1), "text": match.group(5)})
+        elif not steps or line.startswith("S"):  # else a summary that continues in a second line: one line is enough
+            raise Wrong(f'Expected lines of the form "S1: text", got "{line[:80]}".')
+    return {"steps": steps}
