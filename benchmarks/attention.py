@@ -1,7 +1,7 @@
 """The attention suite: `multiverse_attention` against what users have today (see `peers`), forward and backward.
 
 TFLOP/s count 4 D operations forward and 10 D backward for every query head and (row, key) pair that the peer's own
-mask leaves visible. Ratios are medians over the rounds, in each of which everybody is called once.
+mask leaves visible. Ratios are medians over the rounds; each round calls every peer once.
 """
 
 from __future__ import annotations

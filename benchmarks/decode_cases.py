@@ -110,7 +110,7 @@ class Decoding:
         pages = -(-case.prefix // PAGE_SIZE) + case.branches * -(-case.own // PAGE_SIZE)
         heads = (shape.kv_heads, shape.head_dim)
         self.cache = PagedKVCache(pages, PAGE_SIZE, 1, *heads, self.dtype, self.device)
-        for pages_of in (*self.cache.k, *self.cache.v):  # FlexAttention multiplies slots that nobody sees by 0
+        for pages_of in (*self.cache.k, *self.cache.v):  # FlexAttention multiplies hidden slots by 0
             pages_of.zero_()
         self.step = self._fill()
 

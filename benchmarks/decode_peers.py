@@ -1,4 +1,4 @@
-"""Who takes part in the decode suite.
+"""Peers of the decode suite.
 
     ours               tree_decode, backend "auto": the prefix is read once for all branches
     split-kv           tree_decode where nothing is shared: every branch holds a prefix of its own, so that each list is

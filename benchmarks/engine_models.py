@@ -4,7 +4,7 @@ smollm2-135m          SmolLM2-135M-Instruct from the GGUF file of the distributi
 smollm2-135m-random   the same architecture with random weights, where that distribution is not installed
 qwen2-0.5b, qwen2-7b  the architectures of Qwen2.5-0.5B and 7B with random weights, bf16
 
-On a CPU too weights are rounded to bf16, in which such checkpoints are published, for everybody alike.
+On a CPU too, weights are rounded to bf16, in which such checkpoints are published, for all peers alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who takes part in the engine suite on plain prompts, and the bare forward that bounds what parallel paths can gain.
+"""Peers of the engine suite on plain prompts, and the bare forward that bounds what parallel paths can gain.
 
     ours                 Engine.generate, all prompts at once
     generate             transformers' model.generate, one prompt; several: one after the other

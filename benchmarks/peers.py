@@ -1,4 +1,4 @@
-"""Who takes part in the attention suite.
+"""Peers of the attention suite.
 
     ours               multiverse_attention, backend "auto"
     ours-triton        backend "triton", on layouts without branches where "auto" may choose flash-attn

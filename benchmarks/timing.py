@@ -1,7 +1,7 @@
 """Timing in rounds and peak memory of a call, on the CPU and on CUDA devices.
 
-Everybody is called once a round, one after the other, so that what the machine does meanwhile hits all alike and the
-ratio of two times of one round means something. CUDA: events around each call, the L2 cache overwritten before it.
+Every peer is called once a round, one after the other, so that other load on the machine affects all alike and the
+ratio of two times of one round is meaningful. CUDA: events around each call, the L2 cache overwritten before it.
 CPU: the wall clock around each call.
 """
 

@@ -151,7 +151,7 @@ def hold(link: Link | None) -> None:
 
 
 def release(link: Link | None) -> list[Node]:
-    """One reference to a link less. Returns the nodes that nobody holds any more, the latest first."""
+    """One reference to a link less. Returns the nodes without references, the latest first."""
     dead = []
     while link is not None:
         link.refs -= 1
@@ -258,7 +258,7 @@ class PageLog:
 
     def extend(self, pages: Int32Array, counts: Int32Array) -> None:
         end = self.size + len(pages)
-        if end > self._rows.shape[1]:  # twice as long: whoever holds a slice of the old arrays keeps them
+        if end > self._rows.shape[1]:  # twice as long: slices of the old arrays stay valid
             rows = np.empty((2, 2 * end), np.int32)
             rows[:, : self.size] = self._rows[:, : self.size]
             self._rows = rows

@@ -28,7 +28,7 @@ class Answer:
 
 
 class Answerer(Protocol):
-    """Whoever answers: an endpoint behind its cache."""
+    """A source of answers: an endpoint behind its cache."""
 
     async def answer(self, messages: list[Message], form: Form) -> Answer:
         """The answer to the messages, in that form."""

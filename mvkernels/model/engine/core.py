@@ -5,12 +5,11 @@
     sample     one token for every branch that wants one                             (sampling/sampler.py)
     take       each token through its request's interpreter: forks, merges, ends     (request.py)
 
-Whoever waits for something makes the next step, one thread at a time: those that call `generate` and `stream`, and one
-in the background while there are calls of `astream`. To join or to cancel waits for no step.
+A thread that waits for a result makes the next step, one thread at a time: the callers of `generate` and `stream`, and
+a background thread while there are calls of `astream`. Joining and cancelling wait for no step.
 
-Faults. Whatever the model or the cache raises, and NaN among the logits, undoes the step. It is run again in halves, by
-requests, until one is alone with the fault: that one ends with "error". A sampler of the caller's own that raises ends
-its call, and nobody else's.
+Faults. An error of the model or the cache, or NaN logits, undoes the step. It is run again in halves, by requests,
+until one is alone with the fault: that one ends with "error". If the sampler of a caller raises, only its call ends.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from mvkernels.model.engine.sampling.logits import StepLogits
 from mvkernels.model.engine.sampling.sampler import Sampler, sample
 from mvkernels.model.engine.scheduler import Scheduler
 
-# The background thread ends when nobody has needed it for so many seconds.
+# The background thread ends after so many seconds without calls.
 _PATIENCE = 5.0
 
 _Batch = list[tuple[Request, list[Entry]]]
@@ -41,7 +40,7 @@ class Call:
     """Requests that came together, with their sampler.
 
     deliver: gets the events of a step, and whether the call has ended; RuntimeError from it cancels the call.
-    background: whether nobody waits in `Core.until` for it. error: what ended it before its requests had ended.
+    background: whether no thread waits in `Core.until` for it. error: what ended it before its requests had ended.
     """
 
     def __init__(
@@ -81,12 +80,12 @@ class Core:
         self._turn = threading.Condition()
         self._stepping: int | None = None  # the thread that makes a step
         self._thread: threading.Thread | None = None
-        self._background = 0  # calls that nobody waits for
+        self._background = 0  # calls that no thread waits for
         self._inbox: deque[tuple[Call, bool]] = deque()  # calls that join: True; that are cancelled: False
         self._calls: dict[Request, Call] = {}
         self._timed: list[Request] = []
-        self._touched: dict[Request, Call] = {}  # of whom there is something to deliver, or an end
-        self._suspects: set[Request] = set()  # whose logits were bad in a step that was committed
+        self._touched: dict[Request, Call] = {}  # with events to deliver, or an end
+        self._suspects: set[Request] = set()  # their logits were NaN in a step that was committed
         self._unfreed: list[RequestKV] = []  # of ended requests, whose pages the cache refused to take back
         self._awake = False
 
@@ -109,7 +108,7 @@ class Core:
         self._inbox.append((call, False))
 
     def until(self, holds: Callable[[], bool], steps: bool = True) -> None:
-        """Make steps until `holds`; while another thread makes one, wait. steps: False only takes in who came or left.
+        """Make steps until `holds`; while another thread makes one, wait. steps: False only admits and removes calls.
 
         Raises RuntimeError within a step: a sampler cannot wait for what comes after it.
         """
@@ -124,7 +123,7 @@ class Core:
             self._make_step(steps)
 
     def tidy(self) -> None:
-        """Takes in who has left, unless a step is being made: that does it."""
+        """Remove cancelled calls, unless a step is running, which removes them itself."""
         with self._turn:
             if self._stepping is not None:
                 return
@@ -198,7 +197,7 @@ class Core:
             if steps and len(self.scheduler):
                 self._serve_all()
                 self._take_in()
-        except Exception as error:  # nobody's in particular, so everybody's
+        except Exception as error:  # of no particular request: all of them end
             self._abort(error)
         except BaseException:  # an interrupt: what was on its way is computed again
             for request in self.scheduler.running:
@@ -223,7 +222,7 @@ class Core:
             raise RuntimeError("expected some request to have tokens for the next step, got none")
 
     def _take_in(self) -> None:
-        """Who has come and who has left since the last step."""
+        """Admit and remove the calls that joined or were cancelled since the last step."""
         unfreed, self._unfreed = self._unfreed, []
         for kv in unfreed:
             self._free(kv)
@@ -251,7 +250,7 @@ class Core:
         self._end_those_that_have(self._timed)
 
     def _run(self, work: _Batch) -> None:
-        """The step, or where it fails, its halves. Who is under suspicion is alone from the start."""
+        """Run the step, or its halves if it fails. Suspected requests run alone."""
         batches = [[part] for part in work if part[0] in self._suspects]
         others = [part for part in work if part[0] not in self._suspects] if batches else work
         batches += [others] if others else []
@@ -319,7 +318,7 @@ class Core:
         return found, rows
 
     def _without(self, asked: list[Asked], bad: list[int]) -> list[Asked]:
-        """Who has bad logits of a step that is committed is computed again, alone; whom that leaves."""
+        """Preempt requests with NaN logits in a committed step, to recompute them alone. Returns the others."""
         left = []
         for part in asked:
             if any(part.row <= row < part.row + len(part.numbers) for row in bad):
@@ -426,7 +425,7 @@ class Core:
             self._unfreed.append(kv)
 
     def _make_room(self, pages: int, least: int) -> bool:
-        """Prefixes that nobody uses go before any request does."""
+        """Evict unused prefixes before any request is preempted."""
         return self.prefixes is not None and self.prefixes.evict(pages, least)
 
     def _deliver(self) -> None:

@@ -17,7 +17,7 @@ from mvkernels.errors import OutOfPages
 _GPU_SHARE, _CPU_SHARE = 0.8, 0.25
 # Of the machine's memory at most, for weights that are kept in bf16 besides.
 _NARROW_SHARE = 0.125
-# More than these nobody fills; they would cost time whenever the cache is checked.
+# Further pages would not be used, and would cost time whenever the cache is checked.
 _MOST_PAGES = {"cpu": 2**16}
 _MOST_PAGES_ELSEWHERE = 2**20
 

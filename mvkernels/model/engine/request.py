@@ -291,7 +291,7 @@ class Request:
         self._settle()
 
     def finish(self, reason: str, error: str | None = None) -> None:
-        """End the request here, whatever is open. Its pages are given back by whoever runs it."""
+        """End the request here, whatever is open. Its caller gives the pages back."""
         self.finish_reason = reason
         for b in self.branches:
             self._tell_rest(b)

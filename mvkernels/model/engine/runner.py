@@ -104,7 +104,7 @@ class Runner:
         """The step of these entries: planned, or there already because it follows one of the same branches."""
         again, self._latest = planned == self._latest, planned
         step, self._ahead = self._ahead, None
-        if again and step is not None and step.state.closed is None:  # nobody has changed the tree since
+        if again and step is not None and step.state.closed is None:  # the tree has not changed since
             return step
         reserve = _RESERVE if again and self.constant_rows is None and all(count == 1 for _, count in planned) else 0
         if self.cache.num_available_pages < len(planned) * (reserve // self.cache.page_size + 2):

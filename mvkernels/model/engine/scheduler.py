@@ -2,13 +2,13 @@
 
     waiting    holds nothing in the cache. The oldest is admitted first, as soon as there are pages for all that it has,
                and one for every request that runs; but not while another one computes what it begins with, too
-    running    takes part in every step; its waiting paths keep their pages. Who decodes comes before who is behind with
-               a prompt, or is computed again: their tokens fill the step up
+    running    takes part in every step; its waiting paths keep their pages. Decode has priority; prefill and
+               recomputation fill the rest of the step
     preempted  when pages run out, unused prefixes go first, then the youngest request. It waits again, and once it is
                admitted all that it has is computed again, in as few steps as its structure allows. The oldest is never
                preempted, so there is always one that gets on
 
-Requests depend on one another in nothing but the tokens of a step and pages: a path that runs long holds nobody up.
+Requests depend on one another in nothing but the tokens of a step and pages: a long path delays no other request.
 
 *Progress.* While a request has not ended, every `schedule` hands out a token, or ends a request. A step that is empty
 at its end has been offered whole, with all its tokens and all free pages, to every request that still runs. One of them
@@ -73,9 +73,9 @@ class _Step(Generic[R]):
 class Scheduler(Generic[R]):
     """See the module's docstring.
 
-    free_pages       how many pages the next step may take. make_room: asks for so many that nobody needs, or for none
-                     if they are fewer than its second argument; whether any came. failed: told of a request whose side
-                     of the cache raised an error, or room for it; it removes the request
+    free_pages       number of pages that the next step may take. make_room: frees so many unused pages, or none if
+                     they are fewer than its second argument; returns whether any came. failed: called with a request
+                     whose side of the cache raised an error; removes the request
     max_step_tokens  tokens of a step. max_step_width: branches of one request in a step; they take turns
     max_requests     requests that run at once
     """
@@ -157,7 +157,7 @@ class Scheduler(Generic[R]):
         step: _Step[R] = _Step(self.max_step_tokens, self._free_pages())
         decoding = list(self._running)
         behind: list[R] = []
-        kept = 0  # for those who are behind, however many decode
+        kept = 0  # for prefill, however many requests decode
         if self._behind:
             decoding = [request for request in self._running if request not in self._behind]
             behind = [request for request in self._running if request in self._behind]
@@ -199,7 +199,7 @@ class Scheduler(Generic[R]):
             self._behind.add(request)
 
     def _has_room(self, kv: RequestKV) -> bool:
-        """Whether there are pages for a request that waits; where nobody runs, it gets on with what there is."""
+        """Whether there are pages for a waiting request. If no request runs, it is admitted with what there is."""
         promised = sum(other.kv.hold_prefix() for other in self._behind) + len(self._running)
         wanted = kv.hold_prefix() + promised
         while (missing := wanted - self._free_pages()) > 0:
@@ -210,7 +210,7 @@ class Scheduler(Generic[R]):
         return True
 
     def _choose(self, request: R, step: _Step[R]) -> None:
-        """Adds what a request may put into the step; who is younger may have to give up his pages, and his part."""
+        """Add the tokens of a request to the step. Younger requests may lose their pages and their part of it."""
         kv = request.kv
         while request in self._admitted:  # it may have been preempted meanwhile, or have ended
             try:

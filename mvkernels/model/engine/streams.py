@@ -28,7 +28,7 @@ def _weak(receive: Callable[[list[Event], bool], None]) -> Callable[[list[Event]
 
 
 class Stream(Iterator[Event]):
-    """Events of some requests, while whoever asks for the next one makes the steps. The first `next` begins.
+    """Events of some requests. The thread that asks for the next event makes the steps; the first `next` begins.
 
     only_ends: FinishEvents alone. What a sampler of the caller's raises comes out of `next`.
     """

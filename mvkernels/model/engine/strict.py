@@ -1,4 +1,4 @@
-"""Strict mode: a request has the same bits whoever shares its steps. What that takes, and what it cannot be had with.
+"""Strict mode: a request has the same bits with any other requests in its steps. How that is done, and its limits.
 
 A row's numbers depend on the other rows of a step in three ways, and each is taken away:
 

@@ -1,4 +1,4 @@
-"""Stress of the engine: any output at all, pages that do not suffice, callers who leave; nothing may go wrong.
+"""Stress of the engine: any output at all, too few pages, callers that cancel; nothing may go wrong.
 
     python -m mvkernels.model.evaluation.stress [--requests 10000] [--same 1000] [--seed 0]
 
@@ -50,7 +50,7 @@ class Violation(AssertionError):
 
 @dataclass
 class Served:
-    """What came of some streams of one request each. ends: by their number. cancelled, closed: who left early."""
+    """Outcomes of streams of one request each. ends: by their number. cancelled, closed: those that ended early."""
 
     ends: dict[int, Generation] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
@@ -234,7 +234,7 @@ def _check_outcome(engine: Engine, served: Served, number: int, config: Generati
         return _require(number in served.closed, f"request {number}: expected an end, got none")
     got = f"request {number}: got {out.finish_reason}, {out.total_tokens} tokens, critical path {out.critical_path}"
     _require(out.finish_reason in _ENDS, f"{got}, error {out.error}; expected one of {sorted(_ENDS)}")
-    _require(out.finish_reason != "cancelled" or number in served.cancelled, f"{got}, but nobody cancelled it")
+    _require(out.finish_reason != "cancelled" or number in served.cancelled, f"{got}, but it was not cancelled")
     _require(out.total_tokens <= config.max_new_tokens, f"{got}; expected at most {config.max_new_tokens} tokens")
     longest = config.max_critical_path
     _require(longest is None or out.critical_path <= longest, f"{got}; expected a critical path of at most {longest}")

@@ -18,7 +18,7 @@ HEAD_SIZE = 32
 class Recipe(RecipeFile):
     """How a model is made from nothing. The defaults make the embedded model.
 
-    task                     whose problems it learns: a name in `mvkernels.model.tasks.TASKS`
+    task                     the problems that it learns: a name in `mvkernels.model.tasks.TASKS`
     steps                    optimizer steps, one packed row of documents each
     tokens_per_step          a row is filled with fresh problems; the last is cut where the row is full
     learning_rate            peak, of the layers' matrices (Muon); it falls to 0 along a straight line
@@ -40,7 +40,7 @@ class Recipe(RecipeFile):
 
     outcome: ClassVar[str] = "training.json"
 
-    task: str = option("arithmetic", "Whose problems it learns: arithmetic, sat.")
+    task: str = option("arithmetic", "The problems that it learns: arithmetic, sat.")
     steps: int = option(3600, "Optimizer steps.")
     tokens_per_step: int = option(3072, "Tokens of one packed row.")
     learning_rate: float = option(6e-3, "Peak, of the layers' matrices.")

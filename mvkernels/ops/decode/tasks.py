@@ -273,7 +273,7 @@ def build_tasks(entries: Sequence[EntryView], share: Share | None = None) -> tup
 
 
 def _readers(entries: Sequence[EntryView]) -> list[tuple[KeyRun, list[int]]]:
-    """Each run of keys that somebody sees whole, with the entries that do, ascending, oldest keys first.
+    """Each run of keys that some entry sees whole, with these entries, ascending, oldest keys first.
 
     An own node is among them where another entry sees it; then its entry of one token sees it whole too.
     """

@@ -8,7 +8,7 @@ from mvkernels.grammar import FIRST_TAG, Kind
 from mvkernels.model.engine.control.interpreter import END
 from mvkernels.tags import TagTokens
 
-# Rows that are kept. An engine has about twenty per set of end-of-text tokens; who sends ever new sets gets new rows.
+# Rows that are kept. An engine has about twenty for each set of end-of-text tokens; new sets evict old rows.
 _MOST_ROWS = 256
 _END_BIT = END.bit_length() - 1
 

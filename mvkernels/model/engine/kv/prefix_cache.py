@@ -7,8 +7,8 @@ structure. Keys are compared as they are, not as hashes, and stored keys are rot
 tokens elsewhere, or behind another path, are another piece.
 
     held    by a request that sees the piece, or by a held piece behind it
-    idle    not held. Its pages count as available: they are given up, the least recently used first and a piece only
-            after those behind it, as soon as somebody needs them
+    idle    not held. Its pages count as available: they are evicted when pages are needed, least recently used first,
+            and a piece only after those behind it
 
 Of a chain of pieces the last one has a branch of the cache that sees them all; where a request begins further up, or
 the end of the chain is given up, `PagedKVCache.fork_at` makes another. No key or value moves, and none is owned twice.

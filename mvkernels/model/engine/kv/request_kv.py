@@ -68,7 +68,7 @@ class RequestKV:
             self._prefix = RequestPrefix(prefixes, self._trunk, positions)
         self._confirmed: tuple[int, int] | None = None  # tokens and blocks of the trunk
         self._lines: dict[int, Line] = {0: self._trunk}
-        self._ready: dict[Line, None] = {}  # reached, with tokens; whoever waits longest comes first
+        self._ready: dict[Line, None] = {}  # reached, with tokens; the longest waiting first
         self._due: list[Line] = []  # reached, and to fork or to join before the next step
         # What has an entry in the step that is made, with its `given` and `filled` of before.
         self._step: list[tuple[Line, int, int]] | None = None
@@ -308,7 +308,7 @@ class RequestKV:
         setattr(item, name, value)
 
     def _settle(self, line: Line) -> None:
-        """All that stands before a line's cursor is handed out: what comes next, here and on whoever waited for it."""
+        """Go on where all before a line's cursor is handed out: here, and on the lines that waited for it."""
         work = [line]
         while work:
             line = work.pop()

@@ -1,4 +1,4 @@
-"""Log-probabilities of what was sampled, whoever sampled it.
+"""Log-probabilities of sampled tokens, for any sampler.
 
 They are those of the model alone: log-softmax of its logits in fp32, before temperature, filters, penalties and the
 grammar's mask. So they do not depend on how a token was chosen, and a forced choice has one too.
