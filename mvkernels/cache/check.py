@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-from mvkernels.cache.nodes import BranchState, Link, Node
+from mvkernels.cache.nodes import BranchEntry, Link, Node
 from mvkernels.errors import CacheError
 from mvkernels.ops.decode.tasks import page_counts
 
 
 def check_cache(
-    branches: Mapping[int, BranchState],
+    branches: Mapping[int, BranchEntry],
     nodes: Mapping[int, Node],
     free: Collection[int],
     reserved: Collection[int],
@@ -47,7 +47,7 @@ def check_cache(
     _check_pages(owned, free, reserved, num_pages)
 
 
-def _count_links(branches: Mapping[int, BranchState]) -> Counter[Link]:
+def _count_links(branches: Mapping[int, BranchEntry]) -> Counter[Link]:
     """Count the references of each link, from the lists of branches that own what they see."""
     held: Counter[Link] = Counter()
     for state in branches.values():
@@ -94,7 +94,7 @@ def _expect(what: str, expected: object, got: object) -> None:
         raise CacheError(f"{what}: expected {expected}, got {got}")
 
 
-def _check_branches(branches: Mapping[int, BranchState]) -> None:
+def _check_branches(branches: Mapping[int, BranchEntry]) -> None:
     """Parents and children name each other; no two branches write one node."""
     _expect("branches that share a tail", len(branches), len({state.tail for state in branches.values()}))
     for number, state in branches.items():
@@ -154,7 +154,7 @@ def _check_fixed(link: Link) -> None:
             frozen |= _seen(node)
 
 
-def _check_handles(branches: Mapping[int, BranchState], refs: Collection[Node]) -> None:
+def _check_handles(branches: Mapping[int, BranchEntry], refs: Collection[Node]) -> None:
     """Check that a node names its writer, and that a merged handle lives as long as its node can be written."""
     merged = {state.id: state.tail for state in branches.values() if state.merged}
     for number, tail in merged.items():

@@ -110,7 +110,7 @@ class Link:
 
 
 @dataclass(eq=False)
-class BranchState:
+class BranchEntry:
     """What stands behind a handle. `head`: the last link of its list, that of its tail.
 
     `parent` and `children` are handle numbers; a merged handle has neither.

@@ -22,7 +22,7 @@ from mvkernels.cache.check import check_cache
 from mvkernels.cache.device import DeviceTables
 from mvkernels.cache.free_pages import FreePages
 from mvkernels.cache.nodes import (
-    BranchState,
+    BranchEntry,
     Link,
     Node,
     contents_of,
@@ -52,7 +52,7 @@ class BranchTree:
         self.device_tables: DeviceTables | None = None
         self._free = FreePages(num_pages)
         self._nodes: dict[int, Node] = {}
-        self._branches: dict[int, BranchState] = {}
+        self._branches: dict[int, BranchEntry] = {}
         self._open: Step | None = None
         self._made = 0  # one counter numbers handles and nodes; a number is never reused
 
@@ -312,7 +312,7 @@ class BranchTree:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _state(self, branch: Branch) -> BranchState:
+    def _state(self, branch: Branch) -> BranchEntry:
         require_type(Branch, branch=branch)
         if branch.cache is not self:
             raise BranchError(f"expected a branch of this cache, got {branch!r} of another")
@@ -348,7 +348,7 @@ class BranchTree:
     def _make_branch(self, chain: Link | None, predecessors: tuple[Node, ...], parent: int | None) -> Branch:
         number = self._made + 1
         tail = self._make_tail(chain, predecessors, number, forked=True)
-        self._branches[number] = BranchState(number, tail, parent)
+        self._branches[number] = BranchEntry(number, tail, parent)
         return Branch(self, number)
 
     def _cut_off(self, chain: Link | None, predecessors: tuple[Node, ...]) -> Branch:

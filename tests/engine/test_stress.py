@@ -213,7 +213,7 @@ def test_a_fault_that_stays_is_found_with_its_request(
         method = getattr(Request, kind)
 
         def raises(self, number, *args):
-            if self.task.index == culprit and self.steps >= 15:
+            if self.job.index == culprit and self.steps >= 15:
                 raise RuntimeError("spoiled")
             return method(self, number, *args)
 

@@ -36,7 +36,7 @@ _PATIENCE = 5.0
 _Batch = list[tuple[Request, list[Entry]]]
 
 
-class Call:
+class Submission:
     """Requests that came together, with their sampler.
 
     deliver: gets the events of a step, and whether the call has ended; RuntimeError from it cancels the call.
@@ -81,17 +81,17 @@ class Core:
         self._stepping: int | None = None  # the thread that makes a step
         self._thread: threading.Thread | None = None
         self._background = 0  # calls that no thread waits for
-        self._inbox: deque[tuple[Call, bool]] = deque()  # calls that join: True; that are cancelled: False
-        self._calls: dict[Request, Call] = {}
+        self._inbox: deque[tuple[Submission, bool]] = deque()  # calls that join: True; that are cancelled: False
+        self._calls: dict[Request, Submission] = {}
         self._timed: list[Request] = []
-        self._touched: dict[Request, Call] = {}  # with events to deliver, or an end
+        self._touched: dict[Request, Submission] = {}  # with events to deliver, or an end
         self._suspects: set[Request] = set()  # their logits were NaN in a step that was committed
         self._unfreed: list[RequestKV] = []  # of ended requests, whose pages the cache refused to take back
         self._awake = False
 
     # ---- from any thread
 
-    def join(self, call: Call) -> None:
+    def join(self, call: Submission) -> None:
         """The requests of a call take part from the next step on."""
         self._inbox.append((call, True))
         if not call.background:
@@ -103,7 +103,7 @@ class Core:
                 self._thread.start()
             self._turn.notify_all()
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: Submission) -> None:
         """The open requests of a call that has joined end with "cancelled", before the next step."""
         self._inbox.append((call, False))
 
@@ -333,7 +333,7 @@ class Core:
     def _sample(self, asked: list[Asked], logits: StepLogits) -> None:
         """Next tokens for the branches that were asked for; each caller's sampler sees its own rows only."""
         calls = self._calls
-        groups: dict[Call | None, list[Asked]] = {}
+        groups: dict[Submission | None, list[Asked]] = {}
         for part in asked:
             if not part.numbers:
                 continue
@@ -394,7 +394,7 @@ class Core:
             self._calls[request].error = worse
         self._end(request)
 
-    def _break(self, call: Call, error: BaseException) -> None:
+    def _break(self, call: Submission, error: BaseException) -> None:
         """The call ends here, and its requests without an outcome."""
         call.error = error
         for request in tuple(call.open):
@@ -431,7 +431,7 @@ class Core:
     def _deliver(self) -> None:
         """Tells every call what has happened to its requests."""
         touched, self._touched = self._touched, {}
-        events: dict[Call, list[Event]] = {call: [] for call in touched.values()}
+        events: dict[Submission, list[Event]] = {call: [] for call in touched.values()}
         for request, call in touched.items():
             events[call] += request.events
             request.events = []

@@ -38,7 +38,7 @@ from mvkernels.model.engine.output.events import (
     TextEvent,
     TokenEvent,
 )
-from mvkernels.model.engine.prompt_job import Task, make_task
+from mvkernels.model.engine.prompt_job import PromptJob, make_job
 from mvkernels.model.engine.prompts import as_prompts
 from mvkernels.model.engine.request import Request
 from mvkernels.model.engine.runner import Runner
@@ -372,18 +372,20 @@ class Engine:
     def _requests(
         self, prompts: Any, config: GenerationConfig | Sequence[GenerationConfig] | None, n: int
     ) -> tuple[Core, list[Request]]:
-        tasks = self._tasks(prompts, config, n)
+        jobs = self._jobs(prompts, config, n)
         core = self._ready()
         cache = core.runner.cache
-        for task in tasks:
-            needed = -(-len(task.ids) // self.page_size)
+        for job in jobs:
+            needed = -(-len(job.ids) // self.page_size)
             if needed > cache.num_pages:
                 expected = f"at most {cache.num_pages} pages to be needed"
-                raise OutOfPages(f"prompt {task.index}: expected {expected}, got {needed}")
+                raise OutOfPages(f"prompt {job.index}: expected {expected}, got {needed}")
         parts = self.tokenizer, self._writer, self._masks, core.prefixes
-        return core, [Request(task, cache, *parts, self.weights_version) for task in tasks]
+        return core, [Request(job, cache, *parts, self.weights_version) for job in jobs]
 
-    def _tasks(self, prompts: Any, config: GenerationConfig | Sequence[GenerationConfig] | None, n: int) -> list[Task]:
+    def _jobs(
+        self, prompts: Any, config: GenerationConfig | Sequence[GenerationConfig] | None, n: int
+    ) -> list[PromptJob]:
         listed = as_prompts(prompts)
         require_integer("n: expected an integer", n)
         if n < 1:
@@ -398,10 +400,10 @@ class Engine:
             if len(configs) != len(listed):
                 raise ValueError(f"expected one config for each of {len(listed)} prompts, got {len(configs)}")
         pairs = enumerate(zip(listed, configs, strict=True))
-        tasks = [make_task(i, *pair, self.model, self.tokenizer, self.tags, self.seed) for i, pair in pairs]
+        jobs = [make_job(i, *pair, self.model, self.tokenizer, self.tags, self.seed) for i, pair in pairs]
         return [
-            replace(task, index=task.index * n + i, key=request_key(self.seed, task.config.seed, i))
-            for task in tasks
+            replace(job, index=job.index * n + i, key=request_key(self.seed, job.config.seed, i))
+            for job in jobs
             for i in range(n)
         ]
 

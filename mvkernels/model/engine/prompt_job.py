@@ -16,7 +16,7 @@ from mvkernels.tags import TagTokens
 
 
 @dataclass(frozen=True)
-class Task:
+class PromptJob:
     """What is asked, resolved against the model: `stop` and `eos` are never None here, and the prompt is checked.
 
     eos: tokens that end a branch where they are sampled; no control tag is among them. max_positions: how many
@@ -32,7 +32,7 @@ class Task:
     max_positions: int
 
 
-def make_task(
+def make_job(
     index: int,
     prompt: Prompt,
     config: GenerationConfig,
@@ -40,9 +40,8 @@ def make_task(
     tokenizer: Any,
     tags: TagTokens | None,
     seed: int,
-    sample: int = 0,
-) -> Task:
-    """Resolve and check one prompt. seed: the engine's. sample: which of the n samples of the prompt, from 0.
+) -> PromptJob:
+    """Resolve and check one prompt. seed: the engine's. key: of its first sample.
 
     Raises ValueError for a bad prompt, one with malformed blocks (GrammarError), and ends of text that are none.
     """
@@ -54,13 +53,13 @@ def make_task(
     if stop is None:
         strings = getattr(model.generation_config, "stop_strings", None) or ()
         stop = as_strings("generation_config.stop_strings", [strings] if isinstance(strings, str) else strings)
-    return Task(
+    return PromptJob(
         index=index,
         ids=ids,
         config=config,
         stop=stop,
         eos=_ends_of_text(config, model, tags),
-        key=request_key(seed, config.seed, sample),
+        key=request_key(seed, config.seed, 0),
         max_positions=model.config.get_text_config().max_position_embeddings,
     )
 

@@ -34,7 +34,7 @@ from mvkernels.model.engine.output.events import (
 )
 from mvkernels.model.engine.output.text_stream import TextStream
 from mvkernels.model.engine.output.transcript import BranchRecord, Transcript
-from mvkernels.model.engine.prompt_job import Task
+from mvkernels.model.engine.prompt_job import PromptJob
 from mvkernels.model.engine.sampling.logprobs import TokenLogprob
 from mvkernels.model.engine.sampling.penalties import SeenTokens
 from mvkernels.model.engine.sampling.sampler import BranchView, branch_key
@@ -65,7 +65,7 @@ class Request:
 
     def __init__(
         self,
-        task: Task,
+        job: PromptJob,
         cache: PagedKVCache,
         tokenizer: Any,
         writer: TagWriter | None,
@@ -73,9 +73,9 @@ class Request:
         prefixes: PrefixCache | None = None,
         weights_version: int = 0,
     ) -> None:
-        config = task.config
+        config = job.config
         self.weights_version = weights_version
-        self.task, self.config, self.tokenizer, self.writer = task, config, tokenizer, writer
+        self.job, self.config, self.tokenizer, self.writer = job, config, tokenizer, writer
         self.masks = masks if config.grammar else None
         self.interpreter = Interpreter(
             config.max_depth if writer else 0,
@@ -86,7 +86,7 @@ class Request:
         self.kv = RequestKV(cache, prefixes, lambda number: self.branches[number].positions)
         self.transcript = Transcript(self.interpreter)
         self.branches = self.transcript.branches
-        self.branches.append(BranchRecord(0, task.key, self.kv.tokens(0)))
+        self.branches.append(BranchRecord(0, job.key, self.kv.tokens(0)))
         if config.repetition_penalty != 1:
             self.branches[0].seen = SeenTokens()
         self.events: list[Event] = []
@@ -95,11 +95,11 @@ class Request:
         self.finish_reason: str | None = None
         self.steps = 0
         # Tokens that are no text, or that may be more than that.
-        self._special = task.eos if writer is None else task.eos.union(writer.tags.ids)
+        self._special = job.eos if writer is None else job.eos.union(writer.tags.ids)
         self._views: dict[int, _Known] = {}
         self._touched: list[int] = [0]  # branches with new tokens, whose budgets were not looked at yet
         self._started = monotonic()
-        self._begin(self._replay(task.ids))
+        self._begin(self._replay(job.ids))
 
     # ---- the prompt
 
@@ -107,10 +107,10 @@ class Request:
         """From here on tokens are generated. due: what the end of the prompt asks for."""
         interp, config = self.interpreter, self.config
         self.prompt_critical_path = interp.critical_path
-        end, reason = self.task.max_positions, "max_positions"
+        end, reason = self.job.max_positions, "max_positions"
         if interp.critical_path + 1 > end:
             raise ValueError(
-                f"prompt {self.task.index}: expected a critical path of at most {end - 1} tokens, as the model has "
+                f"prompt {self.job.index}: expected a critical path of at most {end - 1} tokens, as the model has "
                 f"{end} positions, got {interp.critical_path}"
             )
         if config.max_critical_path is not None and interp.critical_path + config.max_critical_path <= end:
@@ -180,9 +180,9 @@ class Request:
                 reason = interp.end_reason(b.number)
                 short[reason] = max(short.get(reason, 0), -interp.room(b.number))
         for name, missing in short.items():
-            value = self.task.max_positions if name == "max_positions" else getattr(config, name)
+            value = self.job.max_positions if name == "max_positions" else getattr(config, name)
             expected = f"{name} of at least {value + missing}, which closing the blocks that it leaves open takes"
-            raise ValueError(f"prompt {self.task.index}: expected {expected}, got {value}")
+            raise ValueError(f"prompt {self.job.index}: expected {expected}, got {value}")
 
     # ---- between steps
 
@@ -251,11 +251,11 @@ class Request:
         banned: tuple[int, ...] = ()
         allowed: tuple[torch.Tensor | None, bytes | None] = None, None
         if kinds is not None and self.masks is not None:
-            allowed = self.masks.row(kinds, self.task.eos)
+            allowed = self.masks.row(kinds, self.job.eos)
         elif self.writer is not None:
             banned = tuple(self.writer.tags.id(kind) for kind in interp.banned(number))
         return BranchView(
-            request=self.task.index,
+            request=self.job.index,
             path=interp.path(number),
             drawn=b.drawn,
             position=interp.position(number),
@@ -279,7 +279,7 @@ class Request:
         b = self.branches[number]
         b.drawn += 1
         actions, piece = self._push(b, token, sampled=True, logprob=logprob)
-        if actions is None and not self.task.stop:
+        if actions is None and not self.job.stop:
             return
         self._touched.append(number)
         if actions:
@@ -296,7 +296,7 @@ class Request:
         for b in self.branches:
             self._tell_rest(b)
         generation = self.transcript.generation(
-            prompt_length=len(self.task.ids),
+            prompt_length=len(self.job.ids),
             logprobs=self.config.logprobs,
             canonical=self.writer is None or self.writer.semantics == "canonical",
             finish_reason=reason,
@@ -304,10 +304,10 @@ class Request:
             steps=self.steps,
             warnings=list(self.warnings),
             error=error,
-            request_id=str(self.task.index),
+            request_id=str(self.job.index),
             weights_version=self.weights_version,
         )
-        self.events.append(FinishEvent(self.task.index, generation))
+        self.events.append(FinishEvent(self.job.index, generation))
 
     # ---- tokens
 
@@ -320,12 +320,12 @@ class Request:
         number, interp = b.number, self.interpreter
         if b.text is None:
             b.text = TextStream(self.tokenizer, self.transcript.context(number))
-        ends = sampled and token in self.task.eos  # what the engine writes is never an end of text
+        ends = sampled and token in self.job.eos  # what the engine writes is never an end of text
         piece, position = b.text.push(token, ends), interp.position(number)
         if self.tells_tokens:
             path = interp.path(number)
             self.events.append(
-                TokenEvent(self.task.index, path, token, piece, position, not sampled, number, *(logprob or ()))
+                TokenEvent(self.job.index, path, token, piece, position, not sampled, number, *(logprob or ()))
             )
         plain = token not in self._special and interp.text(number)
         if plain:
@@ -351,7 +351,7 @@ class Request:
             if type(event) is TokenEvent and event.branch == b.number:
                 event.text += rest
                 return
-        self.events.append(TextEvent(self.task.index, self.interpreter.path(b.number), rest, b.number))
+        self.events.append(TextEvent(self.job.index, self.interpreter.path(b.number), rest, b.number))
 
     def _read(self, b: BranchRecord, tokens: Sequence[int]) -> None:
         """Tokens of the prompt that the interpreter has read on `b` just now."""
@@ -385,7 +385,7 @@ class Request:
                     number = action.branch
                     self._tell_rest(self.branches[number])
                     path, position = self.interpreter.path(number), self.interpreter.position(number)
-                    self.events.append(PathEndEvent(self.task.index, path, position, number, action.reason))
+                    self.events.append(PathEndEvent(self.job.index, path, position, number, action.reason))
                 case Merge():
                     self._merge(self.branches[action.parent], action.children)
                 case Warn():
@@ -401,14 +401,14 @@ class Request:
             seen = None if b.seen is None else b.seen.fork()
             self.branches.append(BranchRecord(child, branch_key(b.key, ordinal, i), self.kv.tokens(child), seen=seen))
         path = self.interpreter.path(b.number)
-        self.events.append(ForkEvent(self.task.index, path, len(children), b.number, children))
+        self.events.append(ForkEvent(self.job.index, path, len(children), b.number, children))
 
     def _merge(self, b: BranchRecord, children: tuple[int, ...]) -> None:
         self.kv.merge(b.number)
         if b.seen is not None:
             b.seen.join(child.seen for number in children if (child := self.branches[number]).seen is not None)
         position = self.interpreter.position(b.number)
-        self.events.append(MergeEvent(self.task.index, self.interpreter.path(b.number), position, b.number))
+        self.events.append(MergeEvent(self.job.index, self.interpreter.path(b.number), position, b.number))
 
     # ---- ends
 
@@ -427,16 +427,16 @@ class Request:
     def _stopped(self, b: BranchRecord, token: int, piece: str) -> str | None:
         """Why the branch ends with this token, or None."""
         on_trunk = self.interpreter.parent(b.number) is None
-        if token in self.task.eos:
+        if token in self.job.eos:
             return "stop" if on_trunk else "end of text"
-        if not self.task.stop:
+        if not self.job.stop:
             return None
         assert b.text is not None
         b.heard += piece
         heard = b.heard + b.text.held()
-        complete = [stop for stop in self.task.stop if stop in heard]
+        complete = [stop for stop in self.job.stop if stop in heard]
         if not complete:
-            b.heard = b.heard[-max(map(len, self.task.stop)) :]  # the longest one may have begun
+            b.heard = b.heard[-max(map(len, self.job.stop)) :]  # the longest one may have begun
             return None
         found = min(complete, key=heard.find)  # a token may complete several
         b.heard = ""

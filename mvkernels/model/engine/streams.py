@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
 from weakref import WeakMethod
 
-from mvkernels.model.engine.core import Call, Core
+from mvkernels.model.engine.core import Core, Submission
 from mvkernels.model.engine.output.events import Event, FinishEvent
 from mvkernels.model.engine.request import Request
 from mvkernels.model.engine.sampling.sampler import Sampler
@@ -38,7 +38,7 @@ class Stream(Iterator[Event]):
         for request in requests:
             request.tells_tokens = not only_ends
         self._events: deque[Event] = deque()
-        self._call = Call(requests, sampler, _weak(self._receive))
+        self._call = Submission(requests, sampler, _weak(self._receive))
         self._joined = False
         self._ended = not requests
 
@@ -99,7 +99,7 @@ class AsyncStream(AsyncIterator[Event]):
     def __init__(self, core: Core, requests: Sequence[Request], sampler: Sampler) -> None:
         self._core = core
         self._events: deque[Event] = deque()
-        self._call = Call(requests, sampler, _weak(self._receive), background=True)
+        self._call = Submission(requests, sampler, _weak(self._receive), background=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._more = asyncio.Event()
         self._ended = not requests

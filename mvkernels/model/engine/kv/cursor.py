@@ -16,7 +16,7 @@ class Block:
     """
 
     at: int
-    children: list[Line]
+    children: list[Cursor]
     merged: bool = False
     forked: bool = False
     joined: bool = False
@@ -24,8 +24,8 @@ class Block:
 
 
 @dataclass(slots=True, eq=False)
-class Line:
-    """One branch. tokens: its own. home: the block that it is a path of.
+class Cursor:
+    """Where a branch stands in the cache. tokens: its own. home: the block that it is a path of.
 
     given: tokens handed out, in the cache or in the step that is made. passed: blocks behind it, handed out too.
     filled: tokens handed out since the last fork or join, in the node that the cache writes.
@@ -33,7 +33,7 @@ class Line:
     """
 
     number: int
-    parent: Line | None = None
+    parent: Cursor | None = None
     home: Block | None = None
     tokens: list[int] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
@@ -55,10 +55,10 @@ class Line:
         return self.reached and self.passed == len(self.blocks) and self.given == len(self.tokens)
 
 
-def inside(block: Block) -> list[Line]:
+def inside(block: Block) -> list[Cursor]:
     """The paths of a block, and those of all blocks in them. A loop, because depth has no limit."""
     found = [*block.children]
-    for line in found:
-        for inner in line.blocks:
+    for cursor in found:
+        for inner in cursor.blocks:
             found += inner.children
     return found

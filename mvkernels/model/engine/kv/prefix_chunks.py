@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from mvkernels.cache.step import Branch
-from mvkernels.model.engine.kv.cursor import Block, Line, inside
+from mvkernels.model.engine.kv.cursor import Block, Cursor, inside
 from mvkernels.model.engine.kv.prefix_cache import Part, Piece, PrefixCache
 
 # What a key has in place of a token, which is never negative.
@@ -16,13 +16,13 @@ Positions = Callable[[int], Sequence[int]]
 
 
 class RequestPrefix:
-    """One request's view of a PrefixCache. trunk: its line 0. positions: of a line's tokens, by number.
+    """One request's view of a PrefixCache. trunk: its cursor 0. positions: of a cursor's tokens, by number.
 
     The request begins with the pieces up to `piece`, which it holds from `hold` to `end` and whose pages its branch
     sees from `begin` on.
     """
 
-    def __init__(self, cache: PrefixCache, trunk: Line, positions: Positions) -> None:
+    def __init__(self, cache: PrefixCache, trunk: Cursor, positions: Positions) -> None:
         self.cache, self.piece = cache, cache.root
         self.pages = 0  # of the pieces, while they are held
         self._trunk, self._positions = trunk, positions
@@ -129,34 +129,34 @@ class RequestPrefix:
         """A whole block with the tokens of the trunk before it, from `given` on, which fill no page."""
         key = array("q", [_BLOCK])
         self._write(key, self._trunk, given, block.at)
-        work: list[tuple[Line, int, int] | None] = [(line, 0, 0) for line in reversed(block.children)]
+        work: list[tuple[Cursor, int, int] | None] = [(cursor, 0, 0) for cursor in reversed(block.children)]
         while work:
             item = work.pop()
             if item is None:
                 key.append(_END)
                 continue
-            line, first, index = item
+            cursor, first, index = item
             if not first and not index:
                 key.append(_PATH)
                 work.append(None)
-            if index == len(line.blocks):
-                self._write(key, line, first, len(line.tokens))
+            if index == len(cursor.blocks):
+                self._write(key, cursor, first, len(cursor.tokens))
                 continue
-            inner = line.blocks[index]
-            self._write(key, line, first, inner.at)
+            inner = cursor.blocks[index]
+            self._write(key, cursor, first, inner.at)
             key.append(_BLOCK)
-            work.append((line, inner.at, index + 1))
+            work.append((cursor, inner.at, index + 1))
             work.append(None)
             work += [(child, 0, 0) for child in reversed(inner.children)]
         size = self.cache.cache.page_size
         pages, tokens = -(-(block.at - given) // size), block.at - given
-        for line in inside(block):
-            tokens += len(line.tokens)
-            ends = [inner.at for inner in line.blocks]
-            pages += sum(-(-(b - a) // size) for a, b in zip([0, *ends], [*ends, len(line.tokens)], strict=True))
+        for cursor in inside(block):
+            tokens += len(cursor.tokens)
+            ends = [inner.at for inner in cursor.blocks]
+            pages += sum(-(-(b - a) // size) for a, b in zip([0, *ends], [*ends, len(cursor.tokens)], strict=True))
         return Part(key.tobytes(), block.at, passed, block.at + 1, pages, tokens)
 
-    def _write(self, key: array[int], line: Line, first: int, last: int) -> None:
+    def _write(self, key: array[int], cursor: Cursor, first: int, last: int) -> None:
         """Tokens and positions of a run."""
-        key.extend(line.tokens[first:last])
-        key.extend(self._positions(line.number)[first:last])
+        key.extend(cursor.tokens[first:last])
+        key.extend(self._positions(cursor.number)[first:last])

@@ -27,7 +27,7 @@ from typing import Any
 
 from mvkernels.cache.cache import PagedKVCache
 from mvkernels.cache.step import Branch
-from mvkernels.model.engine.kv.cursor import Block, Line, inside
+from mvkernels.model.engine.kv.cursor import Block, Cursor, inside
 from mvkernels.model.engine.kv.prefix_cache import Part, PrefixCache
 from mvkernels.model.engine.kv.prefix_chunks import Positions, RequestPrefix
 
@@ -62,72 +62,72 @@ class RequestKV:
         self.unsent_tokens = self.most_pages = self.num_pages = 0
         self.step_tokens = self.new_pages = self.short = 0
         self.starved = False
-        self._trunk = Line(0, reached=True)
+        self._trunk = Cursor(0, reached=True)
         self._prefix = None
         if prefixes is not None and positions is not None:
             self._prefix = RequestPrefix(prefixes, self._trunk, positions)
         self._confirmed: tuple[int, int] | None = None  # tokens and blocks of the trunk
-        self._lines: dict[int, Line] = {0: self._trunk}
-        self._ready: dict[Line, None] = {}  # reached, with tokens; the longest waiting first
-        self._due: list[Line] = []  # reached, and to fork or to join before the next step
+        self._cursors: dict[int, Cursor] = {0: self._trunk}
+        self._ready: dict[Cursor, None] = {}  # reached, with tokens; the longest waiting first
+        self._due: list[Cursor] = []  # reached, and to fork or to join before the next step
         # What has an entry in the step that is made, with its `given` and `filled` of before.
-        self._step: list[tuple[Line, int, int]] | None = None
-        self._queue: deque[Line] = deque()
+        self._step: list[tuple[Cursor, int, int]] | None = None
+        self._queue: deque[Cursor] = deque()
         # What else `unsent` restores: cursors one by one, and the rest as it was.
         self._undo: list[tuple[Any, str, Any]] = []
-        self._before: tuple[dict[Line, None], list[Line], int, int] = ({}, [], 0, 0)
+        self._before: tuple[dict[Cursor, None], list[Cursor], int, int] = ({}, [], 0, 0)
 
     # ---- the structure
 
     def tokens(self, branch: int) -> list[int]:
         """The branch's own tokens so far; `extend` lengthens this list."""
-        return self._lines[branch].tokens
+        return self._cursors[branch].tokens
 
     def extend(self, branch: int, *tokens: int) -> None:
         """More tokens on a branch that no open block stands behind."""
-        line = self._growing(branch)
-        size, blocks = self.cache.page_size, line.blocks
-        first = len(line.tokens) - (blocks[-1].at if blocks else 0)
+        cursor = self._growing(branch)
+        size, blocks = self.cache.page_size, cursor.blocks
+        first = len(cursor.tokens) - (blocks[-1].at if blocks else 0)
         self.most_pages += -(-(first + len(tokens)) // size) - -(-first // size)
-        line.tokens += tokens
+        cursor.tokens += tokens
         self.unsent_tokens += len(tokens)
-        if line.reached and line.passed == len(blocks):
-            self._ready[line] = None
+        if cursor.reached and cursor.passed == len(blocks):
+            self._ready[cursor] = None
 
     def fork(self, branch: int, children: Sequence[int]) -> None:
         """Paths with fresh numbers begin behind what the branch has."""
-        line = self._growing(branch)
-        fresh = [number for number in children if number not in self._lines]
+        cursor = self._growing(branch)
+        fresh = [number for number in children if number not in self._cursors]
         if not children or len({*fresh}) < len(children):
             raise ValueError(f"fork: expected fresh numbers of branches, got {list(children)}")
-        block = Block(len(line.tokens), [])
+        block = Block(len(cursor.tokens), [])
         for number in children:
-            self._lines[number] = child = Line(number, line, block)
+            self._cursors[number] = child = Cursor(number, cursor, block)
             block.children.append(child)
-        if line.through and line not in self._due:
-            self._due.append(line)
-        line.blocks.append(block)
+        if cursor.through and cursor not in self._due:
+            self._due.append(cursor)
+        cursor.blocks.append(block)
 
     def merge(self, branch: int) -> None:
         """The paths of the branch's open block have ended; the branch goes on behind them."""
         self._between_steps()
-        line = self._lines[branch]
-        if not line.blocks or line.blocks[-1].merged:
+        cursor = self._cursors[branch]
+        if not cursor.blocks or cursor.blocks[-1].merged:
             raise ValueError(f"merge: expected a branch with an open block, got {branch}")
-        block = line.blocks[-1]
+        block = cursor.blocks[-1]
         for child in block.children:
             if child.blocks and not child.blocks[-1].merged:
                 raise ValueError(f"merge: expected paths without open blocks, got {child.number} with one")
         block.merged = True
-        if line.passed == len(line.blocks) - 1 and block.children[0].handle is not None:
+        if cursor.passed == len(cursor.blocks) - 1 and block.children[0].handle is not None:
             block.left = sum(not child.through for child in block.children)
             if not block.left:
-                self._due.append(line)
+                self._due.append(cursor)
 
     def has_all(self, branch: int) -> bool:
         """Whether the branch's last token was handed out, and nothing stands behind it."""
-        line = self._lines[branch]  # as `line.through`, without another call
-        return line.reached and line.given == len(line.tokens) and line.passed == len(line.blocks)
+        cursor = self._cursors[branch]  # as `cursor.through`, without another call
+        return cursor.reached and cursor.given == len(cursor.tokens) and cursor.passed == len(cursor.blocks)
 
     # ---- steps
 
@@ -160,19 +160,19 @@ class RequestKV:
     ) -> list[Entry]:
         assert self._step is not None
         due, self._due = self._due, []
-        for line in due:
-            self._settle(line)
+        for cursor in due:
+            self._settle(cursor)
         ready, step, size = self._ready, self._step, self.cache.page_size
         queue = self._queue = deque(ready)
         out: list[Entry] = []
         left, taken = tokens, 0
         while queue and left > 0 and (branches is None or len(out) < branches):
-            line = queue.popleft()
-            if may is not None and not may(line.number):
+            cursor = queue.popleft()
+            if may is not None and not may(cursor.number):
                 continue
-            first, filled = line.given, line.filled
-            forks = line.passed < len(line.blocks)
-            limit = line.limit if forks else len(line.tokens)
+            first, filled = cursor.given, cursor.filled
+            forks = cursor.passed < len(cursor.blocks)
+            limit = cursor.limit if forks else len(cursor.tokens)
             count = min(limit - first, left)
             room = -filled % size
             if count > room:
@@ -185,17 +185,17 @@ class RequestKV:
                         self.starved = True
                         continue
                 taken += new
-            assert line.handle is not None
-            out.append(Entry(line.number, line.handle, first, count))
-            step.append((line, first, filled))
-            line.in_step = True
-            line.given, line.filled = first + count, filled + count
+            assert cursor.handle is not None
+            out.append(Entry(cursor.number, cursor.handle, first, count))
+            step.append((cursor, first, filled))
+            cursor.in_step = True
+            cursor.given, cursor.filled = first + count, filled + count
             left -= count
-            del ready[line]
+            del ready[cursor]
             if first + count < limit:
-                ready[line] = None  # behind those that had no turn
-            elif forks or (line.home is not None and line.home.merged):
-                self._settle(line)
+                ready[cursor] = None  # behind those that had no turn
+            elif forks or (cursor.home is not None and cursor.home.merged):
+                self._settle(cursor)
         self.step_tokens, self.new_pages = tokens - left, taken
         self.unsent_tokens -= tokens - left
         self.num_pages += taken
@@ -203,8 +203,8 @@ class RequestKV:
 
     def sent(self) -> None:
         """The step was committed."""
-        for line, _, _ in self._step or ():
-            line.in_step = False
+        for cursor, _, _ in self._step or ():
+            cursor.in_step = False
         self._step = None
         if self._undo:
             self._undo.clear()
@@ -213,8 +213,8 @@ class RequestKV:
         """The step was not committed: its tokens are to be handed out again. Without a step it changes nothing."""
         if self._step is None:
             return
-        for line, given, filled in reversed(self._step):  # what one passed in this step it passed before its tokens
-            line.given, line.filled = given, filled
+        for cursor, given, filled in reversed(self._step):  # what one passed in this step it passed before its tokens
+            cursor.given, cursor.filled = given, filled
         for item, name, value in reversed(self._undo):
             setattr(item, name, value)
         self._ready, self._due, self.unsent_tokens, self.num_pages = self._before
@@ -236,10 +236,10 @@ class RequestKV:
             self._prefix.end()
         self._confirmed = None
         self.unsent_tokens = self.num_pages = 0
-        for line in self._lines.values():
-            line.handle, line.given, line.passed, line.filled, line.reached = None, 0, 0, 0, False
-            self.unsent_tokens += len(line.tokens)
-            for block in line.blocks:
+        for cursor in self._cursors.values():
+            cursor.handle, cursor.given, cursor.passed, cursor.filled, cursor.reached = None, 0, 0, 0, False
+            self.unsent_tokens += len(cursor.tokens)
+            for block in cursor.blocks:
                 block.forked = block.joined = False
         self._trunk.reached = True
         self._ready.clear()
@@ -280,8 +280,8 @@ class RequestKV:
         self.unsent_tokens -= found.tokens
         self.num_pages += found.pages
         for block in trunk.blocks[: found.passed]:
-            for line in inside(block):
-                line.given, line.passed, line.reached = len(line.tokens), len(line.blocks), True
+            for cursor in inside(block):
+                cursor.given, cursor.passed, cursor.reached = len(cursor.tokens), len(cursor.blocks), True
         self._ready.clear()
         self._due = [trunk]
 
@@ -295,61 +295,61 @@ class RequestKV:
         if self._step is not None:
             raise RuntimeError("expected the step before to be sent or taken back, got one that is made still")
 
-    def _growing(self, branch: int) -> Line:
+    def _growing(self, branch: int) -> Cursor:
         if self._step is not None:
             self._between_steps()
-        line = self._lines[branch]
-        if (line.blocks and not line.blocks[-1].merged) or (line.home is not None and line.home.merged):
+        cursor = self._cursors[branch]
+        if (cursor.blocks and not cursor.blocks[-1].merged) or (cursor.home is not None and cursor.home.merged):
             raise ValueError(f"expected a branch that may grow, got {branch}, which has ended or waits for its paths")
-        return line
+        return cursor
 
-    def _set(self, item: Line | Block, name: str, value: object) -> None:
+    def _set(self, item: Cursor | Block, name: str, value: object) -> None:
         self._undo.append((item, name, getattr(item, name)))
         setattr(item, name, value)
 
-    def _settle(self, line: Line) -> None:
-        """Go on where all before a line's cursor is handed out: here, and on the lines that waited for it."""
-        work = [line]
+    def _settle(self, cursor: Cursor) -> None:
+        """Go on where all tokens before a cursor are handed out: here, and at the cursors that waited for them."""
+        work = [cursor]
         while work:
-            line = work.pop()
-            block = line.blocks[line.passed] if line.passed < len(line.blocks) else None
-            if line.given < line.limit:
-                self._ready[line] = None
-                self._queue.append(line)
-            elif block is not None and line.reached:
-                self._begin(line, block)
+            cursor = work.pop()
+            block = cursor.blocks[cursor.passed] if cursor.passed < len(cursor.blocks) else None
+            if cursor.given < cursor.limit:
+                self._ready[cursor] = None
+                self._queue.append(cursor)
+            elif block is not None and cursor.reached:
+                self._begin(cursor, block)
                 work += reversed(block.children)
             elif block is not None:  # all of its paths are through
-                if line.in_step:  # its tokens before the fork are in this step, and it can have no others
-                    self._due.append(line)
+                if cursor.in_step:  # its tokens before the fork are in this step, and it can have no others
+                    self._due.append(cursor)
                     continue
-                self._join(line, block)
-                work.append(line)
-            elif line.home is not None and line.home.merged:
-                self._set(line.home, "left", line.home.left - 1)
-                if not line.home.left:
-                    assert line.parent is not None
-                    work.append(line.parent)
+                self._join(cursor, block)
+                work.append(cursor)
+            elif cursor.home is not None and cursor.home.merged:
+                self._set(cursor.home, "left", cursor.home.left - 1)
+                if not cursor.home.left:
+                    assert cursor.parent is not None
+                    work.append(cursor.parent)
 
-    def _begin(self, line: Line, block: Block) -> None:
+    def _begin(self, cursor: Cursor, block: Block) -> None:
         """The paths of a block may begin."""
-        assert line.handle is not None
+        assert cursor.handle is not None
         if not block.forked:
-            handles = self.cache.fork(line.handle, len(block.children))
+            handles = self.cache.fork(cursor.handle, len(block.children))
             for child, handle in zip(block.children, handles, strict=True):
                 child.handle = handle
             block.forked = True
-        self._set(line, "reached", False)
+        self._set(cursor, "reached", False)
         self._set(block, "left", len(block.children))
         for child in block.children:
             self._set(child, "reached", True)
 
-    def _join(self, line: Line, block: Block) -> None:
+    def _join(self, cursor: Cursor, block: Block) -> None:
         """A branch goes on behind the paths of a block."""
-        assert line.handle is not None
+        assert cursor.handle is not None
         if not block.joined:
-            self.cache.merge(line.handle, [child.handle for child in block.children if child.handle is not None])
+            self.cache.merge(cursor.handle, [child.handle for child in block.children if child.handle is not None])
             block.joined = True
-        self._set(line, "passed", line.passed + 1)
-        self._set(line, "filled", 0)
-        self._set(line, "reached", True)
+        self._set(cursor, "passed", cursor.passed + 1)
+        self._set(cursor, "filled", 0)
+        self._set(cursor, "reached", True)
