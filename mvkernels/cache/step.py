@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -83,33 +83,6 @@ class StepState:
     closed: str | None = None
 
 
-class HostTensors:
-    """The tensors of a step on a CPU, and their bytes in the steps to come.
-
-    After a forward, which reads all weights, the code of torch and NumPy is in no cache of the processor. One addition
-    then takes as long as the bookkeeping of several branches. So positions and slots are computed ahead and copied by
-    Python.
-    """
-
-    def __init__(self, positions: torch.Tensor, slots: torch.Tensor, cursor: torch.Tensor, ahead: torch.Tensor) -> None:
-        steps = np.arange(len(ahead), dtype=np.int64)
-        places = positions.numpy() + steps.astype(np.int32)[:, None]
-        self.__setstate__([(positions, places), (slots, ahead.numpy()), (cursor, steps)])
-
-    def __getstate__(self) -> list[tuple[torch.Tensor, np.ndarray[Any, Any]]]:
-        return self._arrays
-
-    def __setstate__(self, arrays: list[tuple[torch.Tensor, np.ndarray[Any, Any]]]) -> None:
-        self._arrays = arrays
-        self._bytes = [(now.numpy().data.cast("B"), ahead.data.cast("B")) for now, ahead in arrays]
-
-    def advance(self, index: int) -> None:
-        """Set the tensors to those of the step that is `index` steps after the planned one."""
-        for now, ahead in self._bytes:
-            size = len(now)
-            now[:] = ahead[index * size : (index + 1) * size]
-
-
 @dataclass(frozen=True, eq=False)
 class Step:
     """New tokens of some branches, one row each; the rows of an entry are consecutive.
@@ -130,7 +103,6 @@ class Step:
         cursor: [1] int64, the row of `ahead` of this step.
         index: The same number on the host.
         spare: Whether some rows are not written; their slots are -1.
-        on_host: The tensors of the next steps, on a CPU.
     """
 
     total_rows: int
@@ -145,7 +117,6 @@ class Step:
     cursor: torch.Tensor | None = field(default=None, repr=False)
     index: int = 0
     spare: bool = False
-    on_host: HostTensors | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         branches = f"{len(self.entries)} branch{'es' if len(self.entries) != 1 else ''}"
@@ -173,12 +144,9 @@ class Step:
             raise ValueError(
                 "expected a step with one token for each branch that was planned with reserve=, got another"
             )
-        if self.on_host is not None:
-            self.on_host.advance(self.index + 1)
-        else:
-            self.cursor.add_(1)
-            self.positions.add_(1)
-            self.slots.copy_(self.ahead.index_select(0, self.cursor)[0])
+        self.cursor.add_(1)
+        self.positions.add_(1)
+        self.slots.copy_(self.ahead.index_select(0, self.cursor)[0])
         self.views.advance_tables(self.cursor)
 
     def require_open(self) -> None:
@@ -235,11 +203,10 @@ def make_step(
         torch.tensor(positions, dtype=torch.int32).to(device),
         torch.tensor(slots, dtype=torch.int64).to(device),
     )
-    ahead = cursor = on_host = None
+    ahead = cursor = None
     if whole.reserve:
         ahead = torch.from_numpy(_slots_ahead(planned, whole.runs, reserve, page_size)).to(device)
         cursor = torch.zeros(1, dtype=torch.int64, device=device)
-        on_host = HostTensors(*tensors, cursor, ahead) if advances and ahead.is_cpu else None
     return Step(
         total_rows=row,
         entries=entries,
@@ -251,7 +218,6 @@ def make_step(
         state=StepState(),
         ahead=ahead,
         cursor=cursor,
-        on_host=on_host,
     )
 
 
@@ -270,7 +236,6 @@ def next_step(step: Step) -> Step:
         cursor=step.cursor,
         index=step.index + 1,
         spare=step.spare,
-        on_host=step.on_host,
     )
 
 

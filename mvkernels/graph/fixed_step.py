@@ -89,7 +89,7 @@ class FixedStep:
         """Bind an open step to this memory, for `PagedKVCache.append` and `tree_decode`."""
         views = self._buffers.padded(step.views, self._key)
         held = replace(step, total_rows=self.rows, positions=self.positions, slots=self.slots, views=views)
-        return replace(held, ahead=None, cursor=None, on_host=None, spare=True)
+        return replace(held, ahead=None, cursor=None, spare=True)
 
     def check(self, step: Step) -> None:
         """Raise BackendError unless `step`, a result of `self.step`, was decoded with the tables in this memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
 import torch
 from torch.nn.functional import pad
@@ -115,8 +115,7 @@ class Runner:
     def _close(self, step: Step) -> None:
         """Commits a step that has run; opens the next one of its branches where pages are set aside for it."""
         if step.index < step.views.reserve:
-            # On the host no operation of torch takes part, and to enter the mode takes longer than all the rest.
-            with nullcontext() if step.on_host is not None else torch.inference_mode():
+            with torch.inference_mode():
                 self._ahead = self.cache.advance(step)
         else:
             self.cache.commit(step)
