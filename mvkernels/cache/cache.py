@@ -158,9 +158,7 @@ class PagedKVCache(BranchTree):
         )  # fmt: skip
         try:
             device = self.device if tensors else torch.device("cpu")
-            self._open = make_step(
-                tuple(entries), planned, self.page_size, device, reserve, self.device_tables, advances=tensors
-            )
+            self._open = make_step(tuple(entries), planned, self.page_size, device, reserve, self.device_tables)
         except BaseException:  # the memory of the device may be full
             self._take_back(planned)
             raise

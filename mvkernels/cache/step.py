@@ -176,12 +176,11 @@ def make_step(
     device: torch.device,
     reserve: int = 0,
     tables: DeviceTables | None = None,
-    advances: bool = True,
 ) -> Step:
     """Make the open step that commits `planned`, entry by entry. Reads the nodes as they are now, and changes none.
 
     reserve: number of further steps that the pages of `planned` are for. tables: page tables of the cache on its
-    device, which are updated for this step. advances: whether the tensors are those of the steps to come, too.
+    device, which are updated for this step.
     """
     whole = _Lists(planned, page_size, reserve, tables)
     views: list[EntryView] = []
