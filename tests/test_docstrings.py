@@ -12,10 +12,20 @@ from functools import cached_property
 import pytest
 
 import mvkernels.errors
+from mvkernels.model.engine.output import events
 
 PACKAGES = ("mvkernels", "mvkernels.model")
 #: Types that public methods take or return, and functions that the documentation names with their module.
 OTHERS = (
+    "mvkernels.model.checkpoint.add_tags.add_tags",
+    "mvkernels.model.checkpoint.loading.load_checkpoint",
+    "mvkernels.model.checkpoint.loading.load_model",
+    "mvkernels.model.checkpoint.loading.load_tokenizer",
+    *(f"mvkernels.model.engine.output.events.{name}" for name in events.__all__ if name not in ("Event", "Generation")),
+    "mvkernels.model.training.recipe.Recipe",
+    "mvkernels.model.training.tuning.read_data",
+    "mvkernels.model.training.tuning.tune",
+    "mvkernels.model.training.tuning_recipe.TuningRecipe",
     "mvkernels.cache.step.Branch",
     "mvkernels.cache.step.Step",
     "mvkernels.context_parallel.ContextSplit",

@@ -66,10 +66,21 @@ def add_tags(
     """Extend a model and its tokenizer by the twelve control tags, in place.
 
     The row of a new tag is the mean of the rows of its bare word (`Path` for `<Path>` and `</Path>`) plus small seeded
-    noise, in the input embeddings and, where it is not tied to them, in the output layer. A tag that the tokenizer has
-    keeps its row. Where there are too few rows, their number becomes a multiple of 64; rows that no token has are the
-    mean of all, which no context makes likely. The config gets its `multiverse` entry. Raises ValueError for unknown
-    semantics.
+    noise, in the input embeddings and, if it is not tied to them, in the output layer. A tag that the tokenizer has
+    keeps its row. If rows are added, their number becomes a multiple of 64; rows without a token are the mean of all,
+    which no context makes likely. The config gets its `multiverse` entry.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        seed: Of the noise.
+        semantics: "canonical" or "released", for the config.
+
+    Returns:
+        The ids of the tags.
+
+    Raises:
+        ValueError: The semantics are unknown.
     """
     entry = multiverse_entry(semantics)
     new = add_tag_tokens(tokenizer)

@@ -19,11 +19,19 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 def load_checkpoint(
     path: str | Path, dtype: torch.dtype | None = None, device: str | None = None, device_map: Any = None
 ) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer of a local checkpoint: a folder with safetensors (sharded or not), or a GGUF file.
+    """Load the model and the tokenizer of a local checkpoint.
 
-    path: as `checkpoint_path` takes it; the text "embedded" is the model that comes with the package.
-    dtype: None takes the checkpoint's. device and device_map: at most one; device_map goes to transformers.
-    Raises ValueError with one line that says what was expected, whatever is wrong with the checkpoint.
+    Args:
+        path: A folder with safetensors (sharded or not), a GGUF file, or "embedded", the model of the package.
+        dtype: Of the weights; None: as published.
+        device: Device of the model. At most one of `device` and `device_map` is given.
+        device_map: As transformers takes it.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ValueError: The checkpoint cannot be loaded; one line says what was expected.
     """
     path = checkpoint_path(path)
     require_checkpoint(path)
@@ -41,7 +49,20 @@ def load_checkpoint(
 def load_model(
     path: str | Path, dtype: torch.dtype | None = None, device: str | None = None, device_map: Any = None
 ) -> PreTrainedModel:
-    """The model alone: `load_checkpoint` without the tokenizer, which may be missing."""
+    """Load the model alone; the tokenizer may be missing.
+
+    Args:
+        path: See `load_checkpoint`.
+        dtype: See `load_checkpoint`.
+        device: See `load_checkpoint`.
+        device_map: See `load_checkpoint`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The checkpoint cannot be loaded; one line says what was expected.
+    """
     if device is not None and device_map is not None:
         raise ValueError(f"expected device or device_map, got both: {device!r} and {device_map!r}")
     path = checkpoint_path(path)
@@ -79,9 +100,16 @@ def _forget_quantization(model: Any) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer alone: of a folder, a GGUF file, or a tokenizer.json. No weights are read.
+    """Load the tokenizer alone; no weights are read.
 
-    Raises ValueError with one line that says what was expected.
+    Args:
+        path: A folder, a GGUF file, a tokenizer.json, or "embedded".
+
+    Returns:
+        The tokenizer of transformers.
+
+    Raises:
+        ValueError: It cannot be loaded; one line says what was expected.
     """
     path = checkpoint_path(path)
     file = path / "tokenizer.json" if path.is_dir() and not (path / "tokenizer_config.json").exists() else path

@@ -16,26 +16,30 @@ HEAD_SIZE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(RecipeFile):
-    """How a model is made from nothing. The defaults make the embedded model.
+    """How a model is trained from nothing. The defaults train the embedded model.
 
-    task                     the problems that it learns: a name in `mvkernels.model.tasks.TASKS`
-    steps                    optimizer steps, one packed row of documents each
-    tokens_per_step          a row is filled with fresh problems; the last is cut where the row is full
-    learning_rate            peak, of the layers' matrices (Muon); it falls to 0 along a straight line
-    embedding_learning_rate  peak, of all other parameters (AdamW)
-    weight_decay             of the layers' matrices
-    warmup_steps             steps in which the learning rates rise to their peaks
-    sequential_share         share of the problems that are written as one chain, without blocks; 1 makes an
-                             autoregressive model
-    bare_share               share of the parallel problems whose prompt ends with the question
-    hidden_size, layers, intermediate_size    sizes of the model; heads have 32 channels
-    rope_theta               base of the rotary positions: small where what matters is near; where tokens are found by
-                             what they are, hundreds of tokens away, a large one leaves more channels for that
-    bf16                     matrix products in bf16 (autocast); the weights and the attention are in fp32 on a CPU
-    seed                     of the initial weights and of the problems
-    log_every, save_every    steps between two logged losses, and between two checkpoints to resume from
+    Attributes:
+        task: The problems that it learns: a name in `mvkernels.model.tasks.TASKS`.
+        steps: Optimizer steps, one packed row of documents each.
+        tokens_per_step: Tokens of a row. It is filled with fresh problems; the last one is cut.
+        learning_rate: Peak, of the layers' matrices (Muon); it falls linearly to 0.
+        embedding_learning_rate: Peak, of all other parameters (AdamW).
+        weight_decay: Of the layers' matrices.
+        warmup_steps: Steps in which the learning rates rise to their peaks.
+        sequential_share: Share of problems written as one chain, without blocks; 1 trains an autoregressive model.
+        bare_share: Share of the parallel problems whose prompt ends with the question.
+        hidden_size: Channels of the model, a multiple of 32; heads have 32.
+        layers: Decoder layers.
+        intermediate_size: Channels of the feed-forward part.
+        rope_theta: Base of the rotary positions: small if near tokens matter; a large one leaves more channels for
+            tokens that are found by content, hundreds of tokens away.
+        bf16: Whether matrix products are in bf16 (autocast); weights, and attention on a CPU, are in fp32.
+        seed: Of the initial weights and of the problems.
+        log_every: Steps between two logged losses.
+        save_every: Steps between two checkpoints to resume from.
 
-    Raises ValueError when a value is out of range.
+    Raises:
+        ValueError: A value is out of range.
     """
 
     outcome: ClassVar[str] = "training.json"

@@ -23,11 +23,25 @@ class RecipeFile:
     outcome: ClassVar[str]
 
     def save(self, path: Path) -> None:
-        """Writes the recipe as JSON."""
+        """Write the recipe as JSON.
+
+        Args:
+            path: The file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         path.write_text(json.dumps(self._values(), indent=2) + "\n", encoding="utf-8")
 
     def require_equal(self, path: Path) -> None:
-        """Raises ValueError when the recipe in this file is another: resuming would not give what either gives."""
+        """Check that a saved recipe is this one, so that resuming a run gives the same model.
+
+        Args:
+            path: The file of the saved recipe.
+
+        Raises:
+            ValueError: The saved recipe is another, or the file holds none.
+        """
         saved = read_recipe(path)
         for name, value in json.loads(json.dumps(self._values())).items():
             if saved.get(name) != value:

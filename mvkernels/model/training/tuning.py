@@ -65,10 +65,18 @@ class TuningRun:
 
 
 def read_data(recipe: TuningRecipe, tokenizer: Any, skip_bad: bool = False) -> TuningData:
-    """The documents of a recipe, packed into rows for as many processes as torchrun or accelerate has started.
+    """Read the data of a recipe, and pack it into rows for the processes of torchrun or accelerate.
 
-    tokenizer: with the control tags. skip_bad: leave bad traces out, and say so in `skipped`. Raises ValueError that
-    names the first bad trace, or where there is nothing to train on.
+    Args:
+        recipe: The recipe.
+        tokenizer: A tokenizer with the control tags (`recipe_tokenizer`).
+        skip_bad: Leave bad traces out and list them in `skipped`.
+
+    Returns:
+        The mixture of packed rows and the held-out examples.
+
+    Raises:
+        ValueError: A trace is bad (the first one is named), or there is nothing to train on.
     """
     examples, skipped = encode_all(read_examples(recipe.data), Encoder(recipe, tokenizer), skip_bad)
     count = len(examples) - recipe.held_out
@@ -99,14 +107,25 @@ def tune(
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TuningRun:
-    """Tunes the base model of `recipe`; saves model (or adapter), tokenizer, recipe and losses.csv in `output_dir`.
+    """Tune the base model of a recipe; save model (or adapter), tokenizer, recipe and losses.csv.
 
-    resume: go on from the last whole checkpoint of an interrupted run in `output_dir`; without one, from the first
-    step. skip_bad: see `read_data`. progress: show a bar. callbacks: of transformers' Trainer, besides. Raises
-    ValueError for bad data, a model that cannot be loaded, an output folder that is not empty (or with `resume` nothing
-    to resume), weights sharded in another way than by FSDP2, and a row that does not fit into memory, whose traces the
-    message names. OSError, which names the file or folder, where it cannot be written. ImportError where peft or
-    tensorboard is asked for and missing.
+    Args:
+        recipe: The recipe.
+        output_dir: A new folder; with `resume`, the interrupted one.
+        resume: Continue from the newest whole checkpoint; without one, from the first step.
+        skip_bad: See `read_data`.
+        progress: Show a bar.
+        callbacks: Further callbacks of transformers' Trainer.
+
+    Returns:
+        The losses and figures of the run.
+
+    Raises:
+        ValueError: Bad data, a model that cannot be loaded, a folder that is not empty (with `resume`: nothing to
+            resume), weights sharded otherwise than by FSDP2, or a row that does not fit into memory (its traces are
+            named).
+        OSError: The folder or a file in it cannot be written.
+        ImportError: peft or tensorboard is asked for and missing.
     """
     folder = Path(output_dir)
     _check_sharding(recipe)

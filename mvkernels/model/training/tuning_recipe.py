@@ -25,36 +25,43 @@ PRECISIONS = ("fp32", "bf16")
 class TuningRecipe(RecipeFile):
     """How a base model is tuned on traces.
 
-    model                 folder of the base model (safetensors) or GGUF file; without the control tags, it gets them
-    tokenizer             tokenizer.json, or a folder with one, instead of the model's
-    end_of_text           token that ends a document; default: the tokenizer's own
-    data                  JSONL files, .xml traces, folders of either (see `traces.read_examples`)
-    held_out              the last so many examples are not trained on: their loss is what evaluation measures
-    semantics             "canonical", or "released" for weights trained with the released Multiverse code
-    parallel_ending, sequential_ending    what a prompt ends with, for Multiverse data and for sequential data
-    chat                  prompts go through the tokenizer's chat template where it has one
-    passes                share of Multiverse data in each pass over the data; the rest of a pass is sequential
-    documents_per_step    examples of one optimizer step, over all processes: the effective batch
-    tokens_per_row        a step's documents are packed into as few rows as hold at most so many tokens each
-    tokens_per_document   longest document; 0: tokens_per_row
-    cut                   cut longer documents there; otherwise they are bad
-    steps                 stop after so many optimizer steps; 0: all passes
-    learning_rate         peak; a straight line up to it, then a cosine down to 0
-    warmup_share          share of the steps up to the peak
-    weight_decay, betas, max_grad_norm    of AdamW, and of clipping
-    precision             "bf16": products in bf16 (autocast), weights in fp32; "fp32": all in fp32
-    dtype                 of the saved weights: "float32", "bfloat16", "float16"; default: bfloat16 with "bf16", else
-                          the dtype in which the base model was published (a quantized GGUF file: bfloat16)
-    gradient_checkpointing    compute activations again in the backward pass instead of keeping them
-    lora_rank             0: all weights are trained. Else LoRA on every linear layer, and the tags' embeddings
-    lora_alpha, lora_dropout    of LoRA
-    merge                 LoRA is merged into the weights when saving; otherwise an adapter is saved
-    tensorboard           write TensorBoard logs to `logs` in the output folder
-    evaluate_every        steps between two evaluations of what is held out; 0: before and after training only
-    log_every, save_every    steps between two logged losses, and between two checkpoints to resume from
-    seed                  of new embedding rows, LoRA, and the order of the data
+    Attributes:
+        model: Folder of the base model (safetensors), or a GGUF file. Missing control tags are added.
+        data: JSONL files, .xml traces, folders of either (see `traces.read_examples`).
+        tokenizer: tokenizer.json, or a folder with one, instead of the model's.
+        end_of_text: Token that ends a document; "": the tokenizer's own.
+        held_out: Number of last examples that are evaluated instead of trained on.
+        semantics: "canonical", or "released" for weights trained with the released Multiverse code.
+        parallel_ending: End of the prompt of Multiverse data.
+        sequential_ending: End of the prompt of sequential data.
+        chat: Whether prompts go through the tokenizer's chat template, if it has one.
+        passes: Share of Multiverse data in each pass over the data; the rest of a pass is sequential.
+        documents_per_step: Examples of one optimizer step, over all processes: the effective batch.
+        tokens_per_row: Most tokens of a packed row. A step has as few rows as possible.
+        tokens_per_document: Longest document; 0: tokens_per_row.
+        cut: Whether longer documents are cut; otherwise they are errors.
+        steps: Number of optimizer steps; 0: all passes.
+        learning_rate: Peak. The rate rises linearly to it, then falls to 0 along a cosine.
+        warmup_share: Share of the steps up to the peak.
+        weight_decay: Of AdamW.
+        betas: Of AdamW.
+        max_grad_norm: Of gradient clipping.
+        precision: "bf16": products in bf16 (autocast), weights in fp32. "fp32": all in fp32.
+        dtype: Of the saved weights: "float32", "bfloat16", "float16". "": bfloat16 with precision "bf16", else the
+            dtype in which the base model was published (a quantized GGUF file: bfloat16).
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        lora_rank: 0: all weights are trained. Else LoRA on every linear layer, and the embeddings of the tags.
+        lora_alpha: Of LoRA.
+        lora_dropout: Of LoRA.
+        merge: Whether LoRA is merged into the saved weights; otherwise an adapter is saved.
+        tensorboard: Whether TensorBoard logs are written to `logs` in the output folder.
+        evaluate_every: Steps between two evaluations of the held-out examples; 0: before and after training only.
+        log_every: Steps between two logged losses.
+        save_every: Steps between two checkpoints to resume from.
+        seed: Of new embedding rows, LoRA, and the order of the data.
 
-    Raises ValueError when a value is out of range.
+    Raises:
+        ValueError: A value is out of range.
     """
 
     outcome: ClassVar[str] = "losses.csv"
@@ -119,6 +126,7 @@ class TuningRecipe(RecipeFile):
 
     @property
     def longest_document(self) -> int:
+        """Tokens of the longest document: tokens_per_document, else tokens_per_row."""
         return self.tokens_per_document or self.tokens_per_row
 
     def check_inputs(self) -> None:

@@ -1,4 +1,4 @@
-"""What a generation tells while it runs. All are plain values."""
+"""The events of a generation while it runs. All are plain values."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ __all__ = ["Event", "FinishEvent", "ForkEvent", "Generation", "MergeEvent", "Pat
 
 @dataclass(slots=True, unsafe_hash=True)  # not frozen: one is made for every token, and that takes three times the time
 class TokenEvent:
-    """One token has come on one branch.
+    """One new token on one branch.
 
-    request: index of the request in its batch. path: (2, 1) for path 2.1, () for the trunk. position: of the token.
-    text: what the branch's text grows by; empty while it depends on what follows (the first bytes of a character), and
-    for end-of-text tokens. Joined, the texts of a branch's events are its part of `Generation.text`.
-    forced: the engine wrote it, the model did not sample it. branch: its number within the request, which no other
-    branch ever has (a path of the next block has the same `path`); the trunk is 0. logprob: of a sampled token, and
-    top_logprobs: (token id, log-probability) of the likeliest ones, best first, where the config asks for them.
+    Attributes:
+        request: Index of the request in its batch.
+        path: (2, 1) for path 2.1, () for the trunk.
+        token_id: The token.
+        text: Text that it adds to the branch. Empty while it depends on later tokens (first bytes of a character), and
+            for end-of-text tokens. Joined, the texts of a branch are its part of `Generation.text`.
+        position: Position of the token.
+        forced: Whether the engine wrote it; otherwise the model sampled it.
+        branch: Number of the branch within the request, never reused (a path of the next block has the same `path`); 0
+            is the trunk.
+        logprob: Log-prob of a sampled token, if the config asks for it.
+        top_logprobs: (token id, log-prob) of the likeliest tokens, best first, if the config asks for them.
     """
 
     request: int
@@ -35,10 +41,16 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class TextEvent:
-    """The branch's text grows without a token: it was cut off within a character, after its last token was told.
+    """Text that a branch gets without a token, because the request ended within a character.
 
-    That is where a request ends between two steps ("cancelled", "out_of_pages", "error", "max_seconds"), just before
-    its FinishEvent. At all other ends and at forks such a rest is in the `text` of the last token's event.
+    It comes just before a FinishEvent between two steps ("cancelled", "out_of_pages", "error", "max_seconds"). At all
+    other ends, and at forks, such a rest is in the `text` of the last token's event.
+
+    Attributes:
+        request: Index of the request in its batch.
+        path: The path of the branch.
+        text: The text.
+        branch: Number of the branch.
     """
 
     request: int
@@ -49,7 +61,15 @@ class TextEvent:
 
 @dataclass(frozen=True, slots=True)
 class ForkEvent:
-    """The branch `path` waits from here on while its `width` paths run. children: their branch numbers, in order."""
+    """A branch waits while the paths of its block run.
+
+    Attributes:
+        request: Index of the request in its batch.
+        path: The path of the branch that waits.
+        width: Number of paths.
+        branch: Number of the branch that waits.
+        children: Branch numbers of the paths, in order.
+    """
 
     request: int
     path: tuple[int, ...]
@@ -60,9 +80,14 @@ class ForkEvent:
 
 @dataclass(frozen=True, slots=True)
 class PathEndEvent:
-    """The path has ended with its `</Path>`. position: the next one behind it.
+    """A path has ended with its `</Path>`.
 
-    reason: None where the model wrote that tag, else why the engine did: "end of text", a stop string, a budget.
+    Attributes:
+        request: Index of the request in its batch.
+        path: The path.
+        position: The next position after it.
+        branch: Number of its branch.
+        reason: None if the model wrote the tag, else why the engine did: "end of text", a stop string, a budget.
     """
 
     request: int
@@ -74,7 +99,14 @@ class PathEndEvent:
 
 @dataclass(frozen=True, slots=True)
 class MergeEvent:
-    """All paths of the block in `path` have ended; the branch goes on at `position`."""
+    """All paths of a block have ended, and their branch continues.
+
+    Attributes:
+        request: Index of the request in its batch.
+        path: The path of the branch that continues.
+        position: Its next position.
+        branch: Its number.
+    """
 
     request: int
     path: tuple[int, ...]
@@ -84,7 +116,12 @@ class MergeEvent:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The request has ended."""
+    """The request has ended.
+
+    Attributes:
+        request: Index of the request in its batch.
+        generation: Its outcome.
+    """
 
     request: int
     generation: Generation
