@@ -10,10 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 import mvkernels as mk
 from mvkernels.grammar import TAG_PATTERN, parse_text
@@ -22,6 +19,10 @@ from mvkernels.model.json_input import parse_json
 from mvkernels.model.parquet import open_parquet, parquet_rows
 from mvkernels.model.sequentialize import sequentialize
 from mvkernels.model.training.tuning_recipe import TuningRecipe, data_files
+
+if TYPE_CHECKING:  # a command checks its recipe with this module before it imports what takes long
+    import numpy as np
+    import numpy.typing as npt
 
 _FIELDS = {"prompt": ("prompt", "question"), "trace": ("trace", "text"), "sequential": ("sequential", "original")}
 
@@ -110,6 +111,8 @@ class Encoder:
             raise ValueError(f"expected a document of at most {most} tokens, got {len(ids)}; cut = true cuts it")
         if len(head) >= min(len(ids) - 1, most):
             raise ValueError(f"expected an answer within {most} tokens, got a prompt of {len(head)} and no answer")
+        import numpy as np
+
         kept = np.array(ids[:most], np.int32)
         document = Document(example.name, kept, len(head), len(ids) > most, 0, self)
         labels = document.layout().labels(ids[:most])  # raises where the tags are malformed
