@@ -60,7 +60,7 @@ def split_context(layout: BranchLayout, ranks: int, tile_rows: int = TILE_ROWS) 
         ValueError: There are fewer tiles than ranks, or `ranks` is below 1.
     """
     tokens = layout.total_tokens
-    starts = np.arange(0, tokens, tile_rows)
+    starts = np.arange(0, tokens, max(tile_rows, 1))
     if ranks < 1 or tile_rows < 1 or len(starts) < ranks:
         raise ValueError(
             f"expected at least one tile of {tile_rows} rows for each of {ranks} ranks, got {tokens} tokens"

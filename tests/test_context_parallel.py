@@ -140,3 +140,5 @@ def test_the_split_is_a_balanced_partition(ranks: int) -> None:
         assert own <= mask.visible_pairs() <= own + others
     with pytest.raises(ValueError, match=r"at least one tile of 9000 rows for each of 2 ranks, got 9000 tokens"):
         split_context(BranchLayout.causal(9000), 2, tile_rows=9000)
+    with pytest.raises(ValueError, match=r"at least one tile of 0 rows for each of 2 ranks, got 9000 tokens"):
+        split_context(BranchLayout.causal(9000), 2, tile_rows=0)
